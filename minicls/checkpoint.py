@@ -1,0 +1,168 @@
+"""Run directories and checkpoints: written aside and renamed, so that what has a name is whole; exact resume.
+
+A checkpoint is a model directory plus `optimizer.safetensors` and `state.json`. No generator states: randomness is
+seeded from (seed, step, micro-step, rank), and the order of rows is a function of (seed, epoch).
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+import minicls
+from minicls import dist
+from minicls.config import UserError
+from minicls.weights import write_tensors
+
+
+def new_run_dir(output_dir: str | None, script: str) -> Path:
+    """Makes `--output-dir`, by default runs/<script>-<time>; it must be new or empty."""
+    path = Path(output_dir or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise UserError(f"--output-dir: {path} is not empty; name a new directory, or go on with --resume {path}")
+        (path / ".writable").touch()
+        (path / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"--output-dir: cannot write to {path} ({error.strerror}); name another directory") from None
+    return path
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory as found: its run.json, its results if it has any, and the model directory to go on from."""
+
+    dir: Path
+    info: dict
+    results: dict | None
+    newest: Path | None  # None: no complete checkpoint, start over
+
+    @property
+    def finished(self) -> bool:
+        return self.results is not None and self.results["final_step"] == self.info["total_steps"]
+
+
+def open_run(run_dir: Path) -> Run:
+    info = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+    file = run_dir / "results.json"
+    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    saved = checkpoints(run_dir)
+    return Run(run_dir, info, results, saved[max(saved)] if saved else None)
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Written aside and renamed: the file is whole or the one before."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def checkpoints(run_dir: Path) -> dict[int, Path]:
+    """The complete checkpoints of a run by step, oldest first."""
+    found = {int(p.name.removeprefix("step-")): p for p in run_dir.glob("checkpoints/step-*") if re.fullmatch(r"step-\d+", p.name)}
+    return dict(sorted(found.items()))
+
+
+def save_checkpoint(
+    run_dir: Path,
+    save_model: Callable[[Path], None],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict,
+    keep_checkpoints: int,
+    best_step: int | None,
+) -> None:
+    """Saves step `state["step"]`, then deletes all checkpoints but the newest `keep_checkpoints` and that of `best_step`.
+
+    save_model(directory) writes the model directory. Raises OSError, a full disk for one; then the checkpoints are as
+    before. For the first rank alone.
+    """
+    final = run_dir / "checkpoints" / f"step-{state['step']:06d}"
+    if final.exists():
+        return
+    aside = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        save_model(aside)
+        moments = {
+            f"{key}.{name}": optimizer.state[parameter][key]
+            for name, parameter in model.named_parameters()
+            for key in ("exp_avg", "exp_avg_sq")
+        }
+        write_tensors(moments, aside / "optimizer.safetensors")
+        write_json(aside / "state.json", state)
+        # A rename survives a crash of the machine only if what it names is on the disk before it.
+        for path in (*aside.iterdir(), aside):
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        aside.rename(final)
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    found = checkpoints(run_dir)
+    for step in [*found][:-keep_checkpoints]:
+        if step != best_step:
+            # Renamed before it is emptied: a kill half-way must not leave a checkpoint that only looks whole.
+            found[step].rename(found[step].with_name(f".{found[step].name}.old"))
+    for doomed in final.parent.glob(".step-*.old"):
+        shutil.rmtree(doomed)
+
+
+def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """Fills the optimizer from a checkpoint whose weights the model holds already; returns its state.json."""
+    try:
+        state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+        with safe_open(directory / "optimizer.safetensors", framework="pt") as tensors:
+            for name, parameter in model.named_parameters():
+                slots = optimizer.state[parameter] = {"step": torch.tensor(float(state["step"]), device=parameter.device)}
+                for key in ("exp_avg", "exp_avg_sq"):
+                    slots[key] = torch.empty_like(parameter, requires_grad=False).copy_(tensors.get_tensor(f"{key}.{name}"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{directory}: not a whole checkpoint ({error}); delete it and resume from the one before") from None
+    return state
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seeds torch from (seed, step, micro-step, rank): dropout is then a function of the place in the run."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """Ctrl-C or SIGTERM sets the event, for the loop to save and end; a second one ends the process at once."""
+    stop = threading.Event()
+
+    def handle(number, frame):
+        stop.set()
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def write_run_info(run_dir: Path, settings: dict, device: torch.device, about: dict) -> None:
+    """Writes run.json: the settings, and enough beside them to say what was run, on what, and on which rows."""
+    versions = {"minicls": minicls.__version__, "python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
+    write_json(run_dir / "run.json", {"settings": settings, "versions": versions, "device": dist.device_name(device)} | about)

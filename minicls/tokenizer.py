@@ -1,0 +1,113 @@
+"""Text -> ids with the `tokenizers` library. Text is data: nothing in it can become a control token.
+
+`tokenizer.json` lists added tokens such as `[SEP]` or `<|im_end|>`. The library cuts them out of any text it encodes,
+unless `encode_special_tokens` says to treat them as text; and that covers only those marked special, which Qwen's
+`<think>` and others are not. So all are marked special before loading, text is encoded so, and control tokens are put in
+by id, by the code that knows the format.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from minicls.config import UserError
+
+CHUNK = 10_000  # texts at a time: the library's encodings are some ten times larger than their ids
+
+
+class Tokenizer:
+    """A `tokenizer.json` and what little of `tokenizer_config.json` matters here."""
+
+    def __init__(self, json_text: str, config: dict):
+        self.json_text, self.config = json_text, config
+        spec = json.loads(json_text)
+        for token in spec["added_tokens"]:
+            token["special"] = True
+        # Some files (sentence-transformers') carry a truncation and padding of their own; both are the caller's business.
+        spec["truncation"] = spec["padding"] = None
+        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        self._tokenizer.encode_special_tokens = True
+
+    def __len__(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, and of nothing but the text. Runs in threads (TOKENIZERS_PARALLELISM=0 turns them off)."""
+        ids = []
+        for start in range(0, len(texts), CHUNK):
+            chunk = list(texts[start : start + CHUNK])
+            ids += [e.ids for e in self._tokenizer.encode_batch_fast(chunk, add_special_tokens=False)]
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def control_ids(self, tokens: Sequence[str]) -> list[int]:
+        """The ids of control tokens; raises UserError naming those that the vocabulary lacks."""
+        ids = [self._tokenizer.token_to_id(token) for token in tokens]
+        missing = [token for token, i in zip(tokens, ids, strict=True) if i is None]
+        if missing:
+            raise UserError(f"--model: its tokenizer lacks {', '.join(missing)}; is it the tokenizer of this kind of model?")
+        return ids
+
+    def save(self, directory: Path) -> None:
+        (directory / "tokenizer.json").write_text(self.json_text, encoding="utf-8")
+        (directory / "tokenizer_config.json").write_text(
+            json.dumps(self.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"{directory}: no tokenizer.json; save it with transformers' fast tokenizer (save_pretrained) first")
+    try:
+        config_path = directory / "tokenizer_config.json"
+        config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
+        return Tokenizer(path.read_text(encoding="utf-8"), config)
+    except Exception as error:  # tokenizers raises a bare Exception for a broken file
+        raise UserError(f"{path}: not a readable tokenizer ({error}); download or save it again") from None
+
+
+def bert_rows(tokenizer: Tokenizer, texts: Sequence[str], max_length: int, long_text: str = "head") -> tuple[list[list[int]], int]:
+    """`[CLS] text [SEP]` for each text, at most `max_length` ids; returns the rows and how many had to be cut.
+
+    A long text keeps its head, or, with `head-tail`, a quarter of its room from the start and the rest from the end, the
+    best of the ways tried by Sun et al. (arXiv 1905.05583, section 5.3.1: 128 + 382 tokens).
+    """
+    cls, sep = tokenizer.control_ids(["[CLS]", "[SEP]"])
+    room = max_length - 2
+    head = round(room * 128 / 510) if long_text == "head-tail" else room
+    rows, cut = [], 0
+    for ids in tokenizer.encode(texts):
+        if len(ids) > room:
+            ids, cut = ids[:head] + ids[len(ids) - (room - head) :], cut + 1
+        rows.append([cls, *ids, sep])
+    return rows, cut
+
+
+def train_bert_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    """A small uncased WordPiece tokenizer in BERT's format, for `--model tiny`: every character, then the commonest words.
+
+    Not the library's WordPieceTrainer: it numbers the pieces in the order of a hash table, another one in every process.
+    """
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    counts = Counter(
+        word for text in texts for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))
+    )
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    characters = sorted({character for word in counts for character in word})
+    words = [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+    pieces = [*special, *characters, *(f"##{character}" for character in characters), *words]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces[: max(vocab_size, len(special))]))}
+    tokenizer.model = models.WordPiece(vocab, unk_token="[UNK]")
+    tokenizer.add_special_tokens(special)
+    names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
+    return Tokenizer(tokenizer.to_str(), {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, **names})

@@ -1,0 +1,213 @@
+"""Model directories in Hugging Face's layout: find, read, load with a report, save.
+
+Only safetensors are read: nothing is ever unpickled. Tensors are copied one by one from the mapped file into parameters
+that are already allocated, so that loading needs no second copy of the model, and so that parameters have torch's own
+alignment: kernels round differently on a view of a mapped file, and a resumed run would drift.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from minicls.bert import BertConfig, BertForSequenceClassification
+from minicls.config import UserError
+from minicls.data import download
+from minicls.tokenizer import Tokenizer
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A model class, and how the names in a file may differ from its own; any other difference is an error."""
+
+    model: type[nn.Module]  # of the name that transformers gives it
+    config: type
+    model_type: str
+    prefix: str  # of the encoder, which files without a head leave out (sentence-transformers' layout)
+    fresh: tuple[str, ...]  # begin the names that a file may lack: they start from random values
+    ignored: tuple[str, ...]  # begin the names in a file that the model has no use for
+    renamed: tuple[tuple[str, str], ...] = ()  # (pattern, replacement), for files older than today's names
+
+
+BERT = Architecture(
+    model=BertForSequenceClassification,
+    config=BertConfig,
+    model_type="bert",
+    prefix="bert.",
+    fresh=("classifier.", "bert.pooler."),
+    ignored=("cls.", "bert.embeddings.position_ids"),
+    renamed=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
+)
+
+
+def find_model(model: str) -> tuple[Path, str | None]:
+    """The directory of `--model`, downloaded from the hub if need be, and the hub's commit."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path, None
+    return download("--model", model, "model", ["*.json", "*.safetensors", "*.txt"])
+
+
+def read_config(directory: Path) -> dict:
+    """The directory's config.json."""
+    try:
+        return json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory / 'config.json'}: not readable ({error}); pass a directory in Hugging Face layout") from None
+
+
+def label_config(label_names: Sequence[str]) -> dict:
+    """The part of a config.json that says what the classes are."""
+    return {
+        "id2label": {str(i): name for i, name in enumerate(label_names)},
+        "label2id": {name: i for i, name in enumerate(label_names)},
+        "problem_type": "single_label_classification",
+    }
+
+
+def build_model(
+    kind: Architecture, values: dict, directory: Path | None, seed: int, device: torch.device
+) -> tuple[nn.Module, set[str], str]:
+    """Makes a model from the values of a config.json and fills it from a directory, or, without one, at random.
+
+    Returns the model (fp32, on the device), the names of the parameters that started fresh, and the load report.
+    """
+    if values.get("model_type") != kind.model_type:
+        raise UserError(f"--model: {directory} is a {values.get('model_type')} model, not {kind.model_type}; pass another")
+    known = {field.name for field in dataclasses.fields(kind.config)}
+    num_labels = {"num_labels": len(values["id2label"])} if "id2label" in values else {}
+    try:
+        config = kind.config(**{name: value for name, value in values.items() if name in known} | num_labels)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--model: the config.json of {directory} does not fit ({error}); pass another model") from None
+    with torch.device("meta"):  # shapes only: the memory is taken once, and the default initialisation skipped
+        model = kind.model(config)
+    model.to_empty(device=device)
+    if directory is None:
+        fresh, report = {name for name, _ in model.named_parameters()}, "weights: random"
+    else:
+        fresh, report = load_weights(model, directory, kind)
+    init_weights(model, fresh, config.initializer_range, seed)
+    return model, fresh, report
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """model.safetensors, or the shards that the index names."""
+    if (directory / "model.safetensors").is_file():
+        return [directory / "model.safetensors"]
+    if (directory / INDEX).is_file():
+        try:
+            names = sorted(set(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{directory / INDEX}: not a readable index ({error!r}); download it again") from None
+        for name in names:
+            if not (directory / name).is_file():
+                raise UserError(f"{directory}: {INDEX} names {name}, which is missing; download it again")
+        return [directory / name for name in names]
+    others = [f.name for pattern in ("*.bin", "*.pt", "*.ckpt", "*.h5", "*.msgpack") for f in directory.glob(pattern)]
+    if others:
+        raise UserError(
+            f"{directory}: only {others[0]}, no model.safetensors; such files can run code when read, so they are not: "
+            "convert it with transformers' save_pretrained"
+        )
+    raise UserError(f"{directory}: no model.safetensors; pass a directory that holds one")
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, names: set[str], std: float, seed: int) -> None:
+    """Fills the named parameters as transformers would: normal(0, std) matrices, zero biases, unit norm weights.
+
+    Each parameter has a generator seeded by its name's place, so that a fresh head does not depend on what else is fresh.
+    """
+    for place, (name, parameter) in enumerate(model.named_parameters()):
+        if name in names and parameter.ndim >= 2:
+            generator = torch.Generator().manual_seed(seed * 100_003 + place)  # a CPU's, so that every device starts alike
+            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+        elif name in names:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, directory: Path, kind: Architecture) -> tuple[set[str], str]:
+    """Copies a directory's tensors into the model; returns the names of the parameters not in the file, and the report.
+
+    Raises UserError naming a tensor that is missing, of another shape, or unknown, beyond what `kind` explains.
+    """
+    parameters = dict(model.named_parameters())
+    loaded, ignored, unknown = set(), [], []
+    for file in weight_files(directory):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                stored = list(tensors.keys())
+                headless = not any(name.startswith(kind.prefix) for name in stored)
+                for stored_name in stored:
+                    name = stored_name
+                    for pattern, replacement in kind.renamed:
+                        name = re.sub(pattern, replacement, name)
+                    if headless and kind.prefix + name in parameters:
+                        name = kind.prefix + name
+                    if name in parameters:
+                        shape, wanted = tuple(tensors.get_slice(stored_name).get_shape()), tuple(parameters[name].shape)
+                        if shape != wanted:
+                            raise UserError(
+                                f"{file}: {stored_name} has shape {shape}, the model wants {wanted}; "
+                                "is config.json of another size, or the number of classes another?"
+                            )
+                        parameters[name].copy_(tensors.get_tensor(stored_name))
+                        loaded.add(name)
+                    elif (kind.prefix * headless + name).startswith(kind.ignored):
+                        ignored.append(stored_name)
+                    else:
+                        unknown.append(stored_name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: not a readable safetensors file ({error}); download or save it again") from None
+    fresh = parameters.keys() - loaded
+    missing = sorted(name for name in fresh if not name.startswith(kind.fresh))
+    if missing:
+        raise UserError(f"{directory}: {missing[0]} and {len(missing) - 1} other tensors are missing; pass complete weights")
+    if unknown:
+        raise UserError(f"{directory}: unknown tensor {unknown[0]} and {len(unknown) - 1} others; is it another architecture?")
+
+    def listed(names):
+        names = sorted(names)
+        return f"{len(names)}" + (f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else "")
+
+    return fresh, f"weights: {len(loaded)} tensors loaded, fresh {listed(fresh)}, ignored {listed(ignored)}"
+
+
+def check_fits(config, tokenizer: Tokenizer, max_length: int) -> None:
+    """Raises UserError where ids or positions would fall outside the embeddings."""
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"--model: its tokenizer has {len(tokenizer)} tokens, its embedding only {config.vocab_size} rows; pass files that fit"
+        )
+    if max_length > config.max_position_embeddings:
+        raise UserError(
+            f"--max-length: {max_length} is more than the model's {config.max_position_embeddings} positions; pass less"
+        )
+
+
+def save_model(model: nn.Module, config: dict, tokenizer: Tokenizer, directory: Path) -> None:
+    """Writes config.json, model.safetensors and the tokenizer; the weights aside first, so that they are whole or absent."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tensors(dict(model.named_parameters()), directory / ".model.tmp")
+    (directory / ".model.tmp").replace(directory / "model.safetensors")
+    tokenizer.save(directory)
+    (directory / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Writes a safetensors file; raises OSError (the library has an error of its own for a full disk)."""
+    try:
+        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        file.unlink(missing_ok=True)
+        raise OSError(f"{file}: {error}") from None

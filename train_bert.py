@@ -1,0 +1,260 @@
+"""Fine-tune BERT with a linear head for text classification, in raw PyTorch.
+
+    python train_bert.py                                        # the published experiment: bert-base-cased on AG News
+    python train_bert.py --model DIR --data DIR                 # files instead of the hub
+    python train_bert.py --model tiny --data synthetic --epochs 1 --learning-rate 1e-3      # a minute, no network, no GPU
+    torchrun --nproc-per-node 2 train_bert.py                   # several devices, same result
+    python train_bert.py --resume runs/train_bert-...           # go on after a stop or a crash, exactly
+
+train_qwen.py keeps the same order of sections, so that a diff of the two is the comparison.
+"""
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from minicls import checkpoint, dist, plots, report, weights
+from minicls.config import UserError, parse, run, setting
+from minicls.data import Split, length_batches, load_data, pack, split_data, step_rows
+from minicls.logger import Logger
+from minicls.optim import cosine_lr, every_steps, make_optimizer
+from minicls.tokenizer import bert_rows, load_tokenizer, train_bert_tokenizer
+
+EVAL_TOKENS = 16_384  # tokens of an evaluation batch; its only effect is on memory and speed
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The defaults are the published experiment; what it did not name is the HF Trainer's default."""
+
+    model: str = setting("google-bert/bert-base-cased", "hub id, directory, or tiny")
+    init: str = setting(
+        "pretrained", "random keeps the model's size and tokenizer, not its weights", choices=("pretrained", "random")
+    )
+    data: str = setting("fancyzhx/ag_news", "hub id, directory, or synthetic")
+    text_column: str = setting("text", "column of the texts")
+    label_column: str = setting("label", "column of the labels: class indices or class names")
+    label_names: tuple[str, ...] | None = setting(None, "class names in the order of their indices")
+    output_dir: str | None = setting(None, "run directory, new or empty; off: runs/train_bert-<time>")
+    epochs: float = setting(5.0, "passes over the training rows", minimum=0)
+    max_steps: int | None = setting(None, "optimizer steps, whatever --epochs says", minimum=1)
+    global_batch_size: int = setting(64, "rows of an optimizer step, over all ranks", minimum=1)
+    micro_batch_size: int = setting(64, "rows of one forward pass, at most what a rank gets of a step", minimum=1)
+    learning_rate: float = setting(1e-5, "peak of the cosine schedule", minimum=0)
+    warmup_ratio: float = setting(0.0, "share of the steps that the learning rate rises over", minimum=0, maximum=1)
+    weight_decay: float = setting(1e-6, "of matrices and embeddings, not of biases and norms", minimum=0)
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", minimum=0)
+    max_length: int = setting(512, "tokens of a row, [CLS] and [SEP] included", minimum=3)
+    long_text: str = setting("head", "what is kept of a longer text", choices=("head", "head-tail"))
+    eval_every: float = setting(0.1, "steps, or below 1 a share of all steps; 0: after the last step only", minimum=0)
+    save_every: float = setting(0.1, "likewise, for checkpoints", minimum=0)
+    keep_checkpoints: int = setting(2, "newest checkpoints to keep, beside the best on validation", minimum=1)
+    log_every: int = setting(10, "steps between lines of metrics.jsonl", minimum=1)
+    validation_size: int = setting(0, "training rows to hold out and choose the step by; 0: the last step counts", minimum=0)
+    max_train_rows: int | None = setting(None, "use a stratified part of the training rows", minimum=1)
+    max_eval_rows: int | None = setting(None, "use a stratified part of the test rows", minimum=1)
+    dtype: str = setting("bf16", "bf16 is autocast over fp32 weights", choices=("bf16", "fp32"))
+    device: str | None = setting(None, "cpu, cuda or cuda:N; off: cuda if there is one")
+    threads: int | None = setting(None, "CPU threads; off: torch's choice", minimum=1)
+    compile: bool = setting(False, "torch.compile the model")
+    activation_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
+    seed: int = setting(42, "of the order of rows, dropout and fresh weights", minimum=0)
+    eval_only: bool = setting(False, "no training: test --model as it is, or the checkpoints of --resume")
+    resume: str | None = setting(None, "run directory to go on with, under its own settings")
+
+
+# --model tiny: big enough to learn the synthetic texts, small enough for a minute on a CPU.
+TINY = {
+    "model_type": "bert",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "max_position_embeddings": 512,
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    # 1. Settings, ranks, the run to resume.
+    s = parse(Settings, argv, __doc__)
+    previous = checkpoint.open_run(Path(s.resume)) if s.resume else None
+    if previous and previous.finished and not s.eval_only:
+        print(f"{s.resume} is finished; its results are in {previous.dir / 'results.json'}")
+        return
+    device = dist.start(s.device, s.threads)
+    grad_accum_steps = dist.grad_accum_steps(s.global_batch_size, s.micro_batch_size)
+
+    # 2. Tokenizer, data, model, optimizer.
+    data = load_data(s.data, s.text_column, s.label_column, s.label_names)
+    data, validation = split_data(data, s.validation_size, s.max_train_rows, s.max_eval_rows)
+    if previous and previous.info["data_fingerprint"] != data.fingerprint():
+        raise UserError(f"--data: {s.data} has other rows than {s.resume} was started on; restore them or start a new run")
+    if previous and previous.newest:
+        directory, revision = previous.newest, previous.info["revision"]
+    else:
+        directory, revision = (None, None) if s.model == "tiny" else weights.find_model(s.model)
+    tokenizer = load_tokenizer(directory) if directory else train_bert_tokenizer(data.train.texts, vocab_size=2000)
+    config = weights.read_config(directory) if directory else TINY | {"vocab_size": len(tokenizer)}
+    trained_labels = config.get("id2label")
+    config |= weights.label_config(data.label_names)
+    random = s.init == "random" and not (previous and previous.newest)
+    model, fresh, load_report = weights.build_model(weights.BERT, config, None if random else directory, s.seed, device)
+    weights.check_fits(model.config, tokenizer, s.max_length)
+    if s.eval_only and (fresh or trained_labels != config["id2label"]):
+        raise UserError(f"--eval-only: {s.model} was not trained on the classes {', '.join(data.label_names)[:80]}; train it first")
+    model.bert.activation_checkpointing = s.activation_checkpointing
+    forward = torch.compile(model, dynamic=True) if s.compile else model
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bf16")
+    optimizer = make_optimizer(model, s.learning_rate, s.weight_decay)
+
+    total_steps = s.max_steps or math.ceil(s.epochs * math.ceil(len(data.train) / s.global_batch_size))
+    eval_every, save_every = every_steps(s.eval_every, total_steps), every_steps(s.save_every, total_steps)
+    state = {"step": 0, "train_seconds": 0.0, "eval_seconds": 0.0, "samples": 0, "tokens": 0}
+    state |= {"best_on_validation": None, "best_on_test": None}  # [step, macro F1]
+    if previous and previous.newest:
+        state = checkpoint.load_state(directory, model, optimizer)
+    run_dir = None
+    if dist.is_first():
+        run_dir = previous.dir if previous else checkpoint.new_run_dir(s.output_dir, "train_bert")
+        if not previous:
+            about = {"total_steps": total_steps, "revision": revision, "data_revision": data.revision}
+            about |= {"data_fingerprint": data.fingerprint(), "num_train_rows": len(data.train)}
+            checkpoint.write_run_info(run_dir, dataclasses.asdict(s), device, about)
+    logger = Logger(run_dir, state["step"], total_steps, drop_later=not s.eval_only)
+
+    def tokenize(split: Split, name: str) -> list[list[int]]:
+        rows, cut = bert_rows(tokenizer, split.texts, s.max_length, s.long_text)
+        logger.print(f"{name}: {len(rows):,} rows, {sum(map(len, rows)):,} tokens, {cut:,} rows cut to {s.max_length}")
+        return rows
+
+    train_rows = tokenize(data.train, "train")
+    eval_splits = {"validation": (validation, tokenize(validation, "validation"))} if validation else {}
+    eval_splits["test"] = (data.test, tokenize(data.test, "test"))
+    logger.print(f"example: {data.label_names[data.train.labels[0]]} <- {tokenizer.decode(train_rows[0])[:300]}")
+    logger.print(f"{s.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {load_report}; {dist.device_name(device)}")
+
+    # 3. The loss of one batch.
+    def loss_sum(rows: np.ndarray) -> torch.Tensor:
+        """The summed cross-entropy of some training rows."""
+        with autocast:
+            logits = forward(*pack([train_rows[row] for row in rows], device))  # (B, C) fp32
+        return F.cross_entropy(logits, torch.from_numpy(data.train.labels[rows]).to(device), reduction="sum")
+
+    # 4. Evaluation.
+    @torch.inference_mode()
+    def logits_of(rows: list[list[int]]) -> torch.Tensor:
+        """The logits (n, C) fp32 of tokenized rows, on the CPU. Ranks take batches in turn; each ends up with all."""
+        model.eval()
+        logits = torch.zeros(len(rows), len(data.label_names), device=device)
+        for batch in length_batches(rows, EVAL_TOKENS)[dist.rank() :: dist.world_size()]:
+            with autocast:
+                logits[torch.from_numpy(batch).to(device)] = model(*pack([rows[row] for row in batch], device))
+        model.train()
+        return dist.all_sum(logits).cpu()  # a row is zero on all ranks but one, so the sum is exact
+
+    def evaluate() -> torch.Tensor:
+        """Evaluates all splits, logs them, keeps the best steps in `state`; returns the test logits."""
+        started = time.perf_counter()
+        for name, (split, rows) in eval_splits.items():
+            logits = logits_of(rows)
+            scores, _ = report.evaluate_logits(logits, split.labels)
+            logger.event("eval", state["step"], split=name, **scores)
+            logger.print(f"step {state['step']} {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+            best = state[f"best_on_{name}"]
+            if best is None or scores["f1"] > best[1]:
+                state[f"best_on_{name}"] = [state["step"], scores["f1"]]
+        state["eval_seconds"] += time.perf_counter() - started
+        return logits
+
+    def save(directory: Path) -> None:
+        weights.save_model(model, config, tokenizer, directory)
+
+    # 5. The loop: lr -> micro-batches -> clip -> step -> log -> evaluate and save at intervals.
+    model.train()
+    test_logits = None
+    with checkpoint.stop_on_signal() as stop:
+        started, logged = time.perf_counter(), dict(state)
+        for step in range(total_steps if s.eval_only else state["step"], total_steps):
+            for group in optimizer.param_groups:
+                group["lr"] = cosine_lr(step, total_steps, s.learning_rate, s.warmup_ratio)
+            window = step_rows(step, len(train_rows), s.global_batch_size, s.seed)
+            shares = np.array_split(window, grad_accum_steps * dist.world_size())
+            step_loss = torch.zeros((), device=device)
+            for micro_step in range(grad_accum_steps):
+                rows = shares[micro_step * dist.world_size() + dist.rank()]
+                checkpoint.seed_everything(s.seed, step, micro_step, dist.rank())
+                if len(rows):  # the last window of an epoch may be too short for everyone
+                    loss = loss_sum(rows) / len(window)
+                    loss.backward()
+                    step_loss += loss.detach()
+            dist.sum_gradients(model)
+            step_loss = dist.all_sum(step_loss).item()
+            if not math.isfinite(step_loss):
+                raise UserError(
+                    f"--learning-rate: the loss became {step_loss} at step {step + 1}; lower {s.learning_rate} "
+                    f"or try --dtype fp32 (the checkpoints before it are in {run_dir})"
+                )
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            state["step"] = step + 1
+            state["samples"] += len(window)
+            state["tokens"] += sum(len(train_rows[row]) for row in window)
+            state["train_seconds"] += time.perf_counter() - started
+            seconds = state["train_seconds"] - logged["train_seconds"]
+            rates = {f"{unit}_per_second": (state[unit] - logged[unit]) / seconds for unit in ("samples", "tokens")}
+            logger.progress(loss=f"{step_loss:.4f}", samples_per_second=f"{rates['samples_per_second']:.1f}")
+            if state["step"] % s.log_every == 0 or state["step"] == total_steps:
+                epoch, lr = state["samples"] / len(train_rows), optimizer.param_groups[0]["lr"]
+                values = {"epoch": epoch, "loss": step_loss, "learning_rate": lr, "grad_norm": grad_norm.item()} | rates
+                logger.event("train", state["step"], **values, train_seconds=state["train_seconds"])
+                logged = dict(state)
+            last, interrupted = state["step"] == total_steps, dist.any_rank(stop.is_set(), device)
+            if last or (eval_every and state["step"] % eval_every == 0):
+                test_logits = evaluate()
+            best_step = state["best_on_validation"][0] if state["best_on_validation"] else None
+            due = last or interrupted or best_step == state["step"] or (save_every and state["step"] % save_every == 0)
+            if due and dist.is_first():
+                checkpoint.save_checkpoint(run_dir, save, model, optimizer, state, s.keep_checkpoints, best_step)
+            if interrupted and not last:
+                logger.close()
+                logger.print(
+                    f"stopped at step {state['step']} of {total_steps}; go on with: python train_bert.py --resume {run_dir}"
+                )
+                dist.stop()
+                raise SystemExit(130)
+            started = time.perf_counter()
+
+    # 6. Final test and results.json.
+    headline_step = state["best_on_validation"][0] if state["best_on_validation"] else state["step"]
+    if headline_step != state["step"]:
+        if dist.is_first():
+            weights.load_weights(model, checkpoint.checkpoints(run_dir)[headline_step], weights.BERT)
+        dist.broadcast_model(model)
+        test_logits = None
+    if test_logits is None:
+        started = time.perf_counter()
+        test_logits = logits_of(eval_splits["test"][1])
+        state["eval_seconds"] += time.perf_counter() - started
+    logger.close()
+    if dist.is_first():
+        save(run_dir)
+        results = report.write_results(run_dir, data, test_logits, state, headline_step, device)
+        curves, confusion = (
+            plots.plot_curves(run_dir),
+            plots.plot_confusion(results["confusion"], data.label_names, run_dir / "confusion.png"),
+        )
+        logger.print(report.summary(results))
+        logger.print(f"curves: {curves}\nconfusion matrix: {confusion}")
+    dist.stop()
+
+
+if __name__ == "__main__":
+    run(main)
