@@ -113,7 +113,10 @@ def main(argv: list[str] | None = None) -> None:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bf16")
     optimizer = make_optimizer(model, s.learning_rate, s.weight_decay)
 
-    total_steps = s.max_steps or math.ceil(s.epochs * math.ceil(len(data.train) / s.global_batch_size))
+    # An evaluation is a run of no steps; one of a resumed run leaves the number of its steps alone.
+    total_steps = (
+        0 if s.eval_only and not previous else s.max_steps or math.ceil(s.epochs * math.ceil(len(data.train) / s.global_batch_size))
+    )
     eval_every, save_every = every_steps(s.eval_every, total_steps), every_steps(s.save_every, total_steps)
     state = {"step": 0, "train_seconds": 0.0, "eval_seconds": 0.0, "samples": 0, "tokens": 0}
     state |= {"best_on_validation": None, "best_on_test": None}  # [step, macro F1]
@@ -180,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
     test_logits = None
     with checkpoint.stop_on_signal() as stop:
         started, logged = time.perf_counter(), dict(state)
-        for step in range(total_steps if s.eval_only else state["step"], total_steps):
+        for step in range(state["step"], 0 if s.eval_only else total_steps):
             for group in optimizer.param_groups:
                 group["lr"] = cosine_lr(step, total_steps, s.learning_rate, s.warmup_ratio)
             window = step_rows(step, len(train_rows), s.global_batch_size, s.seed)
@@ -225,14 +228,17 @@ def main(argv: list[str] | None = None) -> None:
                 checkpoint.save_checkpoint(run_dir, save, model, optimizer, state, s.keep_checkpoints, best_step)
             if interrupted and not last:
                 logger.close()
-                logger.print(
-                    f"stopped at step {state['step']} of {total_steps}; go on with: python train_bert.py --resume {run_dir}"
-                )
+                logger.print(f"stopped at step {step + 1} of {total_steps}; go on: python train_bert.py --resume {run_dir}")
                 dist.stop()
                 raise SystemExit(130)
             started = time.perf_counter()
 
     # 6. Final test and results.json.
+    if s.eval_only:
+        for step, checkpoint_dir in checkpoint.checkpoints(previous.dir).items() if previous else [(0, directory)]:
+            weights.load_weights(model, checkpoint_dir, weights.BERT)
+            state["step"] = step
+            test_logits = evaluate()
     headline_step = state["best_on_validation"][0] if state["best_on_validation"] else state["step"]
     if headline_step != state["step"]:
         if dist.is_first():
@@ -247,12 +253,9 @@ def main(argv: list[str] | None = None) -> None:
     if dist.is_first():
         save(run_dir)
         results = report.write_results(run_dir, data, test_logits, state, headline_step, device)
-        curves, confusion = (
-            plots.plot_curves(run_dir),
-            plots.plot_confusion(results["confusion"], data.label_names, run_dir / "confusion.png"),
-        )
         logger.print(report.summary(results))
-        logger.print(f"curves: {curves}\nconfusion matrix: {confusion}")
+        logger.print(f"curves: {plots.plot_curves(run_dir)}")
+        logger.print(f"confusion matrix: {plots.plot_confusion(results['confusion'], data.label_names, run_dir)}")
     dist.stop()
 
 

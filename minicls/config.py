@@ -115,4 +115,7 @@ def run(main: Callable[[list[str] | None], int | None]) -> None:
         remedy = "" if isinstance(error, UserError) else "; check the path, its permissions and the space on its disk"
         print(f"error: {error}{remedy}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
     sys.exit(code)

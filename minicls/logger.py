@@ -56,12 +56,13 @@ class Logger:
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
-    """The events of metrics.jsonl. A last line torn by a kill is left out."""
-    events = []
+    """The events of metrics.jsonl in order. A last line torn by a kill is left out; of a step evaluated twice, the later counts."""
+    events = {}
     path = run_dir / "metrics.jsonl"
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
-            events.append(json.loads(line))
+            event = json.loads(line)
+            events[event["event"], event.get("split"), event["step"]] = event
         except ValueError:
             break
-    return events
+    return [*events.values()]

@@ -42,8 +42,8 @@ def plot_curves(run_dir: Path) -> Path:
     return run_dir / "curves.png"
 
 
-def plot_confusion(confusion: Sequence[Sequence[int]], label_names: Sequence[str], file: Path) -> Path:
-    """A picture of a (C, C) confusion matrix; shade is the share of the true class, so that small classes show."""
+def plot_confusion(confusion: Sequence[Sequence[int]], label_names: Sequence[str], run_dir: Path) -> Path:
+    """confusion.png: a picture of a (C, C) confusion matrix; shade is the share of the true class, so that small classes show."""
     plt = _pyplot()
     counts = np.asarray(confusion)
     C = len(counts)
@@ -59,6 +59,6 @@ def plot_confusion(confusion: Sequence[Sequence[int]], label_names: Sequence[str
         for i, j in np.argwhere(counts):
             dark = counts[i, j] > 0.5 * counts[i].sum()
             axes.text(j, i, counts[i, j], ha="center", va="center", color="white" if dark else "black", fontsize=small)
-    figure.savefig(file, dpi=120)
+    figure.savefig(run_dir / "confusion.png", dpi=120)
     plt.close(figure)
-    return file
+    return run_dir / "confusion.png"

@@ -1,0 +1,38 @@
+"""Shared by all tests: one thread, no network, and a tiny trained run.   python -m pytest tests"""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the project is run from its checkout
+# Before torch is imported: many tiny products gain nothing from a second thread, and waiting threads burn the other core.
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+# A run of the real script that takes a second or two.
+TINY = ["--model", "tiny", "--data", "synthetic", "--device", "cpu", "--threads", "1", "--learning-rate", "1e-3"]
+TINY += ["--max-train-rows", "256", "--max-eval-rows", "100", "--global-batch-size", "32", "--micro-batch-size", "32"]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """A folder with real data and tokenizers, where the machine has one."""
+    folder = os.environ.get("MINICLS_SHARED")
+    if not folder:
+        pytest.skip("MINICLS_SHARED names no folder with real data")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def bert_run(tmp_path_factory) -> Path:
+    """A finished run of train_bert.py (16 steps, fp32)."""
+    import train_bert
+
+    run_dir = tmp_path_factory.mktemp("bert") / "run"
+    train_bert.main([*TINY, "--max-steps", "16", "--dtype", "fp32", "--eval-every", "0.5", "--output-dir", str(run_dir)])
+    return run_dir
