@@ -21,12 +21,11 @@ import torch.nn.functional as F
 
 from minicls import checkpoint, dist, plots, report, weights
 from minicls.config import UserError, parse, run, setting
-from minicls.data import Split, length_batches, load_data, pack, split_data, step_rows
+from minicls.data import Split, load_data, pack, split_data, step_rows
 from minicls.logger import Logger
 from minicls.optim import cosine_lr, every_steps, make_optimizer
+from minicls.predict import classify_rows
 from minicls.tokenizer import bert_rows, load_tokenizer, train_bert_tokenizer
-
-EVAL_TOKENS = 16_384  # tokens of an evaluation batch; its only effect is on memory and speed
 
 
 @dataclass(frozen=True)
@@ -150,16 +149,13 @@ def main(argv: list[str] | None = None) -> None:
         return F.cross_entropy(logits, torch.from_numpy(data.train.labels[rows]).to(device), reduction="sum")
 
     # 4. Evaluation.
-    @torch.inference_mode()
     def logits_of(rows: list[list[int]]) -> torch.Tensor:
-        """The logits (n, C) fp32 of tokenized rows, on the CPU. Ranks take batches in turn; each ends up with all."""
+        """The logits (n, C) fp32 of tokenized rows, on every rank's CPU."""
         model.eval()
-        logits = torch.zeros(len(rows), len(data.label_names), device=device)
-        for batch in length_batches(rows, EVAL_TOKENS)[dist.rank() :: dist.world_size()]:
-            with autocast:
-                logits[torch.from_numpy(batch).to(device)] = model(*pack([rows[row] for row in batch], device))
+        with autocast:
+            logits = classify_rows(model, rows, device)
         model.train()
-        return dist.all_sum(logits).cpu()  # a row is zero on all ranks but one, so the sum is exact
+        return logits
 
     def evaluate() -> torch.Tensor:
         """Evaluates all splits, logs them, keeps the best steps in `state`; returns the test logits."""
@@ -217,7 +213,8 @@ def main(argv: list[str] | None = None) -> None:
             if state["step"] % s.log_every == 0 or state["step"] == total_steps:
                 epoch, lr = state["samples"] / len(train_rows), optimizer.param_groups[0]["lr"]
                 values = {"epoch": epoch, "loss": step_loss, "learning_rate": lr, "grad_norm": grad_norm.item()} | rates
-                logger.event("train", state["step"], **values, train_seconds=state["train_seconds"])
+                memory = dist.peak_memory_bytes(device)
+                logger.event("train", state["step"], **values, train_seconds=state["train_seconds"], peak_memory_bytes=memory)
                 logged = dict(state)
             last, interrupted = state["step"] == total_steps, dist.any_rank(stop.is_set(), device)
             if last or (eval_every and state["step"] % eval_every == 0):

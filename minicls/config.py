@@ -24,8 +24,12 @@ def setting(default, help: str, *, choices: tuple | None = None, minimum: float 
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "minimum": minimum, "maximum": maximum})
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is a UserError (one line) instead of a usage text, and a typo is met with a guess."""
+
+    def __init__(self, prog: str | None = None, description: str | None = None, **options):
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(prog=prog, description=description, allow_abbrev=False, **options)
 
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
@@ -53,7 +57,7 @@ def parse(cls: type, argv: list[str] | None = None, description: str | None = No
     `--eval-only` and `--device` may be given, so that a resumed run cannot silently become another experiment.
     Raises UserError for unknown flags and for values of the wrong type or outside their bounds.
     """
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description)
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         kind, several = _value_type(hints[field.name])

@@ -144,10 +144,8 @@ def _read_split(directory: Path, split: str, text_column: str, label_column: str
         raise UserError(f"{directory}: {files[0].name} and {files[-1].name} both hold {split} rows; keep one kind in one place")
     texts, labels, places = [], [], []
     for file in files:
-        for text, label, place in _READERS[file.suffix[1:]](file, text_column, label_column):
-            if not isinstance(text, str):
-                raise UserError(f"{place}: {text_column} is {text!r}, not a text; mend the row or name a column with --text-column")
-            texts.append(text)
+        for (text, label), place in _READERS[file.suffix[1:]](file, {"--text-column": text_column, "--label-column": label_column}):
+            texts.append(_checked_text(text, place))
             labels.append(label)
             places.append(place)
     if not texts:
@@ -155,7 +153,23 @@ def _read_split(directory: Path, split: str, text_column: str, label_column: str
     return _Columns(texts, labels, places, files)
 
 
-def _read_parquet(file: Path, text_column: str, label_column: str):
+def read_texts(file: Path, text_column: str) -> list[str]:
+    """The texts of one parquet, CSV or JSONL file, labels or none, or the lines of a .txt file."""
+    if file.suffix[1:] not in FORMATS:
+        return _read_text(file).removesuffix("\n").split("\n")
+    return [_checked_text(text, place) for (text,), place in _READERS[file.suffix[1:]](file, {"--text-column": text_column})]
+
+
+def _checked_text(text, place: str) -> str:
+    if not isinstance(text, str):
+        raise UserError(f"{place}: the text is {text!r}; mend the row, or name another column with --text-column")
+    return text
+
+
+# The readers yield (values of the wanted columns, place of the row). `columns` maps the flag that named a column to its name.
+
+
+def _read_parquet(file: Path, columns: dict[str, str]):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -163,54 +177,54 @@ def _read_parquet(file: Path, text_column: str, label_column: str):
         table = pq.read_table(file)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]}); write it again") from None
-    columns = []
-    for name, flag in ((text_column, "--text-column"), (label_column, "--label-column")):
-        _check_column(file, table.column_names, name, flag)
+    _check_columns(file, table.column_names, columns)
+    values = []
+    for name in columns.values():
         try:
-            columns.append(table[name].to_pylist())
+            values.append(table[name].to_pylist())
         except UnicodeDecodeError:
             for row, value in enumerate(table[name]):
                 try:
                     value.as_py()
                 except UnicodeDecodeError as error:
                     raise UserError(f"{file}, row {row}: {name} is not UTF-8 ({error.reason}); convert the file") from None
-    for row, (text, label) in enumerate(zip(*columns, strict=True)):
-        yield text, label, f"{file}, row {row}"
+    for row, wanted in enumerate(zip(*values, strict=True)):
+        yield wanted, f"{file}, row {row}"
 
 
-def _read_csv(file: Path, text_column: str, label_column: str):
+def _read_csv(file: Path, columns: dict[str, str]):
     csv.field_size_limit(1 << 30)  # the default refuses articles above 128 KiB
     reader = csv.reader(io.StringIO(_read_text(file), newline=""), strict=True)
     line = 1
     try:
         header = next(reader, [])
-        _check_column(file, header, text_column, "--text-column")
-        _check_column(file, header, label_column, "--label-column")
-        text_at, label_at = header.index(text_column), header.index(label_column)
+        _check_columns(file, header, columns)
+        at = [header.index(name) for name in columns.values()]
         line = reader.line_num + 1
         for row in reader:
-            if len(row) != len(header) and row:  # an empty line is no row
+            if row and len(row) != len(header):  # an empty line is no row
                 raise UserError(f"{file}, line {line}: {len(row)} fields, the header has {len(header)}; mend or quote the row")
             if row:
-                yield row[text_at], row[label_at], f"{file}, line {line}"
+                yield [row[i] for i in at], f"{file}, line {line}"
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{file}, line {line}: not valid CSV ({error}); mend or quote the row") from None
 
 
-def _read_jsonl(file: Path, text_column: str, label_column: str):
+def _read_jsonl(file: Path, columns: dict[str, str]):
     # Not str.splitlines: JSON allows U+2028 and its like inside strings.
     for number, line in enumerate(_read_text(file).split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{file}, line {number}: not valid JSON ({error}); mend the row") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{file}, line {number}: not a JSON object; write one object a line")
-            _check_column(f"{file}, line {number}", list(row), text_column, "--text-column")
-            _check_column(f"{file}, line {number}", list(row), label_column, "--label-column")
-            yield row[text_column], row[label_column], f"{file}, line {number}"
+        if not line.strip():
+            continue
+        place = f"{file}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{place}: not valid JSON ({error}); mend the row") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: not a JSON object; write one object a line")
+        _check_columns(place, list(row), columns)
+        yield [row[name] for name in columns.values()], place
 
 
 _READERS = {"parquet": _read_parquet, "csv": _read_csv, "jsonl": _read_jsonl}
@@ -225,9 +239,10 @@ def _read_text(file: Path) -> str:
         raise UserError(f"{file}, line {line}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
 
 
-def _check_column(place, names: list[str], name: str, flag: str) -> None:
-    if name not in names:
-        raise UserError(f"{place}: no column {name!r} among {', '.join(names)[:120]}; name the right one with {flag}")
+def _check_columns(place, names: list[str], columns: dict[str, str]) -> None:
+    for flag, name in columns.items():
+        if name not in names:
+            raise UserError(f"{place}: no column {name!r} among {', '.join(names)[:120]}; name the right one with {flag}")
 
 
 def _as_index(label) -> int | None:

@@ -13,7 +13,9 @@ from minicls.config import UserError
 
 def start(device: str | None, threads: int | None = None) -> torch.device:
     """Picks the device of this rank and joins the process group if torchrun set one up (nccl on CUDA, gloo on CPU)."""
-    if threads:
+    if threads is not None:
+        if threads < 1:
+            raise UserError(f"--threads: {threads} is too small; pass at least 1")
         torch.set_num_threads(threads)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,77 @@
+"""`python -m minicls predict`.   python -m pytest tests/test_predict.py"""
+
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from minicls.__main__ import main
+from minicls.config import UserError
+from minicls.data import load_data, split_data
+from tests.conftest import ROOT
+
+
+def lines(capsys, *argv) -> list[str]:
+    main(["predict", *map(str, argv), "--device", "cpu"])
+    return capsys.readouterr().out.rstrip("\n").split("\n")
+
+
+def test_predicts_what_the_run_predicted(bert_run, tmp_path, capsys):
+    """The run's own test texts give the labels and probabilities of its predictions.parquet, whatever the batch."""
+    test = split_data(load_data("synthetic"), max_eval_rows=100)[0].test
+    file = tmp_path / "news.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in test.texts))
+    rows = [json.loads(line) for line in lines(capsys, bert_run, file, "--format", "jsonl")]
+    saved = pq.read_table(bert_run / "predictions.parquet").to_pydict()
+    assert [row["text"] for row in rows] == test.texts
+    names = list(rows[0]["probabilities"])
+    assert [names.index(row["label"]) for row in rows] == saved["prediction"]
+    expected = np.stack([saved[f"probability_{c}"] for c in range(4)], axis=1)
+    # fp32 probabilities as stored; batches of another composition round differently.
+    np.testing.assert_allclose([list(row["probabilities"].values()) for row in rows], expected, atol=1e-6)
+
+
+def test_texts_files_and_standard_input_agree(bert_run, tmp_path, capsys, monkeypatch):
+    texts = ["Shares fell.", "the striker, again"]
+    (tmp_path / "a.csv").write_text('text,other\nShares fell.,1\n"the striker, again",2\n')
+    (tmp_path / "b.txt").write_text("\n".join(texts) + "\n")
+    wanted = lines(capsys, bert_run, *texts)
+    assert wanted[0].split()[:2] == ["label", "probability"] and len(wanted) == 3
+    assert lines(capsys, bert_run, tmp_path / "a.csv") == wanted
+    assert lines(capsys, bert_run, tmp_path / "b.txt") == wanted
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(texts) + "\n"))
+    assert lines(capsys, bert_run) == wanted
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["nowhere", "a text"], ["nowhere", "no such run"]),
+        (["RUN", "missing.csv"], ["missing.csv", "no such file"]),
+        (["RUN", "--format", "xml"], ["--format", "xml"]),
+        (["RUN", "a text", "--threads", "0"], ["--threads", "0"]),
+        (["RUN", "a text", "--device", "tpu"], ["--device", "tpu"]),
+    ],
+)
+def test_mistakes(argv, parts, bert_run):
+    with pytest.raises(UserError) as error:
+        main(["predict", *(str(bert_run) if a == "RUN" else a for a in argv)])
+    assert all(part in str(error.value) for part in parts)
+
+
+def test_untrained_model_and_missing_column(bert_run, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        main(["predict", str(tmp_path), "a text"])
+    (tmp_path / "a.csv").write_text("body\nhello\n")
+    with pytest.raises(UserError, match="--text-column"):
+        main(["predict", str(bert_run), str(tmp_path / "a.csv")])
+
+
+def test_a_mistake_is_one_line_and_exit_code_2():
+    done = subprocess.run([sys.executable, "-m", "minicls", "predict", "nowhere", "x"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "error: nowhere: no such run directory; check the path\n"
