@@ -90,14 +90,15 @@ def main(argv: list[str] | None = None) -> None:
     grad_accum_steps = dist.grad_accum_steps(s.global_batch_size, s.micro_batch_size)
 
     # 2. Tokenizer, data, model, optimizer.
-    data = load_data(s.data, s.text_column, s.label_column, s.label_names)
+    pinned = previous.info if previous else {"revision": None, "data_revision": None}  # the hub's commits
+    data = load_data(s.data, s.text_column, s.label_column, s.label_names, pinned["data_revision"])
     data, validation = split_data(data, s.validation_size, s.max_train_rows, s.max_eval_rows)
     if previous and previous.info["data_fingerprint"] != data.fingerprint():
         raise UserError(f"--data: {s.data} has other rows than {s.resume} was started on; restore them or start a new run")
     if previous and previous.newest:
-        directory, revision = previous.newest, previous.info["revision"]
+        directory, revision = previous.newest, pinned["revision"]
     else:
-        directory, revision = (None, None) if s.model == "tiny" else weights.find_model(s.model)
+        directory, revision = (None, None) if s.model == "tiny" else weights.find_model(s.model, pinned["revision"])
     tokenizer = load_tokenizer(directory) if directory else train_bert_tokenizer(data.train.texts, vocab_size=2000)
     config = weights.read_config(directory) if directory else TINY | {"vocab_size": len(tokenizer)}
     trained_labels = config.get("id2label")
@@ -112,10 +113,9 @@ def main(argv: list[str] | None = None) -> None:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bf16")
     optimizer = make_optimizer(model, s.learning_rate, s.weight_decay)
 
-    # An evaluation is a run of no steps; one of a resumed run leaves the number of its steps alone.
-    total_steps = (
-        0 if s.eval_only and not previous else s.max_steps or math.ceil(s.epochs * math.ceil(len(data.train) / s.global_batch_size))
-    )
+    total_steps = s.max_steps or math.ceil(s.epochs * math.ceil(len(data.train) / s.global_batch_size))
+    if s.eval_only and not previous:
+        total_steps = 0  # a run of its own, complete without a step
     eval_every, save_every = every_steps(s.eval_every, total_steps), every_steps(s.save_every, total_steps)
     state = {"step": 0, "train_seconds": 0.0, "eval_seconds": 0.0, "samples": 0, "tokens": 0}
     state |= {"best_on_validation": None, "best_on_test": None}  # [step, macro F1]

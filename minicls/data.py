@@ -67,7 +67,13 @@ class _Columns:
     files: list[Path]
 
 
-def load_data(data: str, text_column: str = "text", label_column: str = "label", label_names: Sequence[str] | None = None) -> Data:
+def load_data(
+    data: str,
+    text_column: str = "text",
+    label_column: str = "label",
+    label_names: Sequence[str] | None = None,
+    revision: str | None = None,
+) -> Data:
     """Reads `--data`: `synthetic`, a directory, or a hub id. Raises UserError for anything a user can mend.
 
     Class names are `label_names`, else labels.txt, else the parquet metadata or the dataset card, else the labels
@@ -75,7 +81,7 @@ def load_data(data: str, text_column: str = "text", label_column: str = "label",
     """
     if data == "synthetic":
         return synthetic()
-    directory, revision = find_data(data)
+    directory, revision = find_data(data, revision)
     read = {split: _read_split(directory, split, text_column, label_column) for split in ("train", "test")}
     for columns in read.values():
         for label, place in zip(columns.labels, columns.places, strict=True):
@@ -106,16 +112,16 @@ def load_data(data: str, text_column: str = "text", label_column: str = "label",
     return Data(splits["train"], splits["test"], names, revision)
 
 
-def find_data(data: str) -> tuple[Path, str | None]:
-    """The directory that holds a data set, downloaded from the hub if need be, and the hub's commit."""
+def find_data(data: str, revision: str | None = None) -> tuple[Path, str | None]:
+    """The directory that holds a data set, downloaded from the hub if need be (at this commit), and the hub's commit."""
     path = Path(data).expanduser()
     if path.is_dir():
         return path, None
     patterns = [f"{folder}{split}*.{suffix}" for folder in ("", "data/") for split in ("train", "test") for suffix in FORMATS]
-    return download("--data", data, "dataset", [*patterns, "labels.txt", "README.md"])
+    return download("--data", data, "dataset", [*patterns, "labels.txt", "README.md"], revision)
 
 
-def download(flag: str, name: str, repo_type: str, patterns: list[str]) -> tuple[Path, str]:
+def download(flag: str, name: str, repo_type: str, patterns: list[str], revision: str | None) -> tuple[Path, str]:
     """Fetches files of a hub repository into huggingface-hub's cache; returns the snapshot's directory and commit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
@@ -123,7 +129,7 @@ def download(flag: str, name: str, repo_type: str, patterns: list[str]) -> tuple
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(f"{flag}: no directory {name}; pass an existing directory or a hub id such as org/name")
     try:
-        path = Path(snapshot_download(name, repo_type=repo_type, allow_patterns=patterns))
+        path = Path(snapshot_download(name, repo_type=repo_type, allow_patterns=patterns, revision=revision))
     except (RepositoryNotFoundError, HFValidationError):
         raise UserError(f"{flag}: {name} is neither a directory here nor a {repo_type} on the hub; check the name") from None
     except Exception as error:  # the hub client's own errors, its HTTP library's and the system's have no common base

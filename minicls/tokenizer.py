@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from minicls.config import UserError
 
@@ -109,5 +109,7 @@ def train_bert_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces[: max(vocab_size, len(special))]))}
     tokenizer.model = models.WordPiece(vocab, unk_token="[UNK]")
     tokenizer.add_special_tokens(special)
+    # Not for us, who put [CLS] and [SEP] in by id, but for who opens the saved file with transformers.
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"]))
     names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
     return Tokenizer(tokenizer.to_str(), {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, **names})

@@ -48,12 +48,12 @@ BERT = Architecture(
 )
 
 
-def find_model(model: str) -> tuple[Path, str | None]:
-    """The directory of `--model`, downloaded from the hub if need be, and the hub's commit."""
+def find_model(model: str, revision: str | None = None) -> tuple[Path, str | None]:
+    """The directory of `--model`, downloaded from the hub if need be (at this commit), and the hub's commit."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path, None
-    return download("--model", model, "model", ["*.json", "*.safetensors", "*.txt"])
+    return download("--model", model, "model", ["*.json", "*.safetensors"], revision)
 
 
 def read_config(directory: Path) -> dict:
@@ -201,6 +201,8 @@ def save_model(model: nn.Module, config: dict, tokenizer: Tokenizer, directory: 
     write_tensors(dict(model.named_parameters()), directory / ".model.tmp")
     (directory / ".model.tmp").replace(directory / "model.safetensors")
     tokenizer.save(directory)
+    config = {name: value for name, value in config.items() if name not in ("torch_dtype", "_name_or_path")}
+    config |= {"architectures": [type(model).__name__], "dtype": "float32", "pad_token_id": model.config.pad_token_id}
     (directory / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -12,7 +12,7 @@ import pytest
 from minicls.__main__ import main
 from minicls.config import UserError
 from minicls.data import load_data, split_data
-from tests.conftest import ROOT
+from conftest import ROOT
 
 
 def lines(capsys, *argv) -> list[str]:

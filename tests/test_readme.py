@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -18,7 +18,9 @@ SKIPPED = ("# needs", "# downloads")
 
 
 def commands(block: str) -> str:
-    return "\n".join(line for line in block.splitlines() if not any(mark in line for mark in SKIPPED) and not line.startswith("make "))
+    return "\n".join(
+        line for line in block.splitlines() if not any(mark in line for mark in SKIPPED) and not line.startswith("make ")
+    )
 
 
 @pytest.mark.slow
