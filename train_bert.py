@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from minicls import checkpoint, dist, plots, report, weights
 from minicls.config import UserError, parse, run, setting
-from minicls.data import Split, load_data, pack, split_data, step_rows
+from minicls.data import load_data, pack, split_data, step_rows
 from minicls.logger import Logger
 from minicls.optim import cosine_lr, every_steps, make_optimizer
 from minicls.predict import classify_rows
@@ -48,7 +48,7 @@ class Settings:
     learning_rate: float = setting(1e-5, "peak of the cosine schedule", minimum=0)
     warmup_ratio: float = setting(0.0, "share of the steps that the learning rate rises over", minimum=0, maximum=1)
     weight_decay: float = setting(1e-6, "of matrices and embeddings, not of biases and norms", minimum=0)
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", minimum=0)
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm; 0: they are not", minimum=0)
     max_length: int = setting(512, "tokens of a row, [CLS] and [SEP] included", minimum=3)
     long_text: str = setting("head", "what is kept of a longer text", choices=("head", "head-tail"))
     eval_every: float = setting(0.1, "steps, or below 1 a share of all steps; 0: after the last step only", minimum=0)
@@ -121,6 +121,9 @@ def main(argv: list[str] | None = None) -> None:
     state |= {"best_on_validation": None, "best_on_test": None}  # [step, macro F1]
     if previous and previous.newest:
         state = checkpoint.load_state(directory, model, optimizer)
+    splits = {"train": data.train} | ({"validation": validation} if validation else {}) | {"test": data.test}
+    tokenized = {name: bert_rows(tokenizer, split.texts, s.max_length, s.long_text) for name, split in splits.items()}
+    train_rows = tokenized["train"][0]
     run_dir = None
     if dist.is_first():
         run_dir = previous.dir if previous else checkpoint.new_run_dir(s.output_dir, "train_bert")
@@ -129,15 +132,8 @@ def main(argv: list[str] | None = None) -> None:
             about |= {"data_fingerprint": data.fingerprint(), "num_train_rows": len(data.train)}
             checkpoint.write_run_info(run_dir, dataclasses.asdict(s), device, about)
     logger = Logger(run_dir, state["step"], total_steps, drop_later=not s.eval_only)
-
-    def tokenize(split: Split, name: str) -> list[list[int]]:
-        rows, cut = bert_rows(tokenizer, split.texts, s.max_length, s.long_text)
+    for name, (rows, cut) in tokenized.items():
         logger.print(f"{name}: {len(rows):,} rows, {sum(map(len, rows)):,} tokens, {cut:,} rows cut to {s.max_length}")
-        return rows
-
-    train_rows = tokenize(data.train, "train")
-    eval_splits = {"validation": (validation, tokenize(validation, "validation"))} if validation else {}
-    eval_splits["test"] = (data.test, tokenize(data.test, "test"))
     logger.print(f"example: {data.label_names[data.train.labels[0]]} <- {tokenizer.decode(train_rows[0])[:300]}")
     logger.print(f"{s.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {load_report}; {dist.device_name(device)}")
 
@@ -147,6 +143,14 @@ def main(argv: list[str] | None = None) -> None:
         with autocast:
             logits = forward(*pack([train_rows[row] for row in rows], device))  # (B, C) fp32
         return F.cross_entropy(logits, torch.from_numpy(data.train.labels[rows]).to(device), reduction="sum")
+
+    def check_finite(value: float, what: str) -> None:
+        """Stops the run before a step or a checkpoint can be spoiled: the last good checkpoint stays the newest."""
+        if not math.isfinite(value):
+            raise UserError(
+                f"--learning-rate: the {what} became {value}; lower {s.learning_rate} or try --dtype fp32 "
+                f"(checkpoints from before it, if any, are in {run_dir})"
+            )
 
     # 4. Evaluation.
     def logits_of(rows: list[list[int]]) -> torch.Tensor:
@@ -160,9 +164,10 @@ def main(argv: list[str] | None = None) -> None:
     def evaluate() -> torch.Tensor:
         """Evaluates all splits, logs them, keeps the best steps in `state`; returns the test logits."""
         started = time.perf_counter()
-        for name, (split, rows) in eval_splits.items():
-            logits = logits_of(rows)
-            scores, _ = report.evaluate_logits(logits, split.labels)
+        for name in [*splits][1:]:  # validation, if any, then test
+            logits = logits_of(tokenized[name][0])
+            scores, _ = report.evaluate_logits(logits, splits[name].labels)
+            check_finite(scores["loss"], f"{name} loss")
             logger.event("eval", state["step"], split=name, **scores)
             logger.print(f"step {state['step']} {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
             best = state[f"best_on_{name}"]
@@ -194,12 +199,9 @@ def main(argv: list[str] | None = None) -> None:
                     step_loss += loss.detach()
             dist.sum_gradients(model)
             step_loss = dist.all_sum(step_loss).item()
-            if not math.isfinite(step_loss):
-                raise UserError(
-                    f"--learning-rate: the loss became {step_loss} at step {step + 1}; lower {s.learning_rate} "
-                    f"or try --dtype fp32 (the checkpoints before it are in {run_dir})"
-                )
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm)
+            check_finite(step_loss, f"loss of step {step + 1}")
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm or math.inf).item()
+            check_finite(grad_norm, f"gradient norm of step {step + 1}")
             optimizer.step()
             optimizer.zero_grad()
 
@@ -212,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
             logger.progress(loss=f"{step_loss:.4f}", samples_per_second=f"{rates['samples_per_second']:.1f}")
             if state["step"] % s.log_every == 0 or state["step"] == total_steps:
                 epoch, lr = state["samples"] / len(train_rows), optimizer.param_groups[0]["lr"]
-                values = {"epoch": epoch, "loss": step_loss, "learning_rate": lr, "grad_norm": grad_norm.item()} | rates
+                values = {"epoch": epoch, "loss": step_loss, "learning_rate": lr, "grad_norm": grad_norm} | rates
                 memory = dist.peak_memory_bytes(device)
                 logger.event("train", state["step"], **values, train_seconds=state["train_seconds"], peak_memory_bytes=memory)
                 logged = dict(state)
@@ -244,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
         test_logits = None
     if test_logits is None:
         started = time.perf_counter()
-        test_logits = logits_of(eval_splits["test"][1])
+        test_logits = logits_of(tokenized["test"][0])
         state["eval_seconds"] += time.perf_counter() - started
     logger.close()
     if dist.is_first():

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -26,6 +25,7 @@ from torch import nn
 import minicls
 from minicls import dist
 from minicls.config import UserError
+from minicls.data import derived_seed
 from minicls.weights import write_tensors
 
 
@@ -141,7 +141,7 @@ def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 def seed_everything(*numbers: int) -> None:
     """Seeds torch from (seed, step, micro-step, rank): dropout is then a function of the place in the run."""
-    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+    torch.manual_seed(derived_seed(*numbers))
 
 
 @contextlib.contextmanager

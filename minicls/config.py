@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import sys
 import types
 import typing
@@ -17,6 +18,9 @@ from pathlib import Path
 
 class UserError(Exception):
     """A user's mistake, told in one line: the flag or file, the value, and the remedy. Scripts exit with code 2."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))  # values and other libraries' messages may hold line breaks
 
 
 def setting(default, help: str, *, choices: tuple | None = None, minimum: float | None = None, maximum: float | None = None):
@@ -64,11 +68,12 @@ def parse(cls: type, argv: list[str] | None = None, description: str | None = No
         meta = field.metadata
         # SUPPRESS keeps flags that were not given out of the namespace: --resume has to know which were.
         options: dict = {"dest": field.name, "default": argparse.SUPPRESS}
-        shown = f"default: {'off' if field.default is None else field.default}".replace("%", "%%")
+        shown = ("" if kind is bool else f"{kind.__name__}, ") + f"default: {'off' if field.default is None else field.default}"
+        options["help"] = f"{meta['help']} ({shown})".replace("%", "%%")
         if kind is bool:
-            options |= {"action": argparse.BooleanOptionalAction, "help": f"{meta['help']} ({shown})"}
+            options |= {"action": argparse.BooleanOptionalAction}
         else:
-            options |= {"type": kind, "choices": meta["choices"], "help": f"{meta['help']} ({kind.__name__}, {shown})"}
+            options |= {"type": kind, "choices": meta["choices"]}
             options |= {"metavar": kind.__name__.upper()} if not meta["choices"] else {}
             options |= {"nargs": "+"} if several else {}
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
@@ -77,10 +82,11 @@ def parse(cls: type, argv: list[str] | None = None, description: str | None = No
         value, low, high = given.get(field.name), field.metadata["minimum"], field.metadata["maximum"]
         flag = "--" + field.name.replace("_", "-")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            # `not (value >= low)` rather than `value < low`: NaN fails it too.
-            if low is not None and not (value >= low):
+            if not math.isfinite(value):
+                raise UserError(f"{flag}: {value} is not a finite number; pass one")
+            if low is not None and value < low:
                 raise UserError(f"{flag}: {value} is too small; pass at least {low}")
-            if high is not None and not (value <= high):
+            if high is not None and value > high:
                 raise UserError(f"{flag}: {value} is too large; pass at most {high}")
     if given.get("resume") is None:
         return cls(**given)
@@ -98,7 +104,7 @@ def load(cls: type, path: Path):
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such run directory; check the path")
     try:
-        values = json.loads(path.read_text())["settings"]
+        values = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a readable run.json ({error}); is {path.parent} a run directory?") from None
     known = {field.name for field in dataclasses.fields(cls)}

@@ -41,7 +41,7 @@ class Split:
         """SHA-256 over texts and labels in their order: two runs with equal fingerprints saw the same rows."""
         digest = hashlib.sha256()
         for text, label in zip(self.texts, self.labels, strict=True):
-            encoded = text.encode("utf-8", "surrogatepass")
+            encoded = text.encode()
             digest.update(b"%d %d " % (label, len(encoded)) + encoded)
         return digest.hexdigest()
 
@@ -87,18 +87,27 @@ def load_data(
         for label, place in zip(columns.labels, columns.places, strict=True):
             if label is None or label == "":
                 raise UserError(f"{place}: the label is empty; give every row a label or drop the row")
-    names = label_names or _label_names(directory, read["train"].files[0], label_column)
+            if not isinstance(label, (str, int, float)):
+                raise UserError(f"{place}: label {label!r} is neither a class name nor an index; mend the row")
+    source, names = "--label-names", label_names
     if names is None:
+        source, names = _label_names(directory, read["train"].files[0], label_column)
+    named = names is not None
+    if not named:
         numeric = all(_as_index(label) is not None for label in read["train"].labels)
         names = [str(label) for label in sorted(set(read["train"].labels), key=_as_index if numeric else str)]
     names = tuple(names)
     if len(names) < 2 or len(names) != len(set(names)):
-        raise UserError(f"--label-names: {' '.join(names)!r} are not two or more different names; pass one for each class")
+        raise UserError(f"{source}: {' '.join(names)!r} are not two or more different names; pass one for each class")
     # Names before indices, and one reading for the whole data set: where the names are 1 2 3 4, label 1 is the first class.
     index = {name: i for i, name in enumerate(names)}
-    if not all(str(label) in index for columns in read.values() for label in columns.labels):
+    if named:
         by_number = {str(i): i for i in range(len(names))}
-        index = by_number | index if by_number.keys().isdisjoint(index) else by_number
+        labels = {label for columns in read.values() for label in columns.labels}
+        if by_number.keys().isdisjoint(index):
+            index |= by_number
+        elif not all(str(label) in index for label in labels) and all(str(_as_index(label)) in by_number for label in labels):
+            index = by_number
     splits = {}
     for split, columns in read.items():
         keys = [str(label) if str(label) in index else str(_as_index(label)) for label in columns.labels]
@@ -169,6 +178,11 @@ def read_texts(file: Path, text_column: str) -> list[str]:
 def _checked_text(text, place: str) -> str:
     if not isinstance(text, str):
         raise UserError(f"{place}: the text is {text!r}; mend the row, or name another column with --text-column")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can escape half of a character
+            raise UserError(f"{place}: the text is no valid Unicode ({error.reason}); mend the row") from None
     return text
 
 
@@ -260,17 +274,17 @@ def _as_index(label) -> int | None:
     return None
 
 
-def _label_names(directory: Path, train_file: Path, label_column: str) -> list[str] | None:
-    """Class names from labels.txt, the parquet metadata that `datasets` writes, or the YAML head of README.md."""
+def _label_names(directory: Path, train_file: Path, label_column: str) -> tuple[Path, list[str] | None]:
+    """Class names, and where they stand: labels.txt, the parquet metadata that `datasets` writes, or README.md's YAML head."""
     if (directory / "labels.txt").is_file():
-        return _read_text(directory / "labels.txt").splitlines()
+        return directory / "labels.txt", _read_text(directory / "labels.txt").splitlines()
     if train_file.suffix == ".parquet":
         import pyarrow.parquet as pq
 
         metadata = (pq.read_schema(train_file).metadata or {}).get(b"huggingface")
-        feature = json.loads(metadata)["info"]["features"].get(label_column, {}) if metadata else {}
-        if "names" in feature:
-            return feature["names"]
+        features = json.loads(metadata).get("info", {}).get("features", {}) if metadata else {}
+        if "names" in features.get(label_column, {}):
+            return train_file, features[label_column]["names"]
     if (directory / "README.md").is_file():
         from huggingface_hub import DatasetCard
 
@@ -280,10 +294,10 @@ def _label_names(directory: Path, train_file: Path, label_column: str) -> list[s
                 for feature in part.get("features", []):
                     if feature["name"] == label_column and isinstance(feature["dtype"], dict):
                         names = feature["dtype"]["class_label"]["names"]
-                        return [names[i] for i in sorted(names, key=int)]
+                        return directory / "README.md", [names[i] for i in sorted(names, key=int)]
         except (ValueError, KeyError, TypeError, AttributeError):
-            return None  # a README that is no dataset card, or one of another form: the values will do
-    return None
+            pass  # a README that is no dataset card, or one of another form: the labels themselves will do
+    return train_file, None
 
 
 # A few words of each class, and words that tell nothing.
@@ -339,7 +353,7 @@ def stratified_rows(split: Split, size: int) -> np.ndarray:
     rows = []
     for label, quota in enumerate(quotas):
         members = np.flatnonzero(split.labels == label)
-        keys = {row: hashlib.sha256(split.texts[row].encode("utf-8", "surrogatepass")).digest() for row in members}
+        keys = {row: hashlib.sha256(split.texts[row].encode()).digest() for row in members}
         rows += sorted(members, key=keys.__getitem__)[:quota]
     return np.sort(np.array(rows, np.int64))
 
@@ -370,6 +384,11 @@ def step_rows(step: int, num_rows: int, global_batch_size: int, seed: int) -> np
     epoch, index = divmod(step, steps_per_epoch)
     order = np.random.default_rng((seed, epoch)).permutation(num_rows)
     return order[index * global_batch_size : (index + 1) * global_batch_size]
+
+
+def derived_seed(*numbers: int) -> int:
+    """One seed out of several numbers; neighbouring numbers give unrelated seeds."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)  # torch takes 63 bits
 
 
 class Batch(NamedTuple):

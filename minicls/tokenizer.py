@@ -65,9 +65,12 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{directory}: no tokenizer.json; save it with transformers' fast tokenizer (save_pretrained) first")
+    config_path = directory / "tokenizer_config.json"
     try:
-        config_path = directory / "tokenizer_config.json"
         config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{config_path}: not readable ({error}); download or save it again") from None
+    try:
         return Tokenizer(path.read_text(encoding="utf-8"), config)
     except Exception as error:  # tokenizers raises a bare Exception for a broken file
         raise UserError(f"{path}: not a readable tokenizer ({error}); download or save it again") from None

@@ -18,7 +18,7 @@ from torch import nn
 
 from minicls.bert import BertConfig, BertForSequenceClassification
 from minicls.config import UserError
-from minicls.data import download
+from minicls.data import derived_seed, download
 from minicls.tokenizer import Tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -59,7 +59,10 @@ def find_model(model: str, revision: str | None = None) -> tuple[Path, str | Non
 def read_config(directory: Path) -> dict:
     """The directory's config.json."""
     try:
-        return json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("no JSON object")
+        return config
     except (OSError, ValueError) as error:
         raise UserError(f"{directory / 'config.json'}: not readable ({error}); pass a directory in Hugging Face layout") from None
 
@@ -86,7 +89,7 @@ def build_model(
     num_labels = {"num_labels": len(values["id2label"])} if "id2label" in values else {}
     try:
         config = kind.config(**{name: value for name, value in values.items() if name in known} | num_labels)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise UserError(f"--model: the config.json of {directory} does not fit ({error}); pass another model") from None
     with torch.device("meta"):  # shapes only: the memory is taken once, and the default initialisation skipped
         model = kind.model(config)
@@ -129,7 +132,7 @@ def init_weights(model: nn.Module, names: set[str], std: float, seed: int) -> No
     """
     for place, (name, parameter) in enumerate(model.named_parameters()):
         if name in names and parameter.ndim >= 2:
-            generator = torch.Generator().manual_seed(seed * 100_003 + place)  # a CPU's, so that every device starts alike
+            generator = torch.Generator().manual_seed(derived_seed(seed, place))  # a CPU's, so that every device starts alike
             parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
         elif name in names:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -163,7 +166,7 @@ def load_weights(model: nn.Module, directory: Path, kind: Architecture) -> tuple
                             )
                         parameters[name].copy_(tensors.get_tensor(stored_name))
                         loaded.add(name)
-                    elif (kind.prefix * headless + name).startswith(kind.ignored):
+                    elif name.startswith(kind.ignored) or (headless and (kind.prefix + name).startswith(kind.ignored)):
                         ignored.append(stored_name)
                     else:
                         unknown.append(stored_name)

@@ -8,11 +8,11 @@ import sys
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 
 from minicls.__main__ import main
 from minicls.config import UserError
 from minicls.data import load_data, split_data
-from conftest import ROOT
 
 
 def lines(capsys, *argv) -> list[str]:

@@ -1,0 +1,85 @@
+"""What the tests of the training script share: runs of it in this process (a fresh one costs seconds), and tiny inputs."""
+
+import csv
+import itertools
+import json
+import random
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+from conftest import TINY
+
+import train_bert
+from minicls.logger import Logger
+
+CLASSES = ("ant", "bee", "cat", "dog")
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+
+def train(run_dir: Path, *flags: str) -> Path:
+    """Trains as TINY and the flags say; returns the run directory."""
+    train_bert.main([*TINY, "--output-dir", str(run_dir), *flags])
+    return run_dir
+
+
+def resume(run_dir: Path, *flags: str) -> Path:
+    train_bert.main(["--resume", str(run_dir), *flags])
+    return run_dir
+
+
+@contextmanager
+def interrupt_at(step: int, number: signal.Signals = signal.SIGINT) -> Iterator[None]:
+    """Within the block, a run gets a real Ctrl-C (or another signal) in its `step`-th step from where it starts."""
+    original, steps = Logger.progress, itertools.count(1)
+
+    def progress(self, **postfix):
+        original(self, **postfix)
+        if next(steps) == step:
+            signal.raise_signal(number)
+
+    with mock.patch.object(Logger, "progress", progress):
+        yield
+
+
+def events(run_dir: Path, kind: str, split: str | None = None) -> list[dict]:
+    """The lines of metrics.jsonl of one kind as they stand in the file, a line written twice included."""
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["event"] == kind and line.get("split") == split]
+
+
+def losses(run_dir: Path) -> list[tuple[int, float, float]]:
+    return [(e["step"], e["loss"], e["grad_norm"]) for e in events(run_dir, "train")]
+
+
+def results(run_dir: Path) -> dict:
+    return json.loads((run_dir / "results.json").read_text())
+
+
+def without_dropout(model_dir: Path, folder: Path) -> Path:
+    """Copies a model directory, its dropout turned off: then how rows are spread over micro-batches does not matter."""
+    folder.mkdir()
+    for name in MODEL_FILES:
+        shutil.copy(model_dir / name, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}))
+    return folder
+
+
+def write_news(folder: Path, num_train: int = 600, num_test: int = 200) -> Path:
+    """A directory for `--data` that a tiny model learns in 40 steps: most words of a text belong to its class alone."""
+    rng = random.Random(0)
+    folder.mkdir()
+    for split, size in (("train", num_train), ("test", num_test)):
+        with (folder / f"{split}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label"])
+            for _ in range(size):
+                name = rng.choice(CLASSES)
+                own, common = (f"{name}s", f"{name}food", f"{name}land"), ("the", "a", "of", "on", "for", "with", "at")
+                words = [rng.choice(own if rng.random() < 0.6 else common) for _ in range(rng.randint(5, 9))]
+                writer.writerow([" ".join(words), name])
+    return folder

@@ -1,0 +1,205 @@
+"""Settings: a dataclass is the command line, its `--help` and its `run.json`.
+
+python -m pytest tests/test_config.py
+"""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import train_bert
+from minicls.checkpoint import write_run_info
+from minicls.config import UserError, load, parse, run, setting
+
+
+@dataclass(frozen=True)
+class Settings:
+    name: str = setting("a", "help of name")
+    batch_size: int = setting(8, "help of batch size", minimum=1, maximum=64)
+    share: float = setting(0.5, "50 % of it", minimum=0, maximum=1)
+    kind: str = setting("one", "help of kind", choices=("one", "two"))
+    names: tuple[str, ...] | None = setting(None, "help of names")
+    limit: int | None = setting(None, "help of limit", minimum=1)
+    fast: bool = setting(False, "help of fast")
+    safe: bool = setting(True, "help of safe")
+    device: str | None = setting(None, "help of device")
+    eval_only: bool = setting(False, "help of eval only")
+    resume: str | None = setting(None, "help of resume")
+
+
+@pytest.mark.parametrize(
+    ("argv", "changed"),
+    [
+        ("", {}),
+        ("--name b", {"name": "b"}),
+        ("--name=b", {"name": "b"}),
+        ("--batch-size 64 --share 1e-3", {"batch_size": 64, "share": 0.001}),
+        ("--share 0", {"share": 0.0}),
+        ("--kind two", {"kind": "two"}),
+        ("--names x y z --name b", {"names": ("x", "y", "z"), "name": "b"}),
+        ("--names x", {"names": ("x",)}),
+        ("--limit 3", {"limit": 3}),
+        ("--fast --no-safe", {"fast": True, "safe": False}),
+        ("--no-fast --safe", {}),
+        ("--fast --no-fast", {}),  # the last one counts
+    ],
+)
+def test_flags_come_from_the_dataclass(argv, changed):
+    settings = parse(Settings, argv.split())
+    assert settings == dataclasses.replace(Settings(), **changed)
+    for field in dataclasses.fields(Settings):  # 1 == 1.0 == True
+        value, default = getattr(settings, field.name), field.default
+        assert type(value) is type(default) or default is None or value is None
+
+
+def test_the_defaults_of_train_bert_are_the_published_experiment():
+    s = parse(train_bert.Settings, [])
+    assert (s.model, s.data, s.epochs, s.global_batch_size, s.micro_batch_size) == (
+        *("google-bert/bert-base-cased", "fancyzhx/ag_news"),
+        *(5, 64, 64),
+    )
+    assert (s.learning_rate, s.warmup_ratio, s.weight_decay, s.max_grad_norm) == (1e-5, 0, 1e-6, 1.0)
+    assert (s.max_length, s.eval_every, s.seed, s.dtype) == (512, 0.1, 42, "bf16")
+
+
+@pytest.mark.parametrize("cls", [Settings, train_bert.Settings])
+def test_help_lists_every_flag_with_type_default_and_meaning(cls, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")  # argparse breaks lines, at hyphens too
+    with pytest.raises(SystemExit) as exit:
+        parse(cls, ["--help"], "What it is,\n    with a command.")
+    assert not exit.value.code
+    out = capsys.readouterr().out
+    assert "What it is,\n    with a command." in out
+    for field in dataclasses.fields(cls):
+        flag = "--" + field.name.replace("_", "-")
+        (entry,) = re.findall(rf"^  {flag}[ ,].*(?:\n {{10,}}.*)*", out, re.MULTILINE)
+        entry = " ".join(entry.split())
+        kind = next(k for k in ("bool", "int", "float", "str") if k in str(field.type))
+        default = f"default: {'off' if field.default is None else field.default}"
+        if kind == "bool":
+            assert entry.startswith(f"{flag}, --no-{flag[2:]} ")
+            assert entry.endswith(f"{field.metadata['help']} ({default})")
+        else:
+            assert entry.endswith(f"{field.metadata['help']} ({kind}, {default})")
+        for choice in field.metadata["choices"] or ():
+            assert choice in entry
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        ("--nam b", ["--nam", "did you mean --name?"]),
+        ("--batchsize 3", ["--batchsize", "did you mean --batch-size?"]),
+        ("--batch_size=3", ["--batch_size", "did you mean --batch-size?"]),
+        ("--batch 3", ["unknown flag --batch"]),  # abbreviations are typing errors
+        ("--zzz", ["--zzz", "--help"]),
+        ("stray", ["stray"]),
+        ("--batch-size 1.5", ["--batch-size", "int", "'1.5'", "--help"]),
+        ("--batch-size many", ["--batch-size", "int", "'many'", "--help"]),
+        ("--share half", ["--share", "float", "'half'", "--help"]),
+        ("--kind three", ["--kind", "'three'", "one", "two"]),
+        ("--name", ["--name", "--help"]),
+        ("--names", ["--names", "--help"]),
+        ("--fast yes", ["yes"]),
+        ("--batch-size 0", ["--batch-size", "0", "at least 1"]),
+        ("--batch-size -3", ["--batch-size", "-3", "at least 1"]),
+        ("--batch-size 65", ["--batch-size", "65", "at most 64"]),
+        ("--share -0.1", ["--share", "-0.1", "at least 0"]),
+        ("--share 1.01", ["--share", "1.01", "at most 1"]),
+        ("--share nan", ["--share", "nan"]),
+        ("--share inf", ["--share", "inf"]),
+        ("--limit 0", ["--limit", "0", "at least 1"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_flag_value_and_remedy(argv, parts):
+    with pytest.raises(UserError) as error:
+        parse(Settings, argv.split())
+    message = str(error.value)
+    assert "\n" not in message and all(part in message for part in parts), message
+
+
+# run.json
+
+
+def save(cls, settings, directory) -> None:
+    write_run_info(directory, dataclasses.asdict(settings), torch.device("cpu"), {"total_steps": 3})
+
+
+@pytest.mark.parametrize("argv", ["", "--names é y --limit 3 --fast --no-safe --share 0.1", "--name \u2028 --share 1e-300"])
+def test_run_json_gives_the_settings_back(argv, tmp_path):
+    settings = parse(Settings, argv.split(" ") if argv else [])
+    save(Settings, settings, tmp_path)
+    assert load(Settings, tmp_path / "run.json") == settings
+    info = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    assert info["total_steps"] == 3 and {"python", "torch", "minicls"} <= info["versions"].keys()
+
+
+def test_a_resumed_run_has_its_own_settings(tmp_path):
+    settings = parse(Settings, ["--names", "x", "y", "--share", "0.25"])
+    save(Settings, settings, tmp_path)
+    run_dir = str(tmp_path)
+    assert parse(Settings, ["--resume", run_dir]) == dataclasses.replace(settings, resume=run_dir)
+    resumed = parse(Settings, ["--resume", run_dir, "--eval-only", "--device", "cpu"])
+    assert resumed == dataclasses.replace(settings, resume=run_dir, eval_only=True, device="cpu")
+
+
+@pytest.mark.parametrize("flag", ["--share 0.5", "--share 0.25", "--names x", "--fast", "--no-fast"])
+def test_a_resumed_run_takes_no_other_settings(flag, tmp_path):
+    save(Settings, parse(Settings, ["--share", "0.25"]), tmp_path)
+    with pytest.raises(UserError, match=rf"{flag.split()[0].replace('--no-', '--')}: .*leave the flag out"):
+        parse(Settings, ["--resume", str(tmp_path), *flag.split()])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"{", b"[]", b"{}", b"3", b'{"settings": {}}', b'{"settings": []}', b'{"settings": null}', b"\xff"],
+    ids=str,
+)
+def test_a_broken_run_json_is_named(content, tmp_path):
+    if content is not None:
+        (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"run\.json: ") as error:
+        parse(Settings, ["--resume", str(tmp_path)])
+    assert "\n" not in str(error.value)
+
+
+def test_settings_of_another_script_are_named(tmp_path):
+    save(Settings, Settings(), tmp_path)
+    with pytest.raises(UserError, match=r"run\.json: .*batch_size.*epochs.*another script or version"):
+        load(train_bert.Settings, tmp_path / "run.json")
+    with pytest.raises(UserError, match="no such run directory"):
+        load(train_bert.Settings, tmp_path / "nowhere" / "run.json")
+
+
+# How a script ends.
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "last_line"),
+    [
+        (None, None, ""),
+        (UserError("--flag: 3 is bad; pass 4"), 2, "error: --flag: 3 is bad; pass 4"),
+        (OSError(28, "No space left on device", "/disk/file"), 2, "error: .*No space left on device.*/disk/file.*; check .*disk"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (SystemExit(130), 130, ""),
+    ],
+)
+def test_a_script_ends_with_a_code_and_a_line(raised, code, last_line, capsys):
+    def main(argv):
+        assert argv is None
+        if raised is not None:
+            raise raised
+
+    with pytest.raises(SystemExit) as exit:
+        run(main)
+    assert exit.value.code == code
+    assert re.fullmatch(last_line, capsys.readouterr().err.strip())
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run(lambda argv: 1 / 0)

@@ -1,0 +1,362 @@
+"""Reading data sets, choosing rows, and packing them, against plain oracles.
+
+    python -m pytest tests/test_data.py
+
+Everything is exact and seeded: no tolerance but the one written beside the synthetic texts, no chance of a false failure.
+"""
+
+import csv
+import io
+import json
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.naive_bayes import MultinomialNB
+
+from minicls.data import (
+    Data,
+    Split,
+    length_batches,
+    load_data,
+    pack,
+    read_texts,
+    split_data,
+    step_rows,
+    stratified_rows,
+    synthetic,
+)
+
+# What a file format could bend: separators, quotes, line ends of every kind, white space, characters that only
+# str.splitlines takes for line ends, text that looks like a header, a number, a control token or nothing.
+TEXTS = [
+    "plain",
+    "comma, comma",
+    'say "hi"',
+    '"',
+    "two\nlines",
+    "CR\r\nLF\n",
+    " spaces kept\t",
+    "",
+    "NEL\x85 LS\u2028 PS\u2029 VT\x0b FS\x1c.",
+]
+TEXTS += ["中文, 😀 e\u0301", "\\n \\", "text,label", "007", "NaN", "[SEP] <think>", "#36;", "{}", "x" * 200_000]
+NAMES = ("World", "Sports", "Sci/Tech")
+ROWS = [(text, NAMES[i % 3]) for i, text in enumerate(TEXTS)]
+
+
+def as_csv(rows, end="\n", bom="", between="", columns=("text", "label"), **options) -> bytes:
+    lines = []
+    for row in [columns, *rows]:
+        csv.writer(line := io.StringIO(), lineterminator=end, **options).writerow(row)
+        lines.append(line.getvalue())
+    return (bom + between.join(lines)).encode()
+
+
+def as_jsonl(rows, end="\n", bom="", **options) -> bytes:
+    return (bom + "".join(json.dumps({"text": t, "label": x}, **options) + end for t, x in rows)).encode()
+
+
+def as_parquet(rows, metadata=None, **types) -> bytes:
+    columns = {
+        name: pa.array(values, types.get(name)) for name, values in zip(("text", "label"), zip(*rows, strict=True), strict=True)
+    }
+    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), out := io.BytesIO())
+    return out.getvalue()
+
+
+FILES = {  # each holds ROWS
+    "parquet": ("parquet", as_parquet(ROWS)),
+    "parquet of other string types": (
+        "parquet",
+        as_parquet(ROWS, text=pa.large_string(), label=pa.dictionary(pa.int8(), pa.string())),
+    ),
+    "csv": ("csv", as_csv(ROWS)),
+    "csv, all quoted": ("csv", as_csv(ROWS, quoting=csv.QUOTE_ALL)),
+    "csv, CRLF": ("csv", as_csv(ROWS, end="\r\n")),
+    "csv, BOM": ("csv", as_csv(ROWS, bom="\ufeff")),
+    "csv, empty lines": ("csv", as_csv(ROWS, between="\n\r\n") + b"\n\n"),
+    "csv, more columns": ("csv", as_csv([(x, i, t) for i, (t, x) in enumerate(ROWS)], columns=("label", "id", "text"))),
+    "csv, no last line end": ("csv", as_csv(ROWS)[:-1]),
+    "jsonl": ("jsonl", as_jsonl(ROWS, ensure_ascii=False)),
+    "jsonl, escaped": ("jsonl", as_jsonl(ROWS)),
+    "jsonl, CRLF, BOM, empty lines": ("jsonl", as_jsonl(ROWS, end="\r\n \n\n", bom="\ufeff", ensure_ascii=False)),
+}
+
+
+def write(folder, train: bytes, kind: str, test: bytes | None = None):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"train.{kind}").write_bytes(train)
+    (folder / f"test.{kind}").write_bytes(train if test is None else test)
+    return folder
+
+
+@pytest.mark.parametrize("place", [".", "data"])
+@pytest.mark.parametrize("form", FILES)
+def test_every_format_gives_the_same_rows_verbatim(tmp_path, form, place):
+    kind, content = FILES[form]
+    write(tmp_path / place, content, kind)
+    (tmp_path / "labels.txt").write_text("\n".join(NAMES) + "\n")
+    data = load_data(str(tmp_path))
+    assert data.label_names == NAMES and data.revision is None
+    for split in (data.train, data.test):
+        assert split.texts == TEXTS
+        assert [NAMES[i] for i in split.labels] == [name for _, name in ROWS]
+        assert split.labels.dtype == np.int64
+    assert read_texts(tmp_path / place / f"train.{kind}", "text") == TEXTS  # as `predict` reads the same files
+
+
+def test_txt_holds_a_text_a_line(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffone\n\nNEL\x85LS\u2028\n last ".encode())
+    assert read_texts(tmp_path / "a.txt", "text") == ["one", "", "NEL\x85LS\u2028", " last "]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_shards_follow_each_other_by_name(tmp_path, kind):
+    encode = {"parquet": as_parquet, "csv": as_csv, "jsonl": as_jsonl}[kind]
+    for i in (2, 0, 1):
+        (tmp_path / f"train-0000{i}-of-00003.{kind}").write_bytes(encode([(f"{i} a", "x"), (f"{i} b", "y")]))
+    (tmp_path / f"test-00000-of-00001.{kind}").write_bytes(encode([("t", "y")]))
+    (tmp_path / "validation.csv").write_bytes(b"neither split")
+    data = load_data(str(tmp_path))
+    assert data.train.texts == ["0 a", "0 b", "1 a", "1 b", "2 a", "2 b"] and data.test.texts == ["t"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_columns_have_the_names_given(tmp_path, kind):
+    rows = [{"text": "no", "label": 7, "body": "yes", "class": c} for c in "ab"]
+    encode = {
+        "parquet": lambda: pq.write_table(pa.Table.from_pylist(rows), out := io.BytesIO()) or out.getvalue(),
+        "csv": lambda: as_csv([r.values() for r in rows], columns=list(rows[0])),
+        "jsonl": lambda: "".join(json.dumps(row) + "\n" for row in rows).encode(),
+    }[kind]
+    data = load_data(str(write(tmp_path, encode(), kind)), text_column="body", label_column="class")
+    assert data.train.texts == ["yes", "yes"] and data.label_names == ("a", "b")
+
+
+HUGGINGFACE = {"huggingface": json.dumps({"info": {"features": {"label": {"names": ["M0", "M1"], "_type": "ClassLabel"}}}})}
+CARD = """---
+license: other
+dataset_info:
+{dash} features:
+  - name: text
+    dtype: string
+  - name: label
+    dtype:
+      class_label:
+        names:
+          '0': C0
+          '1': C1
+---
+# A data set
+"""
+
+
+@pytest.mark.parametrize(
+    ("sources", "names"),
+    [
+        (["flag", "labels.txt", "metadata", "card"], ("F0", "F1")),
+        (["labels.txt", "metadata", "card"], ("L0", "L 1")),
+        (["metadata", "card"], ("M0", "M1")),
+        (["card"], ("C0", "C1")),
+        (["card with configs"], ("C0", "C1")),
+        (["README"], ("0", "1")),
+        (["README with half a head"], ("0", "1")),
+        (["other metadata"], ("0", "1")),
+        ([], ("0", "1")),
+    ],
+    ids=str,
+)
+def test_class_names_come_from_the_first_source_there_is(tmp_path, sources, names):
+    metadata = HUGGINGFACE if "metadata" in sources else {"huggingface": "{}"} if "other metadata" in sources else None
+    write(tmp_path, as_parquet([("a", 0), ("b", 1), ("c", 1)], metadata), "parquet")
+    cards = {"card": CARD.format(dash=" "), "card with configs": CARD.format(dash="-"), "README": "# Mine\n\n---\nlabel: x\n"}
+    cards |= {"README with half a head": "---\ndataset_info: [\n"}
+    for source in cards.keys() & set(sources):
+        (tmp_path / "README.md").write_text(cards[source])
+    if "labels.txt" in sources:
+        (tmp_path / "labels.txt").write_text("L0\nL 1\n")
+    data = load_data(str(tmp_path), label_names=("F0", "F1") if "flag" in sources else None)
+    assert data.label_names == names and data.train.labels.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "given", "names", "indices"),
+    [
+        (["b", "a", "b"], None, ("a", "b"), [1, 0, 1]),
+        ([*range(1, 13)], None, tuple(map(str, range(1, 13))), [*range(12)]),  # not 1 10 11 12 2 ...
+        ([5, 3, 5], None, ("3", "5"), [1, 0, 1]),
+        ([1, 2], ("2", "1"), ("2", "1"), [1, 0]),  # names come before indices
+        ([0, 1], ("1", "2"), ("1", "2"), [0, 1]),  # but 0 is no name here, so these are indices
+        ([1, 0], ("no", "yes"), ("no", "yes"), [1, 0]),
+        (["yes", "no"], ("no", "yes"), ("no", "yes"), [1, 0]),
+        (["yes", 0], ("no", "yes"), ("no", "yes"), [1, 0]),
+        ([1.0, 0.0], ("no", "yes"), ("no", "yes"), [1, 0]),  # what pandas makes of a column that once had a hole
+        ([True, False], None, ("False", "True"), [1, 0]),
+        (["中", "文"], None, ("中", "文"), [0, 1]),
+    ],
+    ids=str,
+)
+def test_labels_are_names_or_indices(tmp_path, labels, given, names, indices):
+    kinds = {"jsonl": as_jsonl, "csv": as_csv, "parquet": as_parquet}
+    if len({type(label) for label in labels}) > 1:
+        del kinds["parquet"]  # a parquet column has one type
+    for kind, encode in kinds.items():
+        folder = write(tmp_path / kind, encode([(f"text {i}", label) for i, label in enumerate(labels)]), kind)
+        if kind == "csv" and float in map(type, labels):
+            continue  # "1.0" in a CSV is a name
+        data = load_data(str(folder), label_names=given)
+        assert (data.label_names, data.train.labels.tolist()) == (names, indices), kind
+
+
+def test_a_class_without_training_rows_is_a_class_where_names_say_so(tmp_path):
+    data = load_data(str(write(tmp_path, as_csv([("a", 0), ("b", 2)]), "csv", as_csv([("c", 1)]))), label_names=("x", "y", "z"))
+    assert data.train.labels.tolist() == [0, 2] and data.test.labels.tolist() == [1]
+
+
+def test_the_shared_data_sets_load(shared):
+    data = load_data(str(shared / "data" / "ag_news"))
+    assert data.label_names == ("World", "Sports", "Business", "Sci/Tech")
+    assert len(data.train) >= 63_629 and np.bincount(data.test.labels).tolist() == [1900] * 4
+    data = load_data(str(shared / "data" / "20newsgroups"))
+    assert (len(data.train), len(data.test), len(data.label_names)) == (11_314, 7_532, 20)
+    assert data.train.texts.count("") + data.test.texts.count("") > 0  # empty texts are rows like any other
+
+
+# Synthetic texts.
+
+
+def test_synthetic_texts_are_the_same_in_every_process():
+    assert synthetic().fingerprint() == {
+        "train": "a0020b31706a73be7dce83f745ec7e89e1a911ec5a6a0a663c04f9f6225f6223",
+        "test": "0ced54394e99d23946317ac2d37db9d195f65427f99b7aac2ce986471d007b54",
+    }
+
+
+def test_synthetic_texts_are_balanced_and_learnable_but_not_perfectly():
+    data = synthetic()
+    assert (len(data.train), len(data.test), data.label_names) == (4000, 1000, ("World", "Sports", "Business", "Sci/Tech"))
+    for split in (data.train, data.test):
+        # A class's share is 0.25 with a standard error of 0.014 on 1,000 rows; seeded, so this cannot fail by chance.
+        assert np.abs(np.bincount(split.labels) / len(split) - 0.25).max() < 0.05
+    assert not set(data.train.texts) & set(data.test.texts)
+    words = CountVectorizer().fit(data.train.texts)
+    model = MultinomialNB().fit(words.transform(data.train.texts), data.train.labels)
+    # One label in twenty is wrong in three of four cases: nothing can pass 0.9625, give or take 0.006 on 1,000 rows.
+    assert 0.8 < model.score(words.transform(data.test.texts), data.test.labels) < 0.98
+
+
+# Choosing rows.
+
+
+def make_split(counts, seed=0) -> Split:
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
+    return Split([f"text {i} of class {c}" for i, c in enumerate(labels)], labels.astype(np.int64))
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        (lambda t, x: (t, x), True),
+        (lambda t, x: ([t[0], t[1] + " ", t[2]], x), False),
+        (lambda t, x: (t, [x[0], 0, x[2]]), False),
+        (lambda t, x: (t[::-1], x[::-1]), False),
+        (lambda t, x: (t[:2], x[:2]), False),
+        (lambda t, x: ([*t, ""], [*x, 0]), False),
+        (lambda t, x: (["a", "bc", "d"], x), False),  # the same characters, cut elsewhere
+        (lambda t, x: (["ab", "c", "D"], x), False),
+    ],
+)
+def test_fingerprint_changes_with_any_change(change, same):
+    texts, labels = ["ab", "c", "d"], [0, 1, 0]
+    changed, changed_labels = change(texts, labels)
+    fingerprint = Split(texts, np.array(labels)).fingerprint()
+    assert (Split(changed, np.array(changed_labels)).fingerprint() == fingerprint) is same
+    data = Data(Split(texts, np.array(labels)), Split(changed, np.array(changed_labels)), ("a", "b"))
+    assert data.fingerprint()["train"] == fingerprint and len(fingerprint) == 64
+
+
+@pytest.mark.parametrize("counts", [[25, 25, 25, 25], [90, 9, 1], [50, 0, 50], [7, 5, 3, 1], [100]], ids=str)
+def test_stratified_rows_keep_size_proportions_and_nesting(counts):
+    split = make_split(counts)
+    before = Counter()
+    for size in range(len(split) + 1):
+        rows = stratified_rows(split, size)
+        assert len(rows) == len(set(rows.tolist())) == size and (np.diff(rows) > 0).all() and rows.dtype == np.int64
+        chosen = np.bincount(split.labels[rows], minlength=len(counts))
+        assert np.abs(chosen - np.array(counts) * size / len(split)).max() < 1
+        # A smaller choice is part of the larger one, up to one row a class (the largest remainder can move).
+        texts = Counter(split.texts[row] for row in rows)
+        assert max(Counter(split.labels[split.texts.index(t)] for t in before - texts).values(), default=0) <= 1
+        before = texts
+
+
+def test_stratified_rows_do_not_depend_on_the_order_of_the_file():
+    split = make_split([30, 20, 10])
+    split.texts[:12] = ["the same text"] * 12  # with duplicates, in several classes
+    shuffled = split.select(np.random.default_rng(1).permutation(len(split)))
+    for size in (1, 7, 30, 59):
+        first, second = (Counter((s.texts[r], int(s.labels[r])) for r in stratified_rows(s, size)) for s in (split, shuffled))
+        assert first == second and first.total() == size
+
+
+def test_split_data_holds_out_then_cuts():
+    data = Data(make_split([60, 40]), make_split([10, 10], seed=1), ("a", "b"), "commit")
+    whole, none = split_data(data)
+    assert none is None and whole.fingerprint() == data.fingerprint()
+
+    rest, validation = split_data(data, validation_size=10)
+    assert np.bincount(validation.labels).tolist() == [6, 4] and np.bincount(rest.train.labels).tolist() == [54, 36]
+    assert not set(rest.train.texts) & set(validation.texts)
+    assert rest.train.texts == [t for t in data.train.texts if t not in set(validation.texts)]  # in the file's order
+    assert (rest.label_names, rest.revision, rest.test) == (data.label_names, data.revision, data.test)
+
+    cut, same = split_data(data, validation_size=10, max_train_rows=20, max_eval_rows=4)
+    assert same.fingerprint() == validation.fingerprint()  # cutting the training rows leaves the held-out ones alone
+    assert np.bincount(cut.train.labels).tolist() == [12, 8] and np.bincount(cut.test.labels).tolist() == [2, 2]
+    assert set(cut.train.texts) <= set(rest.train.texts)
+    assert split_data(data, max_train_rows=1000, max_eval_rows=1000)[0].fingerprint() == data.fingerprint()
+
+
+@pytest.mark.parametrize(("num_rows", "batch"), [(10, 3), (12, 3), (5, 8), (7, 1), (1, 1)])
+def test_step_rows_walk_through_a_new_permutation_each_epoch(num_rows, batch):
+    per_epoch = -(-num_rows // batch)
+    epochs = []
+    for epoch in range(3):
+        windows = [step_rows(epoch * per_epoch + i, num_rows, batch, seed=7) for i in range(per_epoch)]
+        assert [len(w) for w in windows[:-1]] == [batch] * (per_epoch - 1)
+        assert len(windows[-1]) == num_rows - batch * (per_epoch - 1)
+        epochs.append(np.concatenate(windows).tolist())
+        assert sorted(epochs[-1]) == [*range(num_rows)]
+    if num_rows > 4:
+        assert epochs[0] != epochs[1] != epochs[2] != epochs[0] != [*range(num_rows)]
+        assert any(step_rows(i, num_rows, batch, 8).tolist() != step_rows(i, num_rows, batch, 7).tolist() for i in range(per_epoch))
+
+
+# Packing.
+
+
+def test_pack_puts_rows_end_to_end():
+    batch = pack([[5, 6, 7], [8], [9, 10]])
+    assert batch.input_ids.tolist() == [5, 6, 7, 8, 9, 10]
+    assert batch.position_ids.tolist() == [0, 1, 2, 0, 0, 1]
+    assert batch.cu_seqlens.tolist() == [0, 3, 4, 6]
+    assert batch.max_seqlen == 3 and type(batch.max_seqlen) is int
+    assert [x.dtype for x in batch[:3]] == [torch.int64, torch.int64, torch.int32]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 10, 33, 1000])
+def test_length_batches_take_each_row_once_by_length_and_fill_up(max_tokens):
+    lengths = np.random.default_rng(0).integers(1, 20, 60)
+    rows = [[0] * n for n in lengths]
+    batches = length_batches(rows, max_tokens)
+    order = np.concatenate(batches)
+    assert sorted(order.tolist()) == [*range(60)] and (np.diff(lengths[order]) >= 0).all()
+    for i, batch in enumerate(batches):
+        assert len(batch) == 1 or lengths[batch].sum() <= max_tokens
+        if i + 1 < len(batches):  # the next row would not have fitted
+            assert lengths[batch].sum() + lengths[batches[i + 1][0]] > max_tokens

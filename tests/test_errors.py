@@ -1,0 +1,445 @@
+"""A user's mistake is one line that names the flag or file, the value and the remedy, and leaves nothing behind.
+
+    python -m pytest tests/test_errors.py
+
+Every case is a working call of train_bert.py with one thing wrong. As tests often run as root, whom no permission stops, a
+path below a file stands in for one that cannot be written.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train_bert
+from minicls import weights
+from minicls.config import UserError
+from minicls.tokenizer import train_bert_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+CSV = "text,label\n" + "".join(f"text {i},{'good' if i % 2 else 'bad'}\n" for i in range(8))  # rows in lines 2 to 9
+SIZES = {"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+TRAIN = [
+    "--max-steps",
+    "2",
+    "--global-batch-size",
+    "4",
+    "--max-length",
+    "16",
+    "--device",
+    "cpu",
+    "--threads",
+    "1",
+    "--dtype",
+    "fp32",
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """What a working call needs: `data/` of two classes, `model/` trained on them, `run/` stopped between its steps."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "data").mkdir()
+    for split in ("train", "test"):
+        (folder / "data" / f"{split}.csv").write_text(CSV)
+    tokenizer = train_bert_tokenizer([CSV], 100)
+    config = SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 32} | weights.label_config(["bad", "good"])
+    model, _, _ = weights.build_model(weights.BERT, config, None, 0, torch.device("cpu"))
+    weights.save_model(model, config, tokenizer, folder / "model")
+    flags = ["--model", str(folder / "model"), "--data", str(folder / "data"), "--save-every", "1"]
+    train_bert.main([*TRAIN, *flags, "--output-dir", str(folder / "run")])
+    (folder / "run" / "results.json").unlink()
+    shutil.rmtree(folder / "run" / "checkpoints" / "step-000002")
+    return folder
+
+
+@pytest.fixture
+def here(files, tmp_path, monkeypatch) -> Path:
+    """The working directory, with a copy of the files for the case to spoil."""
+    shutil.copytree(files, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def check(here: Path, argv: list[str], parts: list[str]) -> None:
+    """Asserts that the call is refused in one line that holds the parts, and that no file or directory came or went."""
+    before = listing(here)
+    with pytest.raises(UserError) as error:
+        train_bert.main(argv)
+    message = str(error.value)
+    assert len(message.splitlines()) == 1 and "; " in message  # what is wrong; what to do
+    assert [part for part in parts if part not in message] == []
+    assert listing(here) == before
+
+
+def call(*flags: str) -> list[str]:
+    """A working call; flags given here come last and win."""
+    return [*TRAIN, "--model", "model", "--data", "data", "--output-dir", "out", *flags]
+
+
+def test_the_call_that_the_cases_spoil_works(here):
+    train_bert.main(call())
+    assert (here / "out" / "results.json").is_file()
+
+
+# Flags.
+
+FLAGS = {  # flags -> parts of the message
+    "--model no/such-model": ["--model", "no/such-model", "hub", "network", "--model DIR"],
+    "--model ./nowhere": ["--model", "./nowhere", "directory", "hub", "check the name"],
+    "--model /nowhere/at/all": ["--model", "/nowhere/at/all", "existing directory or a hub id"],
+    "--model data/train.csv/": ["--model", "data/train.csv/", "existing directory"],
+    "--data no/such-data": ["--data", "no/such-data", "hub", "network", "--data DIR"],
+    "--data ./nowhere": ["--data", "./nowhere", "directory", "hub", "check the name"],
+    "--data /nowhere/at/all": ["--data", "/nowhere/at/all", "existing directory or a hub id"],
+    "--data model": ["model", "train*.csv", "add one"],
+    "--text-column body": ["train.csv", "'body'", "text, label", "--text-column"],
+    "--label-column class": ["train.csv", "'class'", "text, label", "--label-column"],
+    "--label-names good": ["--label-names", "'good'", "two or more"],
+    "--label-names good good": ["--label-names", "'good good'", "different"],
+    "--label-names good fine": ["train.csv", "line 2", "'bad'", "good, fine", "--label-names"],
+    "--global-batch-size 6 --micro-batch-size 4": ["--global-batch-size", "6", "--micro-batch-size", "4", "change"],
+    "--max-length 33": ["--max-length", "33", "32", "pass less"],
+    "--max-length 2": ["--max-length", "2", "at least 3"],
+    "--validation-size 8": ["--validation-size", "8", "pass less"],
+    "--validation-size 9": ["--validation-size", "9", "8", "pass less"],
+    "--validation-size -1": ["--validation-size", "-1", "at least 0"],
+    "--device tpu": ["--device", "'tpu'", "cpu, cuda or cuda:N"],
+    "--device nonsense": ["--device", "'nonsense'", "cpu, cuda or cuda:N"],
+    "--device meta": ["--device", "'meta'", "cpu, cuda or cuda:N"],
+    "--device cuda": ["--device", "'cuda'", "pass cpu"],  # conftest hides what CUDA devices there are
+    "--device cuda:1": ["--device", "'cuda:1'", "pass cpu"],
+    "--output-dir model": ["--output-dir", "model", "not empty", "new directory", "--resume"],
+    "--output-dir data/train.csv": ["--output-dir", "data/train.csv", "another directory"],
+    "--output-dir data/train.csv/out": ["--output-dir", "data/train.csv/out", "another directory"],
+    "--output-dir /proc/nowhere/out": ["--output-dir", "/proc/nowhere/out", "another directory"],
+    "--learning-rate nan": ["--learning-rate", "nan"],
+    "--learning-rate -1": ["--learning-rate", "-1", "at least 0"],
+    "--epochs nan": ["--epochs", "nan"],
+    "--eval-every inf": ["--eval-every", "inf"],
+    "--save-every inf": ["--save-every", "inf"],
+    "--warmup-ratio 1.5": ["--warmup-ratio", "1.5", "at most 1"],
+    "--warmup-ratio nan": ["--warmup-ratio", "nan"],
+    "--weight-decay -0.1": ["--weight-decay", "-0.1", "at least 0"],
+    "--max-steps 0": ["--max-steps", "0", "at least 1"],
+    "--max-train-rows 0": ["--max-train-rows", "0", "at least 1"],
+    "--threads 0": ["--threads", "0", "at least 1"],
+    "--seed -1": ["--seed", "-1", "at least 0"],
+    "--dtype fp16": ["--dtype", "'fp16'", "bf16", "fp32"],
+    "--max-step 3": ["--max-step", "--max-steps"],
+    "--resume nowhere": ["nowhere", "no such run directory", "check the path"],
+    "--resume data": ["data/run.json", "not a readable run.json", "run directory"],
+    "--resume data/train.csv": ["data/train.csv", "no such run directory", "check the path"],
+    "--model tiny --eval-only": ["--eval-only", "tiny", "train it first"],
+    "--init random --eval-only": ["--eval-only", "model", "train it first"],
+    "--label-names good bad --eval-only": ["--eval-only", "model", "good, bad", "train it first"],
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_flags(flags, here):
+    check(here, call(*flags.split()), FLAGS[flags])
+
+
+def test_every_seed_from_zero_on_is_taken(here):
+    train_bert.main(call("--init", "random", "--seed", "1700000000000000000"))  # a clock's nanoseconds
+    assert (here / "out" / "results.json").is_file()
+
+
+def test_endless_epochs(here):
+    argv = call("--epochs", "inf")
+    del argv[argv.index("--max-steps") : argv.index("--max-steps") + 2]
+    check(here, argv, ["--epochs", "inf"])
+
+
+@pytest.mark.parametrize("flag", ["--data", "--model"])
+def test_a_file_is_no_directory(flag, here):
+    check(here, call(flag, str(here / "data" / "train.csv")), [flag, "train.csv", "existing directory"])
+
+
+def test_a_run_on_resume_takes_no_other_settings(here):
+    check(here, ["--resume", "run", "--learning-rate", "1"], ["--learning-rate", "run/run.json", "leave the flag out"])
+
+
+# Data files.
+
+
+def parquet(columns: dict) -> bytes:
+    pq.write_table(pa.table(columns), out := pa.BufferOutputStream())
+    return out.getvalue().to_pybytes()
+
+
+def not_utf8(*values: bytes) -> pa.Array:
+    return pa.array(values, pa.binary()).view(pa.string())  # arrow itself does not look
+
+
+GOOD = parquet({"text": ["a", "b"], "label": ["bad", "good"]})
+DATA = {  # what is wrong: (file, content, parts of the message); other files of the split are taken away
+    "empty csv": ("train.csv", b"", ["train.csv", "no column 'text'", "--text-column"]),
+    "header only": ("train.csv", b"text,label\n", ["train.csv", "no rows", "train row"]),
+    "header only, test": ("test.csv", b"text,label\n", ["test.csv", "no rows", "test row"]),
+    "empty jsonl": ("train.jsonl", b"\n", ["train.jsonl", "no rows"]),
+    "empty parquet": ("train.parquet", b"", ["train.parquet", "not a readable parquet file", "write it again"]),
+    "parquet without rows": ("train.parquet", parquet({"text": pa.array([], pa.string()), "label": pa.array([], pa.int64())}), ["no rows"]),
+    "no format of ours": ("train.txt", b"a\n", ["data", "train*.csv", "add one"]),
+    "torn parquet": ("train.parquet", GOOD[:-20], ["train.parquet", "not a readable parquet file", "write it again"]),
+    "scribbled parquet": ("train.parquet", GOOD[:4] + b"\xff" * 40 + GOOD[44:], ["train.parquet", "not a readable parquet file"]),
+    "csv named parquet": ("train.parquet", CSV.encode(), ["train.parquet", "not a readable parquet file"]),
+    "parquet named csv": ("train.csv", GOOD, ["train.csv, line", "UTF-8"]),
+    "other columns": ("train.parquet", parquet({"sentence": ["a"], "label": [0]}), ["train.parquet", "'text'", "sentence", "--text-column"]),
+    "other columns in a row": ("train.jsonl", b'{"text": "a", "label": 0}\n{"text": "b"}\n', ["line 2", "'label'", "--label-column"]),
+    "semicolons": ("train.csv", b"text;label\na;good\n", ["train.csv", "'text'", "text;label"]),
+    "text is no text": ("train.jsonl", b'{"text": "a", "label": 0}\n{"text": 3, "label": 1}', ["train.jsonl, line 2", "3", "mend"]),
+    "text is null": ("train.parquet", parquet({"text": ["a", None], "label": [0, 1]}), ["train.parquet, row 1", "None", "mend"]),
+    "empty label": ("train.csv", CSV.encode() + b"more,\n", ["train.csv, line 10", "label is empty", "drop the row"]),
+    "null label": ("train.parquet", parquet({"text": ["a", "b"], "label": [0, None]}), ["train.parquet, row 1", "label is empty"]),
+    "list of labels": ("train.jsonl", b'{"text": "a", "label": ["good", "bad"]}', ["train.jsonl, line 1", "['good', 'bad']"]),
+    "label only in test": ("test.csv", CSV.encode() + b"more,ugly\n", ["test.csv, line 10", "'ugly'", "bad, good", "mend"]),
+    "latin-1": ("train.csv", CSV.encode() + "café,good\n".encode("latin-1"), ["train.csv, line 10", "UTF-8", "convert"]),
+    "utf-16": ("train.csv", CSV.encode("utf-16"), ["train.csv, line 1", "UTF-8", "convert"]),
+    "latin-1 jsonl": ("train.jsonl", b'{"text": "a", "label": 0}\n{"text": "\xe9", "label": 1}', ["train.jsonl, line 2", "UTF-8", "convert"]),
+    "text not UTF-8 in parquet": ("train.parquet", parquet({"text": not_utf8(b"a", b"\xff"), "label": [0, 1]}), ["row 1", "UTF-8", "convert"]),
+    "label not UTF-8 in parquet": ("train.parquet", parquet({"text": ["a", "b"], "label": not_utf8(b"a", b"\xff")}), ["row 1", "UTF-8"]),
+    "half a character": ("train.jsonl", b'{"text": "a", "label": "bad"}\n{"text": "\\ud83d", "label": "good"}', ["train.jsonl, line 2", "mend"]),
+    "field too many": ("train.csv", CSV.encode() + b"one, two,good\n", ["train.csv, line 10", "3 fields", "2", "quote"]),
+    "field too few, after a long row": ("train.csv", b'text,label\n"two\nlines",good\nalone\n', ["train.csv, line 4", "1 fields", "2"]),
+    "unclosed quote": ("train.csv", CSV.encode() + b'"open,good\nnext,bad\n', ["train.csv, line 10", "not valid CSV", "quote"]),
+    "text after a quote": ("train.csv", CSV.encode() + b'"a"b,good\n', ["train.csv, line 10", "not valid CSV", "quote"]),
+    "quote in the header": ("train.csv", b'"text,label\na,good\nb","bad"\nc,bad\n', ["train.csv", "'text'", "--text-column"]),
+    "broken json": ("train.jsonl", b'{"text": "a", "label": 0}\n\n{"text": "b", "label": \n', ["train.jsonl, line 3", "not valid JSON", "mend"]),
+    "json array": ("train.jsonl", b'[{"text": "a", "label": 0}]\n', ["train.jsonl, line 1", "one object a line"]),
+    "labels.txt of one class": ("labels.txt", b"good\n", ["labels.txt", "'good'", "two or more"]),
+    "labels.txt with a name twice": ("labels.txt", b"bad\ngood\nbad\n", ["labels.txt", "'bad good bad'", "different"]),
+    "labels.txt without bad": ("labels.txt", b"good\nfine\n", ["train.csv, line 2", "'bad'", "good, fine", "labels.txt"]),
+    "labels.txt not UTF-8": ("labels.txt", b"good\nb\xe4d\n", ["labels.txt, line 2", "UTF-8", "convert"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_data(case, here):
+    name, content, parts = DATA[case]
+    for file in (here / "data").glob(name.split(".")[0] + ".*"):
+        file.unlink()
+    (here / "data" / name).write_bytes(content)
+    check(here, call(), parts)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "parts"),
+    [
+        ([0, 1, 2], "bad good", ["line 4", "'2'", "bad, good"]),
+        ([0, 1, -1], "bad good", ["line 4", "'-1'", "bad, good"]),
+        ([0, 1, 0.5], "bad good", ["line 4", "'0.5'", "bad, good"]),
+        ([1, 2, 3], "a b c", ["line 4", "'3'", "a, b, c"]),  # counted from 1
+        ([1, 2, 3], "1 2", ["line 4", "'3'", "1, 2"]),  # 1 and 2 are the names: the third row is the wrong one
+    ],
+    ids=str,
+)
+def test_labels_outside_the_classes(labels, names, parts, here):
+    (here / "data" / "train.csv").write_text("text,label\n" + "".join(f"a,{label}\n" for label in labels))
+    (here / "data" / "test.csv").write_text(f"text,label\na,{labels[0]}\n")
+    check(here, call("--label-names", *names.split()), ["train.csv", *parts, "--label-names"])
+
+
+def test_a_label_that_only_the_test_rows_have(here):
+    (here / "data" / "train.csv").write_text("text,label\na,1\nb,2\nc,3\n")
+    (here / "data" / "test.csv").write_text("text,label\na,1\nb,0\n")
+    check(here, call(), ["test.csv", "line 3", "'0'", "1, 2, 3"])
+
+
+@pytest.mark.parametrize("other", ["train.jsonl", "train-more.parquet", "data/train.csv"])
+def test_two_kinds_of_one_split(other, here):
+    (here / "data" / "data").mkdir()
+    (here / "data" / other).write_bytes(b"x")
+    check(here, call(), ["data", "train.csv", Path(other).name, "keep one"])
+
+
+# Model directories.
+
+
+def change(path: str, drop: str | None = None, **values) -> Callable[[], None]:
+    """Sets keys of a JSON file, or drops one."""
+
+    def spoil() -> None:
+        content = json.loads(Path(path).read_text()) | values
+        Path(path).write_text(json.dumps({k: v for k, v in content.items() if k != drop}))
+
+    return spoil
+
+
+def write(path: str, content: bytes) -> Callable[[], None]:
+    return lambda: Path(path).write_bytes(content) and None
+
+
+def remove(path: str) -> Callable[[], None]:
+    return lambda: Path(path).unlink()
+
+
+def rename(path: str, name: str) -> Callable[[], None]:
+    return lambda: Path(path).rename(Path(path).with_name(name)) and None
+
+
+def cut(path: str, size: int) -> Callable[[], None]:
+    return lambda: Path(path).write_bytes(Path(path).read_bytes()[:size]) and None
+
+
+def tensors(edit: Callable[[dict], object], path: str = "model/model.safetensors") -> Callable[[], None]:
+    def spoil() -> None:
+        content = load_file(path)
+        edit(content)
+        save_file(content, path)
+
+    return spoil
+
+
+def shards(index: bytes) -> Callable[[], None]:
+    def spoil() -> None:
+        rename("model/model.safetensors", "model-00001-of-00002.safetensors")()
+        write(f"model/{weights.INDEX}", index)()
+
+    return spoil
+
+
+def tokenizer_without(token: str) -> Callable[[], None]:
+    return lambda: (
+        Path("model/tokenizer.json").write_text(Path("model/tokenizer.json").read_text().replace(token, "[OTHER]")) and None
+    )
+
+
+QUERY = "bert.encoder.layer.0.attention.self.query.weight"
+MODEL = {  # what is wrong: (how to bring it about, parts of the message)
+    "no config": (remove("model/config.json"), ["model/config.json", "Hugging Face layout"]),
+    "broken config": (write("model/config.json", b"{"), ["model/config.json", "not readable", "pass a directory"]),
+    "config is a list": (write("model/config.json", b"[]"), ["model", "pass"]),
+    "another architecture": (change("model/config.json", model_type="qwen3"), ["--model", "model", "qwen3", "bert", "pass another"]),
+    "no architecture": (change("model/config.json", drop="model_type"), ["--model", "model", "bert", "pass another"]),
+    "another activation": (change("model/config.json", hidden_act="relu"), ["--model", "config.json", "'relu'", "'gelu'", "pass another"]),
+    "odd heads": (change("model/config.json", num_attention_heads=3), ["--model", "config.json", "8", "3", "pass another"]),
+    "a size in words": (change("model/config.json", hidden_size="big"), ["--model", "config.json", "pass another"]),
+    "no weights": (remove("model/model.safetensors"), ["model", "no model.safetensors", "pass a directory"]),
+    "pickled weights": (rename("model/model.safetensors", "pytorch_model.bin"), ["model", "pytorch_model.bin", "save_pretrained"]),
+    "empty weights": (write("model/model.safetensors", b""), ["model/model.safetensors", "not a readable", "again"]),
+    "torn weights": (cut("model/model.safetensors", 2000), ["model/model.safetensors", "not a readable", "again"]),
+    "weights are text": (write("model/model.safetensors", b"version https://git-lfs\n" * 5), ["model/model.safetensors", "not a readable"]),
+    "a shard missing": (
+        shards(b'{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'),
+        ["model", "index.json", "model-00002-of-00002.safetensors", "missing", "again"],
+    ),
+    "broken index": (shards(b"{"), [f"model/{weights.INDEX}", "not a readable index", "again"]),
+    "index without a map": (shards(b"{}"), [f"model/{weights.INDEX}", "not a readable index", "again"]),
+    "a tensor missing": (tensors(lambda t: t.pop(QUERY)), ["model", QUERY, "missing", "complete weights"]),
+    "a tensor of another shape": (
+        tensors(lambda t: t.update({QUERY: torch.zeros(4, 8)})),
+        ["model/model.safetensors", QUERY, "(4, 8)", "(8, 8)", "config.json"],
+    ),
+    "a tensor too many": (tensors(lambda t: t.update({"lm_head.weight": torch.zeros(2)})), ["model", "lm_head.weight", "architecture"]),
+    "config of another size": (change("model/config.json", hidden_size=16), ["model/model.safetensors", "shape", "config.json"]),
+    "weights of more classes": (
+        tensors(lambda t: t.update({"classifier.weight": torch.zeros(3, 8), "classifier.bias": torch.zeros(3)})),
+        ["model/model.safetensors", "classifier.", "3", "2", "number of classes"],
+    ),
+    "no tokenizer": (remove("model/tokenizer.json"), ["model", "no tokenizer.json", "save_pretrained"]),
+    "broken tokenizer": (write("model/tokenizer.json", b"{"), ["model/tokenizer.json", "not a readable tokenizer", "again"]),
+    "tokenizer of nothing": (write("model/tokenizer.json", b"{}"), ["model/tokenizer.json", "not a readable tokenizer", "again"]),
+    "tokenizer is a list": (write("model/tokenizer.json", b"[]"), ["model/tokenizer.json", "not a readable tokenizer", "again"]),
+    "tokenizer of another kind": (change("model/tokenizer.json", model={"type": "Odd"}), ["model/tokenizer.json", "not a readable tokenizer"]),
+    "broken tokenizer_config": (write("model/tokenizer_config.json", b"{"), ["model/tokenizer_config.json", "again"]),
+    "tokenizer without [SEP]": (tokenizer_without("[SEP]"), ["--model", "[SEP]", "tokenizer of this kind of model"]),
+    "embedding of another size": (
+        tensors(lambda t: t.update({"bert.embeddings.word_embeddings.weight": torch.zeros(9, 8)})),
+        ["model/model.safetensors", "word_embeddings", "(9, 8)"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MODEL)
+def test_model(case, here):
+    spoil, parts = MODEL[case]
+    spoil()
+    check(here, call(), parts)
+
+
+def test_a_tokenizer_larger_than_the_embedding(here):
+    size = json.loads((here / "model" / "config.json").read_text())["vocab_size"]
+    tensors(lambda t: t.update({"bert.embeddings.word_embeddings.weight": torch.zeros(9, 8)}))()
+    change("model/config.json", vocab_size=9)()
+    check(here, call(), ["--model", "tokenizer", str(size), "9", "files that fit"])
+
+
+def test_eval_only_of_other_classes(here):
+    change("model/config.json", **weights.label_config(["cat", "dog"]))()
+    check(here, call("--eval-only"), ["--eval-only", "model", "bad, good", "train it first"])
+
+
+def test_eval_only_of_a_model_without_a_head(here):
+    tensors(lambda t: [t.pop(name) for name in list(t) if name.startswith("classifier")])()
+    check(here, call("--eval-only"), ["--eval-only", "model", "train it first"])
+
+
+# Runs to resume.
+
+CHECKPOINT = "run/checkpoints/step-000001"
+RUN = {
+    "no run.json": (remove("run/run.json"), ["run/run.json", "run directory"]),
+    "broken run.json": (cut("run/run.json", 100), ["run/run.json", "not a readable run.json"]),
+    "settings of another script": (change("run/run.json", settings={"head": "options"}), ["run/run.json", "head", "another script"]),
+    "other rows": (write("data/train.csv", CSV.replace("text 3", "text three").encode()), ["--data", "data", "run", "new run"]),
+    "no data": (lambda: shutil.rmtree("data"), ["--data", "data"]),
+    "no state.json": (remove(f"{CHECKPOINT}/state.json"), [CHECKPOINT, "not a whole checkpoint", "delete it"]),
+    "torn state.json": (cut(f"{CHECKPOINT}/state.json", 10), [CHECKPOINT, "not a whole checkpoint", "delete it"]),
+    "no optimizer": (remove(f"{CHECKPOINT}/optimizer.safetensors"), [CHECKPOINT, "not a whole checkpoint", "delete it"]),
+    "torn optimizer": (cut(f"{CHECKPOINT}/optimizer.safetensors", 1000), [CHECKPOINT, "not a whole checkpoint", "delete it"]),
+    "a moment missing": (
+        tensors(lambda t: t.pop(f"exp_avg.{QUERY}"), f"{CHECKPOINT}/optimizer.safetensors"),
+        [CHECKPOINT, "not a whole checkpoint", "delete it"],
+    ),
+    "torn weights": (cut(f"{CHECKPOINT}/model.safetensors", 2000), [f"{CHECKPOINT}/model.safetensors", "not a readable"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RUN)
+def test_resume(case, here):
+    spoil, parts = RUN[case]
+    change("run/run.json", settings=json.loads(Path("run/run.json").read_text())["settings"] | {"data": "data", "model": "model"})()
+    spoil()
+    check(here, ["--resume", "run"], parts)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoints(here):
+    with pytest.raises(UserError, match=r"--learning-rate: .*(nan|inf).*1e\+38.*fp32.*out"):
+        argv = ["--learning-rate", "1e38", "--max-steps", "9", "--save-every", "1", "--eval-every", "0"]
+        train_bert.main(call(*argv, "--output-dir", str(here / "out")))
+    assert (here / "out" / "checkpoints" / "step-000001" / "state.json").is_file()
+    assert not (here / "out" / "results.json").exists()
+
+
+# The same from outside.
+
+
+@pytest.mark.parametrize(
+    ("flags", "last_line"),
+    [
+        (
+            ["--data", "/nowhere/x"],
+            "error: --data: no directory /nowhere/x; pass an existing directory or a hub id such as org/name",
+        ),
+        (["--epoch", "1"], "error: unknown flag --epoch; did you mean --epochs?"),
+    ],
+)
+def test_the_script_exits_with_2_and_the_line_without_a_traceback(flags, last_line, here):
+    command = [sys.executable, str(ROOT / "train_bert.py"), *call(*flags)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == last_line
+    assert "Traceback" not in done.stderr and not (here / "out").exists()

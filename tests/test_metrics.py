@@ -1,0 +1,159 @@
+"""Metrics against scikit-learn, scipy, brute force, and counts made by hand.
+
+    python -m pytest tests/test_metrics.py
+
+Counts and quotients agree to a few units of the last of 16 digits: 1e-12. The bootstrap's tolerance stands beside it;
+everything is seeded, so nothing fails by chance.
+"""
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from scipy.stats import binomtest
+from sklearn import metrics as sklearn_metrics
+
+from minicls.metrics import calibration_error, classification_metrics, confusion_matrix, f1_interval, mcnemar, per_class
+
+CLOSE = {"rtol": 0, "atol": 1e-12}
+
+
+def random_rows(n: int, C: int, right: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, C, n)
+    return labels, np.where(rng.random(n) < right, labels, rng.integers(0, C, n))
+
+
+def cases():
+    yield "random", 4, *random_rows(500, 4, 0.0)
+    yield "mostly right", 77, *random_rows(3000, 77, 0.9)
+    labels, predictions = random_rows(300, 3, 0.5)
+    yield "class absent from the labels", 4, labels, np.where(predictions == 0, 3, predictions)
+    yield "class never predicted", 3, labels, np.where(predictions == 2, 0, predictions)
+    yield "class in neither", 5, labels, predictions
+    yield "one class predicted", 3, labels, np.ones_like(labels)
+    yield "all right", 3, labels, labels
+    yield "all wrong", 3, labels, (labels + 1) % 3
+    yield "one row", 2, labels[:1] * 0, labels[:1] * 0 + 1
+
+
+@pytest.mark.parametrize(("C", "labels", "predictions"), [case[1:] for case in cases()], ids=[case[0] for case in cases()])
+def test_metrics_equal_scikit_learn(C, labels, predictions):
+    confusion = confusion_matrix(labels, predictions, C)
+    classes = {"labels": range(C)}
+    np.testing.assert_array_equal(confusion, sklearn_metrics.confusion_matrix(labels, predictions, **classes))
+    theirs = sklearn_metrics.precision_recall_fscore_support(labels, predictions, zero_division=0, **classes)
+    for ours, reference in zip(per_class(confusion), theirs, strict=False):
+        np.testing.assert_allclose(ours, reference, **CLOSE)
+    scores = classification_metrics(confusion)
+    assert list(scores) == ["accuracy", "precision", "recall", "f1"] and {type(x) for x in scores.values()} == {float}
+    macro = sklearn_metrics.precision_recall_fscore_support(labels, predictions, average="macro", zero_division=0, **classes)
+    reference = [sklearn_metrics.accuracy_score(labels, predictions), *macro[:3]]
+    np.testing.assert_allclose([*scores.values()], reference, **CLOSE)
+
+
+def test_metrics_counted_by_hand():
+    labels, predictions = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 0, 0])
+    confusion = confusion_matrix(labels, predictions, 3)
+    assert confusion.tolist() == [[2, 1, 0], [1, 1, 0], [1, 0, 0]]
+    precision, recall, f1 = per_class(confusion)
+    np.testing.assert_allclose(precision, [2 / 4, 1 / 2, 0], **CLOSE)
+    np.testing.assert_allclose(recall, [2 / 3, 1 / 2, 0], **CLOSE)
+    np.testing.assert_allclose(f1, [4 / 7, 1 / 2, 0], **CLOSE)
+    scores = classification_metrics(confusion)
+    assert scores == pytest.approx({"accuracy": 3 / 6, "precision": 1 / 3, "recall": 7 / 18, "f1": 5 / 14}, abs=1e-12)
+
+
+def test_nothing_counted_gives_zeros():
+    empty = np.zeros((3, 3), np.int64)
+    assert classification_metrics(empty) == {"accuracy": 0, "precision": 0, "recall": 0, "f1": 0}
+    assert f1_interval(empty) == (0.0, 0.0)
+
+
+def test_several_confusion_matrices_at_once_are_each_their_own():
+    tables = [confusion_matrix(*random_rows(50, 3, 0.6, seed), 3) for seed in range(4)]
+    together = per_class(np.stack(tables))
+    for i, table in enumerate(tables):
+        for many, one in zip(together, per_class(table), strict=True):
+            np.testing.assert_array_equal(many[i], one)
+
+
+@pytest.mark.parametrize(("n", "C", "right"), [(300, 3, 0.8), (60, 4, 0.5)])
+def test_f1_interval_equals_a_bootstrap_over_rows(n, C, right):
+    labels, predictions = random_rows(n, C, right)
+    low, high = f1_interval(confusion_matrix(labels, predictions, C))
+    rng = np.random.default_rng(1)
+    resampled = []
+    for _ in range(2000):
+        rows = rng.integers(0, n, n)
+        resampled.append(classification_metrics(confusion_matrix(labels[rows], predictions[rows], C))["f1"])
+    sigma = np.std(resampled)
+    # The 2.5 % quantile of R draws has a standard error of sqrt(0.025 * 0.975 / R) / 0.0584 sigma (0.0584 is the normal
+    # density there): 0.060 sigma for 2,000 draws and 0.027 for 10,000, together 0.066. Four of them allow for the two
+    # bounds being checked at once; a real mistake (a 90 % interval, half the rows) is off by 0.3 sigma or more.
+    assert abs(low - np.quantile(resampled, 0.025)) < 0.26 * sigma
+    assert abs(high - np.quantile(resampled, 0.975)) < 0.26 * sigma
+
+
+def test_f1_interval_is_seeded_and_holds_the_figure():
+    confusion = confusion_matrix(*random_rows(400, 4, 0.9), 4)
+    low, high = f1_interval(confusion)
+    assert (low, high) == f1_interval(confusion) != f1_interval(confusion, seed=1)
+    assert low < classification_metrics(confusion)["f1"] < high
+    narrow_low, narrow_high = f1_interval(confusion * 100)
+    assert (high - low) / (narrow_high - narrow_low) == pytest.approx(10, rel=0.1)  # 1 / sqrt(n); 4 standard errors
+    assert f1_interval(np.diag([5, 5])) == (1.0, 1.0)
+    assert len(f1_interval(confusion, resamples=7)) == 2
+
+
+def binary(*confidences: float) -> np.ndarray:
+    return np.array([[p, 1 - p] for p in confidences])
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "labels", "bins", "expected"),
+    [
+        (binary(1.0, 1.0), [0, 0], 15, 0.0),
+        (binary(1.0, 1.0), [0, 1], 15, 0.5),
+        (binary(0.8, 0.8, 0.8, 0.8, 0.8), [0, 0, 0, 0, 1], 10, 0.0),
+        # bin (0.5, 0.75]: confidence 0.6 and 0.7, one right; bin (0.75, 1]: confidence 0.9, wrong
+        (binary(0.6, 0.7, 0.9), [0, 1, 1], 4, (abs(1.3 - 1) + abs(0.9 - 0)) / 3),
+        # 0.75 belongs to the bin below it: with 0.6, (0.6 + 0.75 - 1) / 2; with 1.0 it would be |1.75 - 1| + |0.6 - 1|
+        (binary(0.75, 0.6, 1.0), [1, 0, 0], 4, (0.35 + 0) / 3),
+        (binary(0.3, 0.3), [1, 1], 15, 0.3),  # the second class is predicted with 0.7
+        (np.array([[1 + 1e-7, 0.0]]), [0], 15, 1e-7),  # rounding can put a sum above one
+        (np.full((4, 4), 0.25), [0, 1, 2, 3], 15, 0.0),
+    ],
+)
+def test_calibration_error_counted_by_hand(probabilities, labels, bins, expected):
+    assert calibration_error(probabilities, np.array(labels), bins) == pytest.approx(expected, abs=1e-12)
+
+
+def test_mcnemar_counted_by_hand():
+    labels = np.zeros(10, int)
+    a, b = np.array([0] * 8 + [1] * 2), np.array([0] * 4 + [1] * 5 + [0])  # only a: rows 4-7, only b: row 9
+    assert mcnemar(labels, a, b) == (4, 1, 2 * (1 + 5) / 2**5)
+    assert mcnemar(labels, b, a) == (1, 4, 2 * (1 + 5) / 2**5)
+    assert mcnemar(labels, a, a) == (0, 0, 1.0)
+    assert mcnemar(np.array([0, 0]), np.array([1, 2]), np.array([2, 1])) == (0, 0, 1.0)  # both wrong, each in its way
+
+
+@pytest.mark.parametrize(("n", "right_a", "right_b"), [(30, 0.5, 0.5), (200, 0.6, 0.9), (7600, 0.94, 0.935), (7600, 0.2, 0.9)])
+def test_mcnemar_equals_the_binomial_test(n, right_a, right_b):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, n)
+    a, b = (np.where(rng.random(n) < right, labels, (labels + 1) % 4) for right in (right_a, right_b))
+    only_a, only_b, p = mcnemar(labels, a, b)
+    assert only_a == sum((a == labels) & (b != labels)) and only_b == sum((b == labels) & (a != labels))
+    # scipy sums in floating point, with about ten good digits in the far tail.
+    assert p == pytest.approx(binomtest(only_a, only_a + only_b, 0.5).pvalue, rel=1e-9, abs=1e-300)
+
+
+def test_published_predictions_reproduce_their_authors_figures(shared):
+    table = pq.read_table(shared / "data" / "ag_news" / "published_test_predictions.parquet")
+    labels, *models = (table[name].to_numpy() for name in ("label", "distilbert", "linear_svc", "llama31_8b_sft"))
+    accuracies = [classification_metrics(confusion_matrix(labels, model, 4))["accuracy"] for model in models]
+    assert [round(accuracy, 4) for accuracy in accuracies] == [0.9422, 0.9234, 0.9543]
+    assert sum(np.all([model != labels for model in models], axis=0)) == 220
+    only_a, only_b, p = mcnemar(labels, models[0], models[2])
+    assert only_b - only_a == round(7600 * (accuracies[2] - accuracies[0]))
+    assert p == pytest.approx(binomtest(only_a, only_a + only_b).pvalue, rel=1e-9)

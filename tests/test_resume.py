@@ -1,0 +1,212 @@
+"""Exact resume: interrupted, killed, or out of disk space.   python -m pytest -m "slow or not slow" tests/test_resume.py
+
+A resumed run equals the uninterrupted one bit for bit (same machine, eager, one thread), so there are no tolerances. The
+moments of the kills in the slow test depend on the clock; that the result does not is what it tests.
+"""
+
+import json
+import math
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, TINY
+from runs import events, interrupt_at, losses, results, resume, train, write_news
+
+import train_bert
+from minicls.checkpoint import checkpoints
+from minicls.config import UserError, run
+
+# Ten steps with dropout over windows of 32, 32, 32, 32 and 22 rows.
+FLAGS = ["--max-train-rows", "150", "--epochs", "2", "--log-every", "1", "--eval-every", "3", "--save-every", "2"]
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def pair(request, tmp_path_factory):
+    """The same run twice: uninterrupted, and stopped at step 5 of 10."""
+    folder = tmp_path_factory.mktemp(request.param)
+    whole = train(folder / "whole", *FLAGS, "--dtype", request.param)
+    with interrupt_at(5), pytest.raises(SystemExit):
+        train(folder / "stopped", *FLAGS, "--dtype", request.param)
+    assert [*checkpoints(folder / "stopped")] == [4, 5]
+    return whole, folder / "stopped"
+
+
+@pytest.fixture
+def whole(pair):
+    return pair[0]
+
+
+@pytest.fixture
+def stopped(pair, tmp_path):
+    """A copy to spoil."""
+    return shutil.copytree(pair[1], tmp_path / "run")
+
+
+def hidden(run_dir):
+    return sorted(path.name for path in run_dir.rglob(".*"))
+
+
+def assert_same_run(resumed, whole):
+    for name in ("model.safetensors", "checkpoints/step-000010/optimizer.safetensors", "predictions.parquet", "config.json"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes(), name
+    assert losses(resumed) == losses(whole) and [step for step, *_ in losses(whole)] == [*range(1, 11)]
+    assert events(resumed, "eval", "test") == events(whole, "eval", "test")
+    assert [e["epoch"] for e in events(resumed, "train")] == [e["epoch"] for e in events(whole, "train")]
+    assert [*checkpoints(resumed)] == [*checkpoints(whole)] == [8, 10]
+    clocks = {name for name in results(whole) if name.endswith(("_seconds", "_per_second", "_bytes"))}
+    for name in results(whole).keys() - clocks:
+        assert results(resumed)[name] == results(whole)[name], name
+    assert not hidden(resumed)
+
+
+def test_resumed_run_equals_the_uninterrupted_one(stopped, whole):
+    seconds = events(stopped, "train")[-1]["train_seconds"]
+    assert_same_run(resume(stopped), whole)
+    assert results(stopped)["train_seconds"] > seconds  # the clock went on
+
+
+@pytest.mark.parametrize("pair", ["fp32"], indirect=True)
+class TestStopped:
+    """What else may have happened to the stopped run before it goes on."""
+
+    def test_torn_leftovers_are_not_picked_up(self, stopped, whole):
+        newest = checkpoints(stopped)[5]
+        torn = shutil.copytree(newest, newest.with_name(".step-000007.tmp"))  # as a kill while saving leaves it
+        (torn / "optimizer.safetensors").write_bytes(b"half")
+        shutil.copytree(newest, newest.with_name(".step-000006.old"))  # as a kill while deleting leaves it
+        with (stopped / "metrics.jsonl").open("a") as file:
+            for step in (6, 7):
+                file.write(json.dumps({"event": "train", "step": step, "loss": 9.9}) + "\n")
+            file.write('{"event": "train", "step": 8, "lo')
+        assert_same_run(resume(stopped), whole)
+
+    def test_no_complete_checkpoint_starts_over(self, stopped, whole):
+        checkpoints(stopped)[4].rename(stopped / "checkpoints" / ".step-000004.tmp")
+        shutil.rmtree(checkpoints(stopped)[5])
+        assert_same_run(resume(stopped), whole)
+
+    def test_killed_before_the_results_were_written(self, pair, whole, tmp_path):
+        copy = shutil.copytree(whole, tmp_path / "run")
+        for name in ("results.json", "predictions.parquet", "model.safetensors"):
+            (copy / name).unlink()
+        (copy / ".model.tmp").write_bytes(b"half")
+        assert_same_run(resume(copy), whole)
+
+    def test_eval_only_scores_the_checkpoints_and_leaves_the_run_resumable(self, stopped, whole):
+        steps = len(losses(stopped))
+        resume(stopped, "--eval-only")
+        assert [e["step"] for e in events(stopped, "eval", "test")] == [3, 4, 5]  # 3 while training, then both checkpoints
+        assert results(stopped)["final_step"] == 5 and len(losses(stopped)) == steps
+        resume(stopped)
+        assert losses(stopped) == losses(whole) and results(stopped)["best_step_on_test"] == results(whole)["best_step_on_test"]
+        assert (stopped / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+    @pytest.mark.parametrize("limit", [300_000, 900_000], ids=["in the model", "in the optimizer"])
+    def test_full_disk_leaves_the_earlier_checkpoint(self, limit, stopped, whole, capsys, monkeypatch):
+        """Writing past the limit fails as on a full disk (Python ignores SIGXFSZ); weights take 0.6 MB, moments 1.2 MB."""
+        before = {path: path.read_bytes() for path in checkpoints(stopped)[5].iterdir()}
+        monkeypatch.setattr(sys, "argv", ["train_bert.py", "--resume", str(stopped)])
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            with pytest.raises(SystemExit) as stop:
+                run(train_bert.main)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        error = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and len(error) == 1 and "File too large" in error[0] and "step-000006" in error[0]
+        assert [*checkpoints(stopped)] == [4, 5] and not hidden(stopped)
+        assert before == {path: path.read_bytes() for path in checkpoints(stopped)[5].iterdir()}
+        assert_same_run(resume(stopped), whole)
+
+    @pytest.mark.parametrize(
+        "flag", [["--learning-rate", "1e-3"], ["--max-steps", "20"], ["--output-dir", "elsewhere"]], ids=" ".join
+    )
+    def test_another_setting_is_an_error(self, flag, stopped):
+        with pytest.raises(UserError, match=f"{flag[0]}: a resumed run keeps its settings"):
+            resume(stopped, *flag)
+
+    def test_broken_checkpoint_is_named(self, stopped):
+        (checkpoints(stopped)[5] / "optimizer.safetensors").write_bytes(b"half")
+        with pytest.raises(UserError, match="step-000005: not a whole checkpoint"):
+            resume(stopped)
+
+    def test_finished_run_says_so_and_changes_nothing(self, whole, capsys):
+        before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+        resume(whole)
+        assert f"{whole} is finished; its results are in {whole / 'results.json'}" in capsys.readouterr().out
+        assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_bert.py", *TINY, "--max-steps", "4", "--output-dir", str(tmp_path / "run")])
+    with interrupt_at(2), pytest.raises(SystemExit) as stop:
+        run(train_bert.main)
+    assert stop.value.code == 130
+    assert f"stopped at step 2 of 4; go on: python train_bert.py --resume {tmp_path / 'run'}\n" in capsys.readouterr().out
+    assert [*checkpoints(tmp_path / "run")] == [1, 2]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_changed_data_is_an_error(tmp_path):
+    news = write_news(tmp_path / "news", num_train=64, num_test=8)
+    with interrupt_at(1, signal.SIGTERM), pytest.raises(SystemExit):
+        train(tmp_path / "run", "--data", str(news), "--max-steps", "4")
+    text = (news / "train.csv").read_text()
+    (news / "train.csv").write_text(text.replace("beefood", "honey", 1))
+    with pytest.raises(UserError, match=r"--data: .*news has other rows than"):
+        resume(tmp_path / "run")
+    (news / "train.csv").write_text(text)
+    assert results(resume(tmp_path / "run"))["final_step"] == 4
+
+
+def test_best_on_validation_is_remembered(tmp_path, monkeypatch):
+    """A resumed run knows the best step of its first part: F1 is scripted to fall with every evaluation."""
+    original, script = train_bert.report.evaluate_logits, iter([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
+
+    def evaluate_logits(logits, labels):
+        scores, confusion = original(logits, labels)
+        return scores | ({"f1": next(script)} if len(labels) == 40 else {}), confusion
+
+    monkeypatch.setattr(train_bert.report, "evaluate_logits", evaluate_logits)
+    with interrupt_at(3), pytest.raises(SystemExit):
+        train(tmp_path / "run", "--validation-size", "40", "--max-steps", "6", "--eval-every", "1", "--keep-checkpoints", "1")
+    found = results(resume(tmp_path / "run"))
+    assert (found["headline_step"], found["final_step"]) == (1, 6)
+    assert [*checkpoints(tmp_path / "run")] == [1, 6]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(tmp_path):
+    """SIGKILL six times, then on to the end; a checkpoint at every step, so that kills fall into saving and deleting too."""
+    flags = [*TINY, "--max-steps", "150", "--log-every", "1", "--eval-every", "0.1", "--save-every", "1"]
+    whole, killed = train(tmp_path / "whole", *flags), tmp_path / "killed"
+    rng, reached = random.Random(0), []
+    while True:
+        command = ["--resume", str(killed)] if reached else [*flags, "--output-dir", str(killed)]
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "train_bert.py"), *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        if len(reached) < 6:
+            # Up to a second after a checkpoint of its own; every third one earlier, perhaps while it still starts.
+            early = time.monotonic() + rng.uniform(0, 6) if len(reached) % 3 == 2 else math.inf
+            newest = max(checkpoints(killed), default=0)
+            while process.poll() is None and max(checkpoints(killed), default=0) == newest and time.monotonic() < early:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 1))
+            process.kill()
+        output, _ = process.communicate(timeout=600)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, output
+        reached.append(max(checkpoints(killed)))
+    assert len(set(reached)) > 2, reached  # it was killed while it trained
+    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert losses(killed) == losses(whole) and events(killed, "eval", "test") == events(whole, "eval", "test")
+    assert not hidden(killed)

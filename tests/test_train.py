@@ -1,0 +1,286 @@
+"""The training loop: published schedule, exact losses, files of a run.   python -m pytest tests/test_train.py
+
+Tolerances: everything runs in fp32 where two orders of summation are compared. Losses differ by a few 1e-7 then, the bound
+is 1e-5. Weights differ by 1e-6, the bound is 1e-4: Adam divides by the gradient's size, so rounding in a gradient near zero
+may grow. Nothing is random from run to run, so no failure is chance. Only the accuracy of the run that learns could fall
+otherwise on another CPU: five seeds in bf16 and in fp32 all gave 1.00, and the bound is 0.9.
+"""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from runs import CLASSES, MODEL_FILES, events, interrupt_at, losses, results, train, without_dropout, write_news
+from safetensors.torch import load_file
+
+import train_bert
+from minicls import report, weights
+from minicls.checkpoint import checkpoints
+from minicls.config import UserError
+from minicls.data import Data, Split, load_data, pack, split_data, step_rows
+from minicls.optim import cosine_lr, every_steps, make_optimizer, warmup_steps
+from minicls.tokenizer import bert_rows, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def news(tmp_path_factory):
+    return write_news(tmp_path_factory.mktemp("news") / "news")
+
+
+@pytest.fixture(scope="module")
+def learned(news, tmp_path_factory):
+    """A run long enough to learn: 40 steps, though an epoch has 19 and one was asked for."""
+    flags = ["--learning-rate", "3e-3", "--warmup-ratio", "0.1", "--epochs", "1", "--max-steps", "40", "--eval-every", "0.3"]
+    flags += ["--max-train-rows", "600", "--max-eval-rows", "200", "--log-every", "4", "--save-every", "0.2"]
+    return train(tmp_path_factory.mktemp("learned") / "run", "--data", str(news), *flags)
+
+
+@pytest.fixture(scope="module")
+def calm(bert_run, tmp_path_factory):
+    return without_dropout(bert_run, tmp_path_factory.mktemp("calm") / "model")
+
+
+# Two epochs of windows of 64, 64 and 22 rows, every step logged.
+UNEVEN = ["--max-train-rows", "150", "--global-batch-size", "64", "--micro-batch-size", "64", "--epochs", "2", "--log-every", "1"]
+UNEVEN += ["--dtype", "fp32", "--eval-every", "0", "--save-every", "0"]
+
+
+@pytest.fixture(scope="module")
+def plain(calm, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("plain") / "run", "--model", str(calm), *UNEVEN)
+
+
+def predictions(run_dir):
+    return pq.read_table(run_dir / "predictions.parquet").to_pydict()
+
+
+# Schedule and optimizer.
+
+
+def test_the_defaults_are_the_published_steps(tmp_path, monkeypatch):
+    split = Split(["news"] * 120_000, np.arange(120_000) % 4)
+    monkeypatch.setattr(train_bert, "load_data", lambda *_: Data(split, split.select(np.arange(8)), CLASSES))
+    with interrupt_at(1), pytest.raises(SystemExit):
+        train_bert.main(["--model", "tiny", "--device", "cpu", "--threads", "1", "--output-dir", str(tmp_path / "run")])
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (info["total_steps"], info["num_train_rows"]) == (9375, 120_000)
+    every = every_steps(info["settings"]["eval_every"], 9375)
+    assert [*range(every, 9376, every)] == [938, 1876, 2814, 3752, 4690, 5628, 6566, 7504, 8442]
+
+
+@pytest.mark.parametrize(("steps", "peak", "ratio", "warmup"), [(9375, 1e-5, 0.0, 0), (120_000 // (12 * 8), 1.2e-5, 0.01, 13)])
+def test_schedule_is_that_of_transformers(steps, peak, ratio, warmup):
+    from transformers import get_cosine_schedule_with_warmup
+
+    assert warmup_steps(steps, ratio) == warmup
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
+    for step in range(steps):
+        assert cosine_lr(step, steps, peak, ratio) == pytest.approx(schedule.get_last_lr()[0], rel=1e-12, abs=0)
+        optimizer.step()
+        schedule.step()
+
+
+def test_optimizer_groups_are_those_of_the_trainer():
+    from transformers import BertConfig, BertForSequenceClassification, Trainer
+
+    values = train_bert.TINY | {"vocab_size": 50}
+    hugging_face = BertForSequenceClassification(BertConfig(**values))
+    decaying = set(Trainer.get_decay_parameter_names(None, hugging_face))
+    model, _, _ = weights.build_model(weights.BERT, values, None, 0, torch.device("cpu"))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decay, rest = make_optimizer(model, 1e-5, 1e-6).param_groups
+    assert {names[p] for p in decay["params"]} == decaying
+    assert {names[p] for p in rest["params"]} == {name for name, _ in hugging_face.named_parameters()} - decaying
+    assert (decay["weight_decay"], rest["weight_decay"]) == (1e-6, 0.0)
+    assert all((g["lr"], g["betas"], g["eps"]) == (1e-5, (0.9, 0.999), 1e-8) for g in (decay, rest))
+
+
+@pytest.mark.parametrize(("num_rows", "batch"), [(150, 64), (128, 64), (10, 64), (65, 1)])
+def test_step_rows_cover_each_epoch_once(num_rows, batch):
+    steps = math.ceil(num_rows / batch)
+    epochs = [np.concatenate([step_rows(epoch * steps + i, num_rows, batch, seed=42) for i in range(steps)]) for epoch in range(3)]
+    assert all(sorted(epoch) == [*range(num_rows)] for epoch in epochs)
+    other_seed = np.concatenate([step_rows(i, num_rows, batch, seed=43) for i in range(steps)])
+    orders = {tuple(order) for order in (*epochs, other_seed)}
+    assert len(orders) == 4  # two orders of 10 rows are equal with a chance of 3e-7; these seeds' are not
+    assert max(len(step_rows(i, num_rows, batch, seed=42)) for i in range(steps)) <= batch
+
+
+# The loss of a step, whatever way it was computed.
+
+
+def test_loss_is_the_mean_over_the_rows_of_the_step(calm, tmp_path):
+    """With a learning rate of 0 every step's loss follows from one look at each row, also in a window of 22 = 6 + 6 + 5 + 5."""
+    run = train(tmp_path / "run", "--model", str(calm), *UNEVEN, "--micro-batch-size", "16", "--learning-rate", "0")
+    data, _ = split_data(load_data("synthetic"), max_train_rows=150)
+    model, _, _ = weights.build_model(weights.BERT, weights.read_config(run), run, 0, torch.device("cpu"))
+    rows, _ = bert_rows(load_tokenizer(run), data.train.texts, max_length=512)
+    with torch.no_grad():
+        logits = torch.cat([model.eval()(*pack([row])) for row in rows])
+    row_losses = torch.nn.functional.cross_entropy(logits, torch.from_numpy(data.train.labels), reduction="none").numpy()
+    expected = [row_losses[step_rows(step, 150, 64, seed=42)].mean() for step in range(6)]
+    assert [loss for _, loss, _ in losses(run)] == pytest.approx(expected, rel=1e-5)
+    assert [e["epoch"] for e in events(run, "train")] == pytest.approx([64 / 150, 128 / 150, 1, 214 / 150, 278 / 150, 2])
+    assert all(torch.equal(tensor, load_file(run / "model.safetensors")[name]) for name, tensor in model.state_dict().items())
+
+
+COMPILED = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        ["--micro-batch-size", "16"],
+        ["--micro-batch-size", "16", "--activation-checkpointing"],
+        pytest.param(["--compile"], marks=[pytest.mark.slow, COMPILED]),
+    ],
+    ids=" ".join,
+)
+def test_same_training_another_way(variant, calm, plain, tmp_path):
+    run = train(tmp_path / "run", "--model", str(calm), *UNEVEN, *variant)
+    assert np.array(losses(run)) == pytest.approx(np.array(losses(plain)), rel=1e-5)
+    trained, expected = load_file(run / "model.safetensors"), load_file(plain / "model.safetensors")
+    torch.testing.assert_close(trained, expected, rtol=0, atol=1e-4)
+
+
+# A run's files.
+
+
+def test_it_learns(learned):
+    assert results(learned)["accuracy"] > 0.9  # chance: 0.25
+    assert losses(learned)[0][1] > 1.0 > 0.5 > losses(learned)[-1][1]  # log 4 = 1.39 at first
+
+
+def test_metrics(learned):
+    trained, evaluated = events(learned, "train"), events(learned, "eval", "test")
+    assert len(trained) + len(evaluated) == len((learned / "metrics.jsonl").read_text().splitlines())
+    assert [e["step"] for e in trained] == [*range(4, 41, 4)]
+    assert [e["step"] for e in evaluated] == [12, 24, 36, 40]  # 0.3 of 40 steps, and the last
+    needed = {"event", "step", "epoch", "loss", "learning_rate", "grad_norm", "samples_per_second", "tokens_per_second"}
+    assert all(e.keys() >= needed for e in trained)
+    assert all(e.keys() == {"event", "split", "step", "loss", "accuracy", "precision", "recall", "f1"} for e in evaluated)
+    assert [e["learning_rate"] for e in trained] == [cosine_lr(step, 40, 3e-3, 0.1) for step in range(3, 40, 4)]
+    assert trained[-1]["epoch"] == (2 * 600 + 2 * 32) / 600  # data repeats: 19 + 19 + 2 steps
+
+
+def test_results(learned):
+    found, evaluated = results(learned), events(learned, "eval", "test")
+    assert found.keys() >= {
+        *("accuracy", "precision", "recall", "f1", "f1_low", "f1_high", "num_test_rows", "final_step", "best_step_on_test"),
+        *("best_f1_on_test", "train_seconds", "eval_seconds", "tokens_per_second", "samples_per_second", "peak_memory_bytes"),
+        "device",
+    }
+    assert {name: found[name] for name in ("loss", "accuracy", "f1")}.items() <= evaluated[-1].items()  # the last step, unselected
+    assert (found["num_test_rows"], found["final_step"], found["headline_step"]) == (200, 40, 40)
+    best = max(evaluated, key=lambda e: e["f1"])  # the earliest of equals
+    assert (found["best_step_on_test"], found["best_f1_on_test"]) == (best["step"], best["f1"])
+    assert found["f1_low"] <= found["f1"] <= found["f1_high"] <= 1
+    assert found["train_seconds"] > 0 and found["eval_seconds"] > 0 and found["peak_memory_bytes"] > 2**20
+    assert np.sum(found["confusion"]) == 200 and np.trace(found["confusion"]) == round(200 * found["accuracy"])
+
+
+def test_predictions(learned, news):
+    found, labels = predictions(learned), load_data(str(news)).test.labels
+    probabilities = np.array([found[f"probability_{c}"] for c in range(4)])
+    assert [*found] == ["row", "label", "prediction", *(f"probability_{c}" for c in range(4))]
+    assert found["row"] == [*range(200)] and found["label"] == labels.tolist()
+    assert found["prediction"] == probabilities.argmax(0).tolist()
+    assert probabilities.sum(0) == pytest.approx(np.ones(200), abs=1e-6)
+    assert np.mean(found["prediction"] == labels) == results(learned)["accuracy"]
+
+
+def test_run_directory(learned, news):
+    config, info = (json.loads((learned / name).read_text()) for name in ("config.json", "run.json"))
+    assert [config["id2label"][str(i)] for i in range(4)] == [*CLASSES]
+    assert config["pad_token_id"] == 0
+    assert info["settings"]["epochs"] == 1 and info["settings"]["max_steps"] == info["total_steps"] == 40
+    assert info["versions"].keys() >= {"minicls", "python", "torch", "tokenizers"} and "CPU" in info["device"]
+    assert info["revision"] is None and info["data_fingerprint"] == load_data(str(news)).fingerprint()
+    for name in ("curves.png", "confusion.png"):
+        assert (learned / name).read_bytes().startswith(b"\x89PNG\r\n") and (learned / name).stat().st_size > 5000
+    assert [*(learned / "tensorboard").glob("events.out.tfevents.*")]
+    assert [*checkpoints(learned)] == [32, 40]  # the newest two
+    for directory in (learned, *checkpoints(learned).values()):
+        assert all((directory / name).is_file() for name in MODEL_FILES)
+    last = checkpoints(learned)[40]
+    assert (last / "model.safetensors").read_bytes() == (learned / "model.safetensors").read_bytes()
+    assert not [*learned.rglob("*.tmp")]
+
+
+def test_eval_only_of_a_directory_repeats_its_predictions(learned, news, tmp_path):
+    flags = ["--model", str(learned), "--data", str(news), "--max-eval-rows", "200", "--eval-only"]
+    run = train(tmp_path / "run", *flags)
+    assert predictions(run) == predictions(learned)
+    assert results(run)["f1"] == results(learned)["f1"] and results(run)["final_step"] == 0
+    assert not events(run, "train") and not checkpoints(run)
+
+
+@pytest.mark.parametrize("model", ["tiny", "trained on other classes"])
+def test_eval_only_of_an_untrained_head_is_an_error(model, learned, tmp_path):
+    with pytest.raises(UserError, match=r"--eval-only: .* was not trained on the classes World, Sports"):
+        train(tmp_path / "run", "--model", "tiny" if model == "tiny" else str(learned), "--eval-only")
+
+
+def test_headline_is_the_step_best_on_validation(news, tmp_path, monkeypatch):
+    """The F1 on the 40 validation rows is scripted, for the best step to be neither the last nor by chance."""
+    original, script = report.evaluate_logits, iter([0.1, 0.5, 0.3, 0.5, 0.2])
+
+    def evaluate_logits(logits, labels):
+        scores, confusion = original(logits, labels)
+        return scores | ({"f1": next(script)} if len(labels) == 40 else {}), confusion
+
+    monkeypatch.setattr(report, "evaluate_logits", evaluate_logits)
+    flags = ["--data", str(news), "--validation-size", "40", "--max-steps", "10", "--dtype", "fp32", "--learning-rate", "3e-3"]
+    run = train(tmp_path / "run", *flags, "--eval-every", "2", "--save-every", "3", "--keep-checkpoints", "1")
+    found = results(run)
+    assert [e["step"] for e in events(run, "eval", "validation")] == [e["step"] for e in events(run, "eval", "test")]
+    assert (found["headline_step"], found["best_step_on_validation"], found["final_step"]) == (4, 4, 10)
+    assert [*checkpoints(run)] == [4, 10]  # the best and the newest
+    best = checkpoints(run)[4]
+    assert (run / "model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
+    on_test = next(e for e in events(run, "eval", "test") if e["step"] == 4)
+    assert {name: found[name] for name in ("loss", "accuracy", "f1")}.items() <= on_test.items()
+    again = train(tmp_path / "again", "--model", str(best), "--data", str(news), "--dtype", "fp32", "--eval-only")
+    assert predictions(again) == predictions(run)
+
+
+def test_head_tail_keeps_both_ends(tmp_path, capsys):
+    flags = ["--max-train-rows", "32", "--max-eval-rows", "8", "--max-steps", "1", "--max-length", "12"]
+    train(tmp_path / "run", *flags, "--long-text", "head-tail")
+    data, _ = split_data(load_data("synthetic"), max_train_rows=32)
+    words = data.train.texts[0].lower().removesuffix(".").split()
+    printed = capsys.readouterr().out
+    # Ten tokens: the text's first round(10 * 128 / 510) = 3, and its last 7, the full stop being one.
+    assert f"[CLS] {' '.join(words[:3] + words[-6:])}. [SEP]\n" in printed
+    assert "train: 32 rows, 384 tokens, 32 rows cut to 12" in printed
+
+
+# Losses that are not finite.
+
+
+def test_diverging_run_stops_and_leaves_its_checkpoints(tmp_path):
+    with pytest.raises(UserError, match=r"--learning-rate: the loss became nan at step 2; lower 1e\+30"):
+        train(tmp_path / "run", "--learning-rate", "1e30", "--max-steps", "10", "--save-every", "1", "--log-every", "1")
+    assert [*checkpoints(tmp_path / "run")] == [1]
+    assert load_file(checkpoints(tmp_path / "run")[1] / "optimizer.safetensors")
+    assert len(losses(tmp_path / "run")) == 1 and not (tmp_path / "run" / "results.json").exists()
+
+
+def test_finite_loss_with_gradients_that_are_not_spoils_no_checkpoint(tmp_path, monkeypatch):
+    original = train_bert.F.cross_entropy
+    nan_gradient = lambda logits, *args, **options: original(logits, *args, **options) + (0 * logits.sum()).sqrt()  # noqa: E731
+    monkeypatch.setattr(train_bert.F, "cross_entropy", nan_gradient)
+    with pytest.raises(UserError, match=r"at step 1"):
+        train(tmp_path / "run", "--max-steps", "2", "--save-every", "1")
+    assert not checkpoints(tmp_path / "run")
+
+
+def test_weights_lost_in_the_last_step_are_no_result(tmp_path):
+    with pytest.raises(UserError, match=r"--learning-rate: .* lower 1e\+30"):
+        train(tmp_path / "run", "--learning-rate", "1e30", "--max-steps", "1")
+    assert not (tmp_path / "run" / "results.json").exists()

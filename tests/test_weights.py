@@ -1,0 +1,293 @@
+"""Model directories: what loads, what is refused and how, fresh weights, and the way to transformers and back.
+
+    python -m pytest tests/test_weights.py
+    MINICLS_SHARED=../shared python -m pytest tests/test_weights.py      # also the real tokenizers on real texts
+
+Loaded numbers are equal to the last bit; what two implementations compute from them, up to fp32's rounding.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from minicls import weights
+from minicls.bert import BertConfig, BertForSequenceClassification
+from minicls.config import UserError
+from minicls.data import load_data, pack, split_data
+from minicls.tokenizer import bert_rows, load_tokenizer, train_bert_tokenizer
+
+SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+SIZES |= {"max_position_embeddings": 32, "num_labels": 3}
+VALUES = SIZES | {"model_type": "bert"}
+HEAD = {"classifier.weight", "classifier.bias"}
+POOLER = {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+EXTRAS = {  # of a pretraining checkpoint, and of files that older transformers wrote
+    "cls.seq_relationship.weight": torch.zeros(2, 16),
+    "cls.predictions.bias": torch.zeros(40),
+    "bert.embeddings.position_ids": torch.arange(32)[None],
+}
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, torch.Tensor]:
+    """A complete set, every number another."""
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**SIZES))
+    return {name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}
+
+
+def write_config(directory: Path, **values) -> None:
+    (directory / "config.json").write_text(json.dumps(VALUES | values))
+
+
+def write(directory: Path, *shards: dict[str, torch.Tensor]) -> Path:
+    """A model directory: one file, or, of several shards, files with an index."""
+    write_config(directory)
+    if len(shards) == 1:
+        save_file(shards[0], directory / "model.safetensors")
+    else:
+        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        for name, shard in zip(names, shards, strict=True):
+            save_file(shard, directory / name)
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        (directory / weights.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return directory
+
+
+def build(directory: Path | None, seed: int = 0, values: dict | None = None):
+    """(parameters by name, names of the fresh ones, report) of a directory, or of random weights."""
+    values = values or (weights.read_config(directory) if directory else VALUES)
+    model, fresh, report = weights.build_model(weights.BERT, values, directory, seed, torch.device("cpu"))
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}, fresh, report
+
+
+def only(tensors: dict, *prefixes: str) -> dict:
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
+
+
+def gamma_beta(tensors: dict) -> dict:
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    return {re.sub(r"LayerNorm\.\w+$", lambda match: old[match[0]], name): tensor for name, tensor in tensors.items()}
+
+
+def headless(tensors: dict) -> dict:
+    return {name.removeprefix("bert."): tensor for name, tensor in tensors.items() if name.startswith("bert.")}
+
+
+def halves(tensors: dict) -> list[dict]:
+    names = sorted(tensors)
+    return [{name: tensors[name] for name in part} for part in (names[::2], names[1::2])]
+
+
+# How a file may differ from the model: (what is written, the names that then start fresh, how many are ignored).
+LAYOUTS = {
+    "as it is": (lambda t: [t], set(), 0),
+    "gamma and beta": (lambda t: [gamma_beta(t)], set(), 0),
+    "two shards": (halves, set(), 0),
+    "pretraining heads": (lambda t: [only(t, "bert.") | EXTRAS], HEAD, 3),
+    "pretraining heads in a shard of their own": (lambda t: [only(t, "bert."), only(EXTRAS, "cls.")], HEAD, 2),
+    "no prefix": (lambda t: [headless(t)], HEAD, 0),
+    "no prefix, position_ids": (lambda t: [headless(t | only(EXTRAS, "bert."))], HEAD, 1),
+    "no prefix, no pooler": (lambda t: [headless(only(t, "bert.embeddings", "bert.encoder"))], HEAD | POOLER, 0),
+    "no prefix, two shards": (lambda t: halves(headless(t)), HEAD, 0),
+    "half precision": (lambda t: [{name: tensor.half() for name, tensor in t.items()}], set(), 0),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_load_with_a_report(layout, tensors, tmp_path):
+    make_shards, fresh_names, num_ignored = LAYOUTS[layout]
+    model, fresh, report = build(write(tmp_path, *make_shards(tensors)))
+    assert fresh == fresh_names
+    for name in model.keys() - fresh:
+        expected = tensors[name].half().float() if layout == "half precision" else tensors[name]
+        torch.testing.assert_close(model[name], expected, rtol=0, atol=0, msg=name)  # dtype included: always fp32
+    counts = [int(count) for count in re.findall(r"(\d+)(?= tensors loaded|,| \(|$)", report)]
+    assert counts == [len(tensors) - len(fresh), len(fresh), num_ignored], report
+    assert "\n" not in report
+    assert all(name in report for name in sorted(fresh)[:3])
+
+
+REFUSED = {  # what is written, and what the message has to name
+    "missing": (
+        lambda t: [{name: t[name] for name in t if name != "bert.embeddings.LayerNorm.bias"}],
+        "bert.embeddings.LayerNorm.bias",
+    ),
+    "no prefix, missing": (
+        lambda t: [{name: tensor for name, tensor in headless(t).items() if name != "encoder.layer.1.output.dense.weight"}],
+        "bert.encoder.layer.1.output.dense.weight",
+    ),
+    "extra layer": (
+        lambda t: [t | {"bert.encoder.layer.2.output.dense.bias": torch.zeros(16)}],
+        "bert.encoder.layer.2.output.dense.bias",
+    ),
+    "extra in a shard": (lambda t: [t, {"adapter.weight": torch.zeros(1)}], "adapter.weight"),
+    "shape": (lambda t: [t | {"bert.pooler.dense.bias": torch.zeros(17)}], r"bert.pooler.dense.bias.*\(17,\).*\(16,\)"),
+    "transposed": (
+        lambda t: [t | {"bert.encoder.layer.0.intermediate.dense.weight": torch.zeros(16, 24)}],
+        r"bert.encoder.layer.0.intermediate.dense.weight.*\(16, 24\).*\(24, 16\)",
+    ),
+    "number of classes": (lambda t: [t | {"classifier.weight": torch.zeros(5, 16)}], r"classifier.weight.*\(5, 16\).*\(3, 16\)"),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_tensor_missing_extra_or_of_another_shape_is_named(reason, tensors, tmp_path):
+    make_shards, named = REFUSED[reason]
+    with pytest.raises(UserError, match=named):
+        build(write(tmp_path, *make_shards(tensors)))
+
+
+def truncate(file: Path, size: int) -> None:
+    file.write_bytes(file.read_bytes()[:size])
+
+
+DAMAGES = {  # what happens to a directory of one file, and what the message has to name
+    "torn weights": (lambda d: truncate(d / "model.safetensors", 5000), "model.safetensors"),
+    "torn header": (lambda d: truncate(d / "model.safetensors", 100), "model.safetensors"),
+    "empty weights": (lambda d: truncate(d / "model.safetensors", 0), "model.safetensors"),
+    "another format": (lambda d: (d / "model.safetensors").write_bytes(b"PK\3\4" + bytes(2000)), "model.safetensors"),
+    "Git LFS pointer": (lambda d: (d / "model.safetensors").write_text("version https://git-lfs.github.com"), "model.safetensors"),
+    "only a pickle": (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "pytorch_model.bin.*save_pretrained"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "no model.safetensors"),
+    "no config": (lambda d: (d / "config.json").unlink(), "config.json"),
+    "torn config": (lambda d: truncate(d / "config.json", 30), "config.json"),
+    "config is a list": (lambda d: (d / "config.json").write_text("[]"), "config.json"),
+    "another architecture": (lambda d: write_config(d, model_type="roberta"), "roberta"),
+    "no architecture": (lambda d: write_config(d, model_type=None), "not bert"),
+    "another activation": (lambda d: write_config(d, hidden_act="relu"), "relu"),
+    "heads that do not divide": (lambda d: write_config(d, num_attention_heads=3), "16.*3"),
+}
+SHARD_DAMAGES = {
+    "missing shard": (lambda d: (d / "model-00002-of-00002.safetensors").unlink(), "model-00002-of-00002.safetensors.*missing"),
+    "torn shard": (lambda d: truncate(d / "model-00002-of-00002.safetensors", 2000), "model-00002-of-00002.safetensors"),
+    "torn index": (lambda d: truncate(d / weights.INDEX, 50), weights.INDEX),
+    "index is a list": (lambda d: (d / weights.INDEX).write_text("[]"), weights.INDEX),
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "damage"), [*(("as it is", name) for name in DAMAGES), *(("two shards", name) for name in SHARD_DAMAGES)]
+)
+def test_a_damaged_directory_is_a_user_error(layout, damage, tensors, tmp_path):
+    harm, named = (DAMAGES | SHARD_DAMAGES)[damage]
+    harm(write(tmp_path, *LAYOUTS[layout][0](tensors)))
+    with pytest.raises(UserError, match=named):
+        build(tmp_path)
+
+
+def test_loaded_parameters_are_copies_of_the_file(tensors, tmp_path):
+    model, _, _ = build(write(tmp_path, tensors))
+    file = tmp_path / "model.safetensors"
+    with safe_open(file, framework="pt") as mapped:
+        view = mapped.get_tensor("bert.embeddings.word_embeddings.weight")
+        with file.open("r+b") as stream:  # overwritten in place, after its header
+            header = int.from_bytes(stream.read(8), "little")
+            stream.seek(8 + header)
+            stream.write(bytes(file.stat().st_size - 8 - header))
+        assert (view == 0).all()  # what a view of the mapped file comes to
+    for name, parameter in model.items():
+        assert torch.equal(parameter, tensors[name]), name
+
+
+def test_fresh_weights_have_transformers_statistics_and_depend_on_the_seed():
+    values = VALUES | {"vocab_size": 2000, "hidden_size": 64, "intermediate_size": 256, "initializer_range": 0.05}
+    model, fresh, report = build(None, values=values)
+    assert fresh == model.keys()
+    assert "random" in report
+    for name, parameter in model.items():
+        n = parameter.numel()
+        if parameter.ndim == 1:
+            assert (parameter == (1.0 if name.endswith("LayerNorm.weight") else 0.0)).all(), name
+        else:  # five standard errors of a normal sample's mean and deviation; the seed is fixed, so there is no chance in it
+            assert abs(parameter.mean()) < 5 * 0.05 / n**0.5, name
+            assert abs(parameter.std() / 0.05 - 1) < 5 / (2 * n) ** 0.5, name
+    matrices = [name for name in model if model[name].ndim == 2]
+    starts = {tuple(model[name].flatten()[:8].tolist()) for name in matrices}
+    assert len(starts) == len(matrices)  # no two drawn from one generator's start
+    again, other = build(None, values=values)[0], build(None, seed=1, values=values)[0]
+    for name in matrices:
+        assert torch.equal(model[name], again[name])
+        assert not torch.equal(model[name], other[name])
+
+
+def test_a_fresh_head_does_not_depend_on_what_else_is_fresh(tensors, tmp_path):
+    torch.manual_seed(1)  # nor on torch's own generator
+    everything, _, _ = build(None, seed=7)
+    head_only, fresh, _ = build(write(tmp_path, only(tensors, "bert.")), seed=7)
+    assert fresh == HEAD
+    head_and_pooler, fresh, _ = build(write(tmp_path, only(tensors, "bert.embeddings", "bert.encoder")), seed=7)
+    assert fresh == HEAD | POOLER
+    for name in HEAD:
+        assert torch.equal(head_only[name], everything[name])
+        assert torch.equal(head_and_pooler[name], everything[name])
+    for name in POOLER:
+        assert torch.equal(head_and_pooler[name], everything[name])
+
+
+def test_a_tokenizer_or_a_length_beyond_the_embeddings_is_a_user_error():
+    tokenizer = train_bert_tokenizer(["some words"], vocab_size=100)
+    fits = BertConfig(**SIZES | {"vocab_size": len(tokenizer)})
+    weights.check_fits(fits, tokenizer, max_length=32)
+    with pytest.raises(UserError, match=r"--max-length: 33 .* 32 positions"):
+        weights.check_fits(fits, tokenizer, max_length=33)
+    fits.vocab_size -= 1
+    with pytest.raises(UserError, match=rf"tokenizer has {len(tokenizer)} tokens.* {len(tokenizer) - 1} rows"):
+        weights.check_fits(fits, tokenizer, max_length=32)
+
+
+@pytest.mark.parametrize("max_shard_size", ["1GB", "4KB"])
+@pytest.mark.parametrize("kind", ["BertForSequenceClassification", "BertModel", "BertForPreTraining", "BertForMaskedLM"])
+def test_what_transformers_saves_opens_here(kind, max_shard_size, tmp_path):
+    torch.manual_seed(0)
+    labels = {i: f"class {i}" for i in range(3)}
+    theirs = getattr(transformers, kind)(
+        transformers.BertConfig(**SIZES, id2label=labels, label2id={v: k for k, v in labels.items()})
+    )
+    theirs.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert (tmp_path / "model.safetensors").exists() == (max_shard_size == "1GB")
+    model, fresh, _ = build(tmp_path)
+    expected = {name if kind != "BertModel" else f"bert.{name}": parameter for name, parameter in theirs.named_parameters()}
+    assert fresh == model.keys() - expected.keys()
+    assert fresh <= HEAD | POOLER
+    for name in model.keys() - fresh:
+        assert torch.equal(model[name], expected[name]), name
+
+
+def test_a_run_directory_opens_in_transformers_with_the_same_results(bert_run):
+    data, _ = split_data(load_data("synthetic"), max_train_rows=256, max_eval_rows=100)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(bert_run).eval()
+    assert tuple(theirs.config.id2label[i] for i in range(4)) == data.label_names
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(bert_run)
+    ours, fresh, _ = weights.build_model(weights.BERT, weights.read_config(bert_run), bert_run, 0, torch.device("cpu"))
+    assert not fresh
+    rows, _ = bert_rows(load_tokenizer(bert_run), data.test.texts, max_length=512)
+    encoded = their_tokenizer(data.test.texts, padding=True, return_tensors="pt")
+    assert [ids[mask.bool()].tolist() for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)] == rows
+    with torch.inference_mode():
+        expected, logits = theirs(**encoded).logits, ours.eval()(*pack(rows))
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert logits.std(0).min() > 20 * (logits - expected).abs().max()  # so that it is not the same whatever the text
+    table = pq.read_table(bert_run / "predictions.parquet").to_pydict()
+    assert table["prediction"] == expected.argmax(1).tolist()
+    probabilities = torch.tensor([table[f"probability_{c}"] for c in range(4)]).T
+    torch.testing.assert_close(probabilities, expected.softmax(1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "dataset"), [("bert-base-cased", "ag_news"), ("bert-base-chinese", "thucnews_small")])
+def test_real_tokenizers_give_the_ids_of_transformers(name, dataset, shared):
+    texts = pq.read_table(shared / "data" / dataset / "test.parquet")["text"].to_pylist()[:200]
+    ours, theirs = (read(shared / "tokenizers" / name) for read in (load_tokenizer, transformers.AutoTokenizer.from_pretrained))
+    whole = theirs(texts)["input_ids"]
+    assert bert_rows(ours, texts, max_length=512) == (whole, 0)
+    for max_length in (32, 16):  # no title is longer than 32
+        cut = sum(len(ids) > max_length for ids in whole)
+        assert bert_rows(ours, texts, max_length) == (theirs(texts, truncation=True, max_length=max_length)["input_ids"], cut)
+    assert cut > 0
