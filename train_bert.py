@@ -144,11 +144,11 @@ def main(argv: list[str] | None = None) -> None:
             logits = forward(*pack([train_rows[row] for row in rows], device))  # (B, C) fp32
         return F.cross_entropy(logits, torch.from_numpy(data.train.labels[rows]).to(device), reduction="sum")
 
-    def check_finite(value: float, what: str) -> None:
+    def check_finite(value: float, what: str, step: int) -> None:
         """Stops the run before a step or a checkpoint can be spoiled: the last good checkpoint stays the newest."""
         if not math.isfinite(value):
             raise UserError(
-                f"--learning-rate: the {what} became {value}; lower {s.learning_rate} or try --dtype fp32 "
+                f"--learning-rate: the {what} became {value} at step {step}; lower {s.learning_rate} or try --dtype fp32 "
                 f"(checkpoints from before it, if any, are in {run_dir})"
             )
 
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
         for name in [*splits][1:]:  # validation, if any, then test
             logits = logits_of(tokenized[name][0])
             scores, _ = report.evaluate_logits(logits, splits[name].labels)
-            check_finite(scores["loss"], f"{name} loss")
+            check_finite(scores["loss"], f"{name} loss", state["step"])
             logger.event("eval", state["step"], split=name, **scores)
             logger.print(f"step {state['step']} {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
             best = state[f"best_on_{name}"]
@@ -199,9 +199,9 @@ def main(argv: list[str] | None = None) -> None:
                     step_loss += loss.detach()
             dist.sum_gradients(model)
             step_loss = dist.all_sum(step_loss).item()
-            check_finite(step_loss, f"loss of step {step + 1}")
+            check_finite(step_loss, "loss", step + 1)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm or math.inf).item()
-            check_finite(grad_norm, f"gradient norm of step {step + 1}")
+            check_finite(grad_norm, "gradient norm", step + 1)
             optimizer.step()
             optimizer.zero_grad()
 

@@ -121,8 +121,8 @@ def save_checkpoint(
         if step != best_step:
             # Renamed before it is emptied: a kill half-way must not leave a checkpoint that only looks whole.
             found[step].rename(found[step].with_name(f".{found[step].name}.old"))
-    for doomed in final.parent.glob(".step-*.old"):
-        shutil.rmtree(doomed)
+    for leftover in final.parent.glob(".step-*"):  # the doomed, and what a kill left half-written
+        shutil.rmtree(leftover)
 
 
 def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:

@@ -20,7 +20,7 @@ class UserError(Exception):
     """A user's mistake, told in one line: the flag or file, the value, and the remedy. Scripts exit with code 2."""
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))  # values and other libraries' messages may hold line breaks
+        super().__init__(" ".join(message.splitlines()))  # values and other libraries' messages may hold line breaks
 
 
 def setting(default, help: str, *, choices: tuple | None = None, minimum: float | None = None, maximum: float | None = None):

@@ -33,7 +33,8 @@ class Tokenizer:
         self._tokenizer.encode_special_tokens = True
 
     def __len__(self) -> int:
-        return self._tokenizer.get_vocab_size()
+        """Rows that an embedding needs: the largest id plus one, also where a vocabulary has holes."""
+        return max(self._tokenizer.get_vocab().values()) + 1
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, and of nothing but the text. Runs in threads (TOKENIZERS_PARALLELISM=0 turns them off)."""
