@@ -5,9 +5,9 @@ and probabilities by a few 1e-6 (bound: 1e-4, as in test_train.py). Two ranks ad
 runs of two ranks are equal bit for bit.
 """
 
-import os
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -37,8 +37,9 @@ with interrupt_at(5 if os.environ["RANK"] == "1" else 0):
 
 
 def torchrun(*command: str) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=300, env=os.environ)
+    with tempfile.TemporaryDirectory() as logs:  # by default they stay in /tmp
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--log-dir", logs]
+        return subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")

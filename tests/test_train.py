@@ -3,7 +3,7 @@
 Tolerances: everything runs in fp32 where two orders of summation are compared. Losses differ by a few 1e-7 then, the bound
 is 1e-5. Weights differ by 1e-6, the bound is 1e-4: Adam divides by the gradient's size, so rounding in a gradient near zero
 may grow. Nothing is random from run to run, so no failure is chance. Only the accuracy of the run that learns could fall
-otherwise on another CPU: five seeds in bf16 and in fp32 all gave 1.00, and the bound is 0.9.
+otherwise on another CPU: seeds 42 and 0 to 8 all gave 1.00, and the bound is 0.9.
 """
 
 import json
@@ -34,7 +34,7 @@ def news(tmp_path_factory):
 @pytest.fixture(scope="module")
 def learned(news, tmp_path_factory):
     """A run long enough to learn: 40 steps, though an epoch has 19 and one was asked for."""
-    flags = ["--learning-rate", "3e-3", "--warmup-ratio", "0.1", "--epochs", "1", "--max-steps", "40", "--eval-every", "0.3"]
+    flags = ["--learning-rate", "5e-3", "--warmup-ratio", "0.2", "--epochs", "1", "--max-steps", "40", "--eval-every", "0.3"]
     flags += ["--max-train-rows", "600", "--max-eval-rows", "200", "--log-every", "4", "--save-every", "0.2"]
     return train(tmp_path_factory.mktemp("learned") / "run", "--data", str(news), *flags)
 
@@ -164,7 +164,7 @@ def test_metrics(learned):
     needed = {"event", "step", "epoch", "loss", "learning_rate", "grad_norm", "samples_per_second", "tokens_per_second"}
     assert all(e.keys() >= needed for e in trained)
     assert all(e.keys() == {"event", "split", "step", "loss", "accuracy", "precision", "recall", "f1"} for e in evaluated)
-    assert [e["learning_rate"] for e in trained] == [cosine_lr(step, 40, 3e-3, 0.1) for step in range(3, 40, 4)]
+    assert [e["learning_rate"] for e in trained] == [cosine_lr(step, 40, 5e-3, 0.2) for step in range(3, 40, 4)]
     assert trained[-1]["epoch"] == (2 * 600 + 2 * 32) / 600  # data repeats: 19 + 19 + 2 steps
 
 
