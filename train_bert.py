@@ -88,6 +88,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     device = dist.start(s.device, s.threads)
     grad_accum_steps = dist.grad_accum_steps(s.global_batch_size, s.micro_batch_size)
+    if dist.is_first() and not previous:
+        checkpoint.check_output_dir(s.output_dir)
 
     # 2. Tokenizer, data, model, optimizer.
     pinned = previous.info if previous else {"revision": None, "data_revision": None}  # the hub's commits

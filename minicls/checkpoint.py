@@ -29,13 +29,18 @@ from minicls.data import derived_seed
 from minicls.weights import write_tensors
 
 
+def check_output_dir(output_dir: str | None) -> None:
+    """Refuses a directory that is in use, before the time is spent to get models and data."""
+    if output_dir and Path(output_dir).is_dir() and any(Path(output_dir).iterdir()):
+        raise UserError(f"--output-dir: {output_dir} is not empty; name a new directory, or go on with --resume {output_dir}")
+
+
 def new_run_dir(output_dir: str | None, script: str) -> Path:
     """Makes `--output-dir`, by default runs/<script>-<time>; it must be new or empty."""
+    check_output_dir(output_dir)
     path = Path(output_dir or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
-            raise UserError(f"--output-dir: {path} is not empty; name a new directory, or go on with --resume {path}")
         (path / ".writable").touch()
         (path / ".writable").unlink()
     except OSError as error:

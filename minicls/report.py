@@ -74,3 +74,22 @@ def summary(results: dict) -> str:
             "(the published protocol; chosen on the test set, so not an estimate of anything)"
         )
     return "\n".join(lines)
+
+
+def speed_table(benches: list[dict]) -> str:
+    """Markdown of bench.json files of `--task train`, a line each: rates, the ratio with its spread, and peak memory."""
+    lines = [
+        "| model | dtype | minicls, samples/s | HF Trainer, samples/s | times as fast | peak memory, GiB |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for bench in benches:
+        ours, theirs = bench["rows"]
+        spread = f"{min(bench['speedup_of_each_round']):.2f} to {max(bench['speedup_of_each_round']):.2f}"
+        rounds = len(bench["speedup_of_each_round"])
+        lines.append(
+            f"| {Path(bench['settings']['bert']).name} | {bench['settings']['dtype']} "
+            f"| {ours['samples_per_second']:.1f} | {theirs['samples_per_second']:.1f} "
+            f"| **{bench['speedup']:.2f}** ({spread}, {rounds} round{'s' * (rounds > 1)}) "
+            f"| {ours['peak_memory_bytes'] / 2**30:.1f} against {theirs['peak_memory_bytes'] / 2**30:.1f} |"
+        )
+    return "\n".join(lines)

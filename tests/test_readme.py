@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from minicls.report import speed_table
+
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 # A trailing comment says what a command needs that a test has not; the make targets run by themselves.
@@ -52,6 +54,12 @@ def test_demo(tmp_path):
     assert "95 % interval" in done.stdout and f"curves: {tmp_path / 'run' / 'curves.png'}" in done.stdout
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert 0.6 < results["f1"] < 1.0  # learnable by tiny, and not to perfection
+
+
+def test_tables_are_those_of_the_result_files():
+    benches = [json.loads(file.read_text()) for file in sorted((ROOT / "results/bench").glob("train-*.json"))]
+    table = re.search(r"<!-- speed:.*?-->\n(.*?)\n<!-- /speed -->", README, re.DOTALL).group(1)
+    assert table == speed_table(benches)
 
 
 def test_targets_exist():
