@@ -1,7 +1,7 @@
 """Model directories: what loads, what is refused and how, fresh weights, and the way to transformers and back.
 
     python -m pytest tests/test_weights.py
-    MINICLS_SHARED=../shared python -m pytest tests/test_weights.py      # also the real tokenizers on real texts
+    MINICLS_SHARED=DIR python -m pytest tests/test_weights.py      # also the real tokenizers on real texts
 
 Loaded numbers are equal to the last bit; what two implementations compute from them, up to fp32's rounding.
 """
