@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,15 +52,20 @@ class Settings:
     side: str | None = setting(None, "measure this side alone, in this process (what the comparison starts)", choices=SIDES)
 
 
+def command_line(settings: dict) -> list[str]:
+    """Settings as flags; those that are off are left out."""
+    return [part for name, value in settings.items() if value is not None for part in ("--" + name.replace("_", "-"), str(value))]
+
+
 def train_minicls(s: Settings) -> dict:
     """The real script, logged at every step."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         shared = ("init", "data", "text_column", "label_column", "max_steps", "global_batch_size", "max_length", "dtype", "seed")
-        flags = {name: getattr(s, name) for name in (*shared, "device", "threads") if getattr(s, name) is not None}
+        flags = {name: getattr(s, name) for name in (*shared, "device", "threads")}
         flags |= {"model": s.bert, "output_dir": run_dir, "micro_batch_size": s.global_batch_size, "log_every": 1}
         flags |= {"eval_every": 0, "save_every": 0, "max_eval_rows": 8}
-        train_bert.main([part for name, value in flags.items() for part in ("--" + name.replace("_", "-"), str(value))])
+        train_bert.main(command_line(flags))
         events = [e for e in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if e["event"] == "train"]
     clock = [event["train_seconds"] for event in events]
     return {
@@ -139,13 +144,8 @@ def train_transformers(s: Settings) -> dict:
 
 def measure(s: Settings, side: str) -> dict:
     """Runs one side in a process of its own; returns what it measured."""
-    flags = [
-        part
-        for field in fields(s)
-        if (value := getattr(s, field.name)) is not None and field.name not in ("side", "output_dir", "rounds")
-        for part in ("--" + field.name.replace("_", "-"), str(value))
-    ]
-    done = subprocess.run([sys.executable, __file__, *flags, "--side", side], capture_output=True, text=True, check=False)
+    flags = command_line(asdict(replace(s, side=side, output_dir=None)))
+    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"--side {side}: failed ({(done.stderr.strip().splitlines() or ['no message'])[-1][:300]})")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -187,7 +187,7 @@ def train_task(s: Settings) -> dict:
         "speedup_of_each_round": ratios,
         "memory_ratio": rows[0]["peak_memory_bytes"] / rows[1]["peak_memory_bytes"],
         "real_over_padded_tokens": statistics.mean(sum(w) / (max(w) * len(w)) for w in lengths),
-        "settings": {field.name: getattr(s, field.name) for field in fields(s)},
+        "settings": asdict(s),
         "torch": torch.__version__,
         "device": dist.device_name(dist.start(s.device, s.threads)),
     }
