@@ -86,3 +86,24 @@ def padded_attention(q, k, v, cu_seqlens, max_seqlen, causal=False, dropout_p=0.
         outputs.append(output.transpose(1, 2).flatten(0, 1).index_select(0, slots))  # (tokens of the group, H, Dh)
         sources.append(source)
     return torch.empty_like(q).index_copy(0, torch.cat(sources), torch.cat(outputs))  # (N, H, Dh)
+
+
+def cached_attention(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: tuple[torch.Tensor, torch.Tensor], position_ids: torch.Tensor
+) -> torch.Tensor:
+    """Causal attention of new tokens, one or several a row, over a cache that holds their own keys and values already.
+
+    q: (N, H, Dh) packed; keys, values: (B, S, Hkv, Dh); slots: row and column (N,) of each token in a padded layout (B, T);
+    position_ids: (N,). Returns (N, H, Dh). The mask comes from positions: a query at position p sees the keys 0 to p of its
+    row. `is_causal` would line the first query up with the first key, which is wrong as soon as the cache is not empty.
+    """
+    rows, columns = slots
+    B, S = keys.shape[:2]
+    T = int(columns.max()) + 1 if len(q) > B else 1  # decoding, a token a row, need not wait for the device
+    padded = q.new_zeros(B, T, *q.shape[1:]).index_put((rows, columns), q).transpose(1, 2)  # (B, H, T, Dh)
+    last = position_ids.new_zeros(B, T).index_put((rows, columns), position_ids)  # (B, T)
+    mask = torch.arange(S, device=q.device) <= last[:, None, :, None]  # (B, 1, T, S)
+    output = F.scaled_dot_product_attention(
+        padded, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask, enable_gqa=keys.shape[2] != q.shape[1]
+    )  # (B, H, T, Dh)
+    return output.transpose(1, 2)[rows, columns]  # (N, H, Dh)

@@ -395,15 +395,17 @@ class Batch(NamedTuple):
     """B rows packed into one line of N tokens: what the models' `forward` takes."""
 
     input_ids: torch.Tensor  # (N,) int64
-    position_ids: torch.Tensor  # (N,) int64, from 0 in each row
+    position_ids: torch.Tensor  # (N,) int64, counted in each row from 0
     cu_seqlens: torch.Tensor  # (B + 1,) int32, cumulative row lengths
     max_seqlen: int
 
 
-def pack(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Batch:
+def pack(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", starts: Sequence[int] | None = None) -> Batch:
+    """Packs rows of ids. `starts`: the position of each row's first token, where a cache holds what comes before it."""
     lengths = np.array([len(row) for row in rows])
     cu_seqlens = np.concatenate([[0], lengths.cumsum()])
-    position_ids = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
+    first = cu_seqlens[:-1] if starts is None else cu_seqlens[:-1] - np.array(starts)
+    position_ids = np.arange(cu_seqlens[-1]) - np.repeat(first, lengths)
     return Batch(
         torch.from_numpy(np.concatenate(rows).astype(np.int64)).to(device, non_blocking=True),
         torch.from_numpy(position_ids).to(device, non_blocking=True),

@@ -10,7 +10,9 @@ from torch import nn
 from minicls import dist, weights
 from minicls.config import UserError
 from minicls.data import length_batches, pack, read_texts
-from minicls.tokenizer import bert_rows, load_tokenizer
+from minicls.prompt import Chat, make_template
+from minicls.scorer import score
+from minicls.tokenizer import bert_rows, load_tokenizer, text_rows
 
 EVAL_TOKENS = 16_384  # tokens of a batch: no result depends on it, only memory and speed
 
@@ -25,28 +27,41 @@ def classify_rows(model: nn.Module, rows: Sequence[Sequence[int]], device: torch
 
 
 class Classifier:
-    """A run directory, or any model directory with a trained head, ready for texts."""
+    """A run directory, or any model directory that knows its classes, ready for texts."""
 
     def __init__(self, directory: Path, device: torch.device):
         config = weights.read_config(directory)
         self.tokenizer, self.device = load_tokenizer(directory), device
-        self.model, fresh, _ = weights.build_model(weights.BERT, config, directory, 0, device)
-        if fresh or "id2label" not in config:
-            raise UserError(f"{directory}: holds no trained classifier; pass a finished run of train_bert.py")
+        self.kind = weights.ARCHITECTURES.get((config.get("architectures") or [None])[0])
+        if self.kind is None or "id2label" not in config:
+            raise UserError(f"{directory}: holds no trained classifier; pass a finished run of train_bert.py or train_qwen.py")
+        self.model, fresh, _ = weights.build_model(self.kind, config, directory, 0, device)
+        if fresh:
+            raise UserError(f"{directory}: holds no trained classifier; pass a finished run of train_bert.py or train_qwen.py")
         self.model.eval()
         self.label_names = [config["id2label"][str(i)] for i in range(len(config["id2label"]))]
         # As the run did it, so that its predictions come out again; a directory from elsewhere is read in full precision.
         run_file = directory / "run.json"
-        settings = json.loads(run_file.read_text(encoding="utf-8"))["settings"] if run_file.is_file() else {}
-        self.max_length = settings.get("max_length", self.model.config.max_position_embeddings)
-        self.long_text = settings.get("long_text", "head")
-        self.bf16 = settings.get("dtype") == "bf16"
+        info = json.loads(run_file.read_text(encoding="utf-8")) if run_file.is_file() else {"settings": {}}
+        self.settings = info["settings"]
+        self.max_length = self.settings.get("max_length", self.model.config.max_position_embeddings)
+        self.chat = None
+        if self.kind is weights.QWEN3 or self.settings.get("linear_input") == "prompt":
+            template = info.get("template") or make_template(self.label_names)
+            self.chat = Chat(self.tokenizer, tuple(template), len(self.label_names), self.max_length)
 
     def probabilities(self, texts: Sequence[str]) -> torch.Tensor:
-        """The probability of each class, (n, C) float64."""
-        rows, _ = bert_rows(self.tokenizer, texts, self.max_length, self.long_text)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return classify_rows(self.model, rows, self.device).double().softmax(1)
+        """The probability of each class, (n, C) float64: a softmax over the head's logits or the options' scores."""
+        if self.kind is weights.BERT:
+            rows, _ = bert_rows(self.tokenizer, texts, self.max_length, self.settings.get("long_text", "head"))
+        else:
+            rows, _ = self.chat.questions(texts) if self.chat else text_rows(self.tokenizer, texts, self.max_length)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.get("dtype") == "bf16"):
+            if self.kind is weights.QWEN3:
+                scores = score(self.model, rows, self.chat.options, self.device, self.settings.get("normalize", "mean"))
+            else:
+                scores = classify_rows(self.model, rows, self.device)
+        return scores.double().softmax(1)
 
 
 def gather_texts(inputs: Sequence[str], text_column: str) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from minicls.config import UserError
 
@@ -44,6 +44,11 @@ class Tokenizer:
             ids += [e.ids for e in self._tokenizer.encode_batch_fast(chunk, add_special_tokens=False)]
         return ids
 
+    def head(self, text: str, num_tokens: int) -> str:
+        """The beginning of a text that its first `num_tokens` tokens cover."""
+        offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
+        return text[: offsets[num_tokens - 1][1]] if 0 < num_tokens <= len(offsets) else text if num_tokens > 0 else ""
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
@@ -71,6 +76,9 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
     except ValueError as error:
         raise UserError(f"{config_path}: not readable ({error}); download or save it again") from None
+    template = directory / "chat_template.jinja"  # where newer directories keep what used to stand in the config
+    if template.is_file():
+        config = {"chat_template": template.read_text(encoding="utf-8")} | config
     try:
         return Tokenizer(path.read_text(encoding="utf-8"), config)
     except Exception as error:  # tokenizers raises a bare Exception for a broken file
@@ -92,6 +100,16 @@ def bert_rows(tokenizer: Tokenizer, texts: Sequence[str], max_length: int, long_
             ids, cut = ids[:head] + ids[len(ids) - (room - head) :], cut + 1
         rows.append([cls, *ids, sep])
     return rows, cut
+
+
+def text_rows(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> tuple[list[list[int]], int]:
+    """The ids of each text and nothing else, for Qwen3's linear head, cut to `max_length`; and how many had to be cut.
+
+    An empty text is one `<|im_end|>`: the head needs a token to stand on.
+    """
+    (empty,) = tokenizer.control_ids(["<|im_end|>"])
+    rows = [ids or [empty] for ids in tokenizer.encode(texts)]
+    return [ids[:max_length] for ids in rows], sum(len(ids) > max_length for ids in rows)
 
 
 def train_bert_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
@@ -117,3 +135,36 @@ def train_bert_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"]))
     names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
     return Tokenizer(tokenizer.to_str(), {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, **names})
+
+
+QWEN_CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+
+# How Qwen cuts a text before its byte pairs are merged: a run of letters, single digits, punctuation with line breaks, blanks.
+QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+# Qwen's chat format without tools and thoughts, for who serves a tiny model's directory.
+QWEN_CHAT_TEMPLATE = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}{%- endif %}"
+)
+
+
+def train_qwen_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    """A small byte-level BPE tokenizer in Qwen's format, for `--model tiny` and models trained from nothing.
+
+    Every byte is a token, then merges by frequency (Sennrich et al., arXiv 1508.07909), so that no text has unknown parts.
+    """
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    size = max(vocab_size - len(QWEN_CONTROL_TOKENS), len(alphabet))
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False))
+    # After the merges, as in Qwen's own file, and like there not all of them called special.
+    tokenizer.add_tokens([AddedToken(token, special=token.startswith("<|"), normalized=False) for token in QWEN_CONTROL_TOKENS])
+    names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": QWEN_CHAT_TEMPLATE}
+    return Tokenizer(tokenizer.to_str(), {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 4096, **names})

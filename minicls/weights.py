@@ -19,6 +19,7 @@ from torch import nn
 from minicls.bert import BertConfig, BertForSequenceClassification
 from minicls.config import UserError
 from minicls.data import derived_seed, download
+from minicls.qwen3 import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 from minicls.tokenizer import Tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -47,13 +48,24 @@ BERT = Architecture(
     renamed=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
 )
 
+QWEN3 = Architecture(
+    model=Qwen3ForCausalLM,
+    config=Qwen3Config,
+    model_type="qwen3",
+    prefix="model.",
+    fresh=(),
+    ignored=("lm_head.",),  # where it is the embedding once more; a model with a head of its own has the parameter
+)
+QWEN3_LINEAR = dataclasses.replace(QWEN3, model=Qwen3ForSequenceClassification, fresh=("score.",))
+ARCHITECTURES = {kind.model.__name__: kind for kind in (BERT, QWEN3, QWEN3_LINEAR)}
+
 
 def find_model(model: str, revision: str | None = None) -> tuple[Path, str | None]:
     """The directory of `--model`, downloaded from the hub if need be (at this commit), and the hub's commit."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path, None
-    return download("--model", model, "model", ["*.json", "*.safetensors"], revision)
+    return download("--model", model, "model", ["*.json", "*.jinja", "*.safetensors"], revision)
 
 
 def read_config(directory: Path) -> dict:
@@ -77,11 +89,16 @@ def label_config(label_names: Sequence[str]) -> dict:
 
 
 def build_model(
-    kind: Architecture, values: dict, directory: Path | None, seed: int, device: torch.device
+    kind: Architecture,
+    values: dict,
+    directory: Path | None,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[nn.Module, set[str], str]:
     """Makes a model from the values of a config.json and fills it from a directory, or, without one, at random.
 
-    Returns the model (fp32, on the device), the names of the parameters that started fresh, and the load report.
+    Returns the model (on the device, in the dtype, which a file's tensors are converted to one by one), the names of the parameters that started fresh, and the load report.
     """
     if values.get("model_type") != kind.model_type:
         raise UserError(f"--model: {directory} is a {values.get('model_type')} model, not {kind.model_type}; pass another")
@@ -92,7 +109,7 @@ def build_model(
     except (ValueError, TypeError, ArithmeticError) as error:
         raise UserError(f"--model: the config.json of {directory} does not fit ({error}); pass another model") from None
     with torch.device("meta"):  # shapes only: the memory is taken once, and the default initialisation skipped
-        model = kind.model(config)
+        model = kind.model(config).to(dtype)
     model.to_empty(device=device)
     if directory is None:
         fresh, report = {name for name, _ in model.named_parameters()}, "weights: random"

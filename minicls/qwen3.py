@@ -1,0 +1,249 @@
+"""Qwen3 (arXiv 2505.09388), the dense sizes, on packed batches: a decoder with a language-model or a classification head.
+
+Follows transformers' `modeling_qwen3.py` in names and arithmetic, so that weights load and export as they are. Leaves out
+what the published checkpoints do not use: sliding windows, attention biases, stretched RoPE, attention dropout.
+
+N tokens of the batch, B rows, S cached positions, D hidden size, H heads, Hkv key/value heads, Dh head size, V vocabulary,
+C classes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from minicls.attention import attention, cached_attention
+
+
+@dataclass
+class Qwen3Config:
+    """The fields of a Qwen3 `config.json` that shape the model; what a file leaves out has transformers' default."""
+
+    vocab_size: int = 151936
+    hidden_size: int = 4096
+    intermediate_size: int = 22016
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    head_dim: int = 128
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 32768
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    rope_theta: float = 10_000.0
+    rope_parameters: dict | None = None  # where newer files keep rope_theta
+    rope_scaling: dict | None = None
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    use_sliding_window: bool = False
+    pad_token_id: int | None = None
+    num_labels: int = 2
+
+    def __post_init__(self):
+        rope = (self.rope_parameters or {}) | (self.rope_scaling or {})
+        self.rope_theta = rope.get("rope_theta", self.rope_theta)
+        unsupported = {
+            "hidden_act": self.hidden_act != "silu",
+            "rope_type": rope.get("rope_type", rope.get("type", "default")) != "default",
+            "attention_bias": self.attention_bias,
+            "attention_dropout": self.attention_dropout,
+            "use_sliding_window": self.use_sliding_window,
+        }
+        for name, found in unsupported.items():
+            if found:
+                raise ValueError(f"{name} other than the published Qwen3 models' is not supported")
+        if self.num_attention_heads % self.num_key_value_heads:
+            heads = f"num_attention_heads {self.num_attention_heads}"
+            raise ValueError(f"{heads} is no multiple of num_key_value_heads {self.num_key_value_heads}")
+
+
+class KVCache:
+    """The keys and values of B rows, at most S positions each, of every layer: (B, S, Hkv, Dh), taken at the first write.
+
+    A token is written at its row and position. What stands at later positions is never seen (`cached_attention`), so going
+    back to an earlier state needs no more than giving the next tokens its positions.
+    """
+
+    def __init__(self, batch_size: int, max_length: int, prefix: "KVCache | None" = None):
+        """`prefix`: a cache of one row, whose S positions become the first ones of every row here."""
+        self.shape = (batch_size, max_length)
+        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys and values of a layer
+        for layer, (k, v) in enumerate(prefix.layers if prefix else []):
+            for ours, theirs in zip(self._layer(layer, k), (k, v), strict=True):
+                ours[:, : k.shape[1]] = theirs
+
+    def _layer(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer == len(self.layers):
+            # Zeros: a masked value counts 0 times whatever it is, and 0 times the NaN of fresh memory is NaN.
+            self.layers.append(tuple(like.new_zeros(*self.shape, *like.shape[-2:]) for _ in "kv"))
+        return self.layers[layer]
+
+    def write(self, layer: int, rows: torch.Tensor, position_ids: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+        """Puts k, v (N, Hkv, Dh) of tokens in their places; returns all keys and values of the layer."""
+        keys, values = self._layer(layer, k)
+        keys[rows, position_ids], values[rows, position_ids] = k, v
+        return keys, values
+
+
+class Qwen3RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) * weight over the last dimension (arXiv 1910.07467), in fp32 whatever x is."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def rope_tables(position_ids: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines (N, 1, Dh) fp32 of rotary position embedding (RoFormer, arXiv 2104.09864, section 3.4.2).
+
+    Pair i of a head's dimensions turns by position * theta^(-2i / Dh). As in Llama's and Qwen's weights, the pair is made of
+    dimensions i and i + Dh / 2, not of neighbours as in the paper.
+    """
+    powers = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim  # (Dh / 2,)
+    angles = position_ids[:, None].float() / theta**powers  # (N, Dh / 2)
+    angles = torch.cat([angles, angles], dim=1)[:, None]  # (N, 1, Dh)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns q or k (N, heads, Dh) by their positions' angles, in fp32."""
+    first, second = x.float().chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+class Qwen3Attention(nn.Module):
+    def __init__(self, config: Qwen3Config, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_norm = Qwen3RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = Qwen3RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x, position_ids, cu_seqlens, max_seqlen, rope, cache, slots) -> torch.Tensor:
+        q, k, v = (f(x).unflatten(1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))  # (N, heads, Dh)
+        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)  # each head is normalised by itself, then turned
+        if cache is None:
+            output = attention(q, k, v, cu_seqlens, max_seqlen, causal=True)  # (N, H, Dh)
+        else:
+            keys, values = cache.write(self.layer, slots[0], position_ids, k, v)  # (B, S, Hkv, Dh)
+            output = cached_attention(q, keys, values, slots, position_ids)  # (N, H, Dh)
+        return self.o_proj(output.flatten(1))  # (N, D)
+
+
+class Qwen3MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (N, D)
+
+
+class Qwen3DecoderLayer(nn.Module):
+    def __init__(self, config: Qwen3Config, layer: int):
+        super().__init__()
+        self.self_attn = Qwen3Attention(config, layer)
+        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: torch.Tensor, *where) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *where)  # (N, D)
+        return x + self.mlp(self.post_attention_layernorm(x))  # (N, D)
+
+
+class Qwen3Model(nn.Module):
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Qwen3DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.activation_checkpointing = False
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        at: torch.Tensor,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """Returns the hidden states (n, D) of the tokens asked for, by their indices in the packed batch: at (n,) int64."""
+        x = self.embed_tokens(input_ids)  # (N, D)
+        rope = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta)
+        slots = None
+        if cache is not None:
+            rows = torch.repeat_interleave(cu_seqlens.diff(), output_size=len(x))  # (N,) row of each token
+            slots = rows, torch.arange(len(x), device=x.device) - cu_seqlens[rows]
+        where = position_ids, cu_seqlens, max_seqlen, rope, cache, slots
+        for layer in self.layers:
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(layer, x, *where, use_reentrant=False)
+            else:
+                x = layer(x, *where)
+        return self.norm(x[at])
+
+
+class Qwen3ForCausalLM(nn.Module):
+    """Qwen3 with a language-model head, which smaller sizes share with the embedding."""
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        self.config = config
+        self.model = Qwen3Model(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        at: torch.Tensor,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """input_ids, position_ids: (N,) int64; cu_seqlens: (B + 1,) int32. Returns the logits (n, V) fp32 after the tokens
+        `at` (n,), and of no others: (N, V) would be gigabytes.
+
+        fp32 weights: the product is in fp32, also under autocast. bf16 weights: it is in bf16, as converting the
+        embedding each time would take longer than everything else for a single token.
+        """
+        x = self.model(input_ids, position_ids, cu_seqlens, max_seqlen, at, cache)  # (n, D)
+        weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight  # (V, D)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(weight.dtype), weight).float()  # (n, V)
+
+
+class Qwen3ForSequenceClassification(nn.Module):
+    """Qwen3 with a linear head over each row's last token."""
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        self.config = config
+        self.model = Qwen3Model(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+    ) -> torch.Tensor:
+        """input_ids, position_ids: (N,) int64; cu_seqlens: (B + 1,) int32. Returns the logits (B, C) in fp32."""
+        x = self.model(input_ids, position_ids, cu_seqlens, max_seqlen, cu_seqlens[1:] - 1)  # (B, D)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.score.weight.float())  # (B, C)

@@ -1,0 +1,92 @@
+"""Option perplexity: how likely a model finds each answer to a question; the likeliest is the prediction.
+
+The perplexity of an option is exp of the mean negative log-likelihood of its tokens after the question. The scores here
+are the means themselves (`--normalize mean`; `sum` does not divide by the option's length), so a softmax over them gives
+probabilities, and exp(-score) the perplexity.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from minicls import dist
+from minicls.data import length_batches, pack
+from minicls.qwen3 import KVCache
+
+MAX_TOKENS = {"cpu": 4096, "cuda": 16_384}  # of a batch: no result depends on it, only speed and the memory of the cache
+
+
+@torch.inference_mode()
+def score_brute_force(
+    model: nn.Module, questions: Sequence[list[int]], options: Sequence[list[int]], device: torch.device, normalize: str = "mean"
+) -> torch.Tensor:
+    """What scoring means, one forward pass for every question and option; `score` must equal it. Returns (n, O) fp32."""
+    scores = torch.zeros(len(questions), len(options))
+    for row, question in enumerate(questions):
+        for o, option in enumerate(options):
+            # The token before an option's token predicts it; the last one predicts what nobody asks.
+            at = torch.arange(len(question) - 1, len(question) + len(option) - 1, device=device)
+            logits = model(*pack([question + option], device), at)  # (tokens of the option, V)
+            targets = torch.tensor(option, device=device)[:, None]
+            likelihood = logits.log_softmax(1).gather(1, targets).sum()
+            scores[row, o] = likelihood / (len(option) if normalize == "mean" else 1)
+    return scores
+
+
+def common_prefix(rows: Sequence[list[int]]) -> list[int]:
+    """The ids that all rows begin with; of each row at least the last one is left over."""
+    first, last = min(rows), max(rows)  # in the order of a dictionary: what these two share, all rows share
+    shortest = min(map(len, rows))
+    same = 0
+    while same < shortest - 1 and first[same] == last[same]:
+        same += 1
+    return first[:same]
+
+
+@torch.inference_mode()
+def score(
+    model: nn.Module,
+    questions: Sequence[list[int]],
+    options: Sequence[list[int]],
+    device: torch.device,
+    normalize: str = "mean",
+    max_tokens: int | None = None,
+    share_prefix: bool = True,
+) -> torch.Tensor:
+    """The score of each option after each question, (n, O) fp32 on the CPU, in the questions' order.
+
+    What all questions begin with goes through the model once; the rest of each once, in batches of similar lengths of at
+    most `max_tokens` tokens; that gives every option's first token. Further tokens follow the question's cached keys and
+    values: one short pass an option, each overwriting what the option before it left there. Ranks take batches in turn.
+    """
+    scores = torch.zeros(len(questions), len(options), device=device)
+    if not len(questions):
+        return scores.cpu()
+    prefix = common_prefix(questions) if share_prefix and len(questions) > 1 else []
+    prefix_cache = None
+    if prefix:
+        prefix_cache = KVCache(1, len(prefix))
+        model(*pack([prefix], device), torch.tensor([len(prefix) - 1], device=device), prefix_cache)
+    rests = [question[len(prefix) :] for question in questions]
+    first_tokens = torch.tensor([option[0] for option in options], device=device)
+    longest_option = max(map(len, options))
+    for batch in length_batches(rests, max_tokens or MAX_TOKENS[device.type])[dist.rank() :: dist.world_size()]:
+        rows = [rests[row] for row in batch]
+        lengths = [len(questions[row]) for row in batch]
+        cache = None
+        if prefix or longest_option > 1:
+            cache = KVCache(len(rows), max(lengths) + longest_option - 1, prefix_cache)
+        packed = pack(rows, device, [len(prefix)] * len(rows))
+        logits = model(*packed, packed.cu_seqlens[1:].long() - 1, cache)  # (B, V)
+        likelihoods = logits.log_softmax(1)[:, first_tokens]  # (B, O)
+        for o, option in enumerate(options):
+            if len(option) > 1:
+                packed = pack([option[:-1]] * len(rows), device, lengths)
+                logits = model(*packed, torch.arange(len(packed.input_ids), device=device), cache)  # (B * tokens, V)
+                targets = torch.tensor(option[1:] * len(rows), device=device)[:, None]
+                likelihoods[:, o] += logits.log_softmax(1).gather(1, targets).view(len(rows), -1).sum(1)
+        scores[torch.from_numpy(batch).to(device)] = likelihoods
+    if normalize == "mean":
+        scores /= torch.tensor([len(option) for option in options], device=device)
+    return dist.all_sum(scores).cpu()  # a row is zero on all ranks but one, so the sum is exact

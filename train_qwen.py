@@ -1,0 +1,333 @@
+"""Fine-tune Qwen3 to answer a multiple-choice question about each text (or with a linear head), in raw PyTorch.
+
+    python train_qwen.py                                        # the published experiment: Qwen3-0.6B on AG News
+    python train_qwen.py --head linear                          # the variant it left out
+    python train_qwen.py --model DIR --data DIR                 # files instead of the hub
+    python train_qwen.py --model tiny --data synthetic --epochs 4 --learning-rate 3e-3      # a minute, no network, no GPU
+    python train_qwen.py --model DIR --data DIR --eval-only     # zero-shot: the model as it is
+    torchrun --nproc-per-node 2 train_qwen.py                   # several devices, same result
+    python train_qwen.py --resume runs/train_qwen-...           # go on after a stop or a crash, exactly
+
+train_bert.py keeps the same order of sections, so that a diff of the two is the comparison.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from minicls import checkpoint, dist, plots, report, weights
+from minicls.config import UserError, parse, run, setting
+from minicls.data import load_data, pack, split_data, step_rows
+from minicls.logger import Logger
+from minicls.optim import cosine_lr, every_steps, make_optimizer
+from minicls.predict import classify_rows
+from minicls.prompt import Chat, make_template
+from minicls.scorer import score
+from minicls.tokenizer import QWEN_CONTROL_TOKENS, load_tokenizer, text_rows, train_qwen_tokenizer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The defaults are the published experiment; what it did not name is the HF Trainer's default."""
+
+    model: str = setting("Qwen/Qwen3-0.6B", "hub id, directory, or tiny")
+    init: str = setting(
+        "pretrained", "random keeps the model's size and tokenizer, not its weights", choices=("pretrained", "random")
+    )
+    data: str = setting("fancyzhx/ag_news", "hub id, directory, or synthetic")
+    text_column: str = setting("text", "column of the texts")
+    label_column: str = setting("label", "column of the labels: class indices or class names")
+    label_names: tuple[str, ...] | None = setting(None, "class names in the order of their indices")
+    output_dir: str | None = setting(None, "run directory, new or empty; off: runs/train_qwen-<time>")
+    epochs: float = setting(1.0, "passes over the training rows", minimum=0)
+    max_steps: int | None = setting(None, "optimizer steps, whatever --epochs says", minimum=1)
+    global_batch_size: int = setting(96, "rows of an optimizer step, over all ranks", minimum=1)
+    micro_batch_size: int = setting(12, "rows of one forward pass, at most what a rank gets of a step", minimum=1)
+    learning_rate: float = setting(1.2e-5, "peak of the cosine schedule", minimum=0)
+    warmup_ratio: float = setting(0.01, "share of the steps that the learning rate rises over", minimum=0, maximum=1)
+    weight_decay: float = setting(0.0, "of matrices and embeddings, not of norms", minimum=0)
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm; 0: they are not", minimum=0)
+    max_length: int = setting(512, "tokens of a row, question and answer included", minimum=1)
+    head: str = setting("options", "answer by option perplexity, or by a linear head", choices=("options", "linear"))
+    linear_input: str = setting("text", "what the linear head reads: the bare text or the question", choices=("text", "prompt"))
+    train_on: str = setting("response", "the whole response, or the letter alone", choices=("response", "letter"))
+    think_in: str = setting("response", "whose the empty think block is", choices=("response", "prompt"))
+    options: str = setting(
+        "after", "where the question and its options stand: after or before the text", choices=("after", "before")
+    )
+    language: str = setting("en", "of the question", choices=("en", "zh"))
+    prompt: str | None = setting(None, "file with a question of your own, {text} and {options} in it; off: the published one")
+    normalize: str = setting("mean", "an option's log-likelihood per token, or its sum", choices=("mean", "sum"))
+    eval_every: float = setting(0.2, "steps, or below 1 a share of all steps; 0: after the last step only", minimum=0)
+    save_every: float = setting(0.2, "likewise, for checkpoints", minimum=0)
+    keep_checkpoints: int = setting(2, "newest checkpoints to keep, beside the best on validation", minimum=1)
+    log_every: int = setting(10, "steps between lines of metrics.jsonl", minimum=1)
+    validation_size: int = setting(0, "training rows to hold out and choose the step by; 0: the last step counts", minimum=0)
+    max_train_rows: int | None = setting(None, "use a stratified part of the training rows", minimum=1)
+    max_eval_rows: int | None = setting(None, "use a stratified part of the test rows", minimum=1)
+    dtype: str = setting("bf16", "bf16 is autocast over fp32 weights", choices=("bf16", "fp32"))
+    device: str | None = setting(None, "cpu, cuda or cuda:N; off: cuda if there is one")
+    threads: int | None = setting(None, "CPU threads; off: torch's choice", minimum=1)
+    compile: bool = setting(False, "torch.compile the model")
+    activation_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
+    seed: int = setting(42, "of the order of rows, dropout and fresh weights", minimum=0)
+    eval_only: bool = setting(False, "no training: test --model as it is, or the checkpoints of --resume")
+    resume: str | None = setting(None, "run directory to go on with, under its own settings")
+
+
+# --model tiny: big enough to learn the synthetic texts, small enough for a minute on a CPU.
+TINY = {
+    "model_type": "qwen3",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 192,
+    "max_position_embeddings": 4096,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": True,
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    # 1. Settings, ranks, the run to resume.
+    s = parse(Settings, argv, __doc__)
+    previous = checkpoint.open_run(Path(s.resume)) if s.resume else None
+    if previous and previous.finished and not s.eval_only:
+        print(f"{s.resume} is finished; its results are in {previous.dir / 'results.json'}")
+        return
+    device = dist.start(s.device, s.threads)
+    grad_accum_steps = dist.grad_accum_steps(s.global_batch_size, s.micro_batch_size)
+    if dist.is_first() and not previous:
+        checkpoint.check_output_dir(s.output_dir)
+
+    # 2. Tokenizer, data, model, optimizer.
+    pinned = previous.info if previous else {"revision": None, "data_revision": None, "template": None}
+    data = load_data(s.data, s.text_column, s.label_column, s.label_names, pinned["data_revision"])
+    data, validation = split_data(data, s.validation_size, s.max_train_rows, s.max_eval_rows)
+    if previous and previous.info["data_fingerprint"] != data.fingerprint():
+        raise UserError(f"--data: {s.data} has other rows than {s.resume} was started on; restore them or start a new run")
+    template = pinned["template"]
+    if not template and (s.head == "options" or s.linear_input == "prompt"):
+        template = make_template(data.label_names, s.language, s.options, s.prompt)
+    if previous and previous.newest:
+        directory, revision = previous.newest, pinned["revision"]
+    else:
+        directory, revision = (None, None) if s.model == "tiny" else weights.find_model(s.model, pinned["revision"])
+    if directory:
+        tokenizer = load_tokenizer(directory)
+    else:
+        before, after = template or ("", "")
+        tokenizer = train_qwen_tokenizer([before + text + after for text in data.train.texts], vocab_size=2000)
+    pad, _, end, *_ = tokenizer.control_ids(QWEN_CONTROL_TOKENS)
+    config = weights.read_config(directory) if directory else TINY | {"vocab_size": len(tokenizer)}
+    trained_labels = config.get("id2label")
+    config |= weights.label_config(data.label_names) | {"pad_token_id": pad, "eos_token_id": end}
+    kind = weights.QWEN3 if s.head == "options" else weights.QWEN3_LINEAR
+    random = s.init == "random" and not (previous and previous.newest)
+    model, fresh, load_report = weights.build_model(kind, config, None if random else directory, s.seed, device)
+    weights.check_fits(model.config, tokenizer, s.max_length)
+    if s.eval_only and s.head == "linear" and (fresh or trained_labels != config["id2label"]):
+        raise UserError(f"--eval-only: {s.model} was not trained on the classes {', '.join(data.label_names)[:80]}; train it first")
+    model.model.activation_checkpointing = s.activation_checkpointing
+    forward = torch.compile(model, dynamic=True) if s.compile else model
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bf16")
+    optimizer = make_optimizer(model, s.learning_rate, s.weight_decay)
+
+    total_steps = s.max_steps or math.ceil(s.epochs * math.ceil(len(data.train) / s.global_batch_size))
+    if s.eval_only and not previous:
+        total_steps = 0  # a run of its own, complete without a step
+    eval_every, save_every = every_steps(s.eval_every, total_steps), every_steps(s.save_every, total_steps)
+    state = {"step": 0, "train_seconds": 0.0, "eval_seconds": 0.0, "samples": 0, "tokens": 0}
+    state |= {"best_on_validation": None, "best_on_test": None}  # [step, macro F1]
+    if previous and previous.newest:
+        state = checkpoint.load_state(directory, model, optimizer)
+    splits = {"train": data.train} | ({"validation": validation} if validation else {}) | {"test": data.test}
+    chat = Chat(tokenizer, tuple(template), len(data.label_names), s.max_length, s.think_in, s.train_on) if template else None
+    read = chat.questions if chat else functools.partial(text_rows, tokenizer, max_length=s.max_length)
+    tokenized = {name: read(split.texts) for name, split in splits.items()}
+    if s.head == "options":
+        tokenized["train"] = chat.training_rows(data.train.texts, data.train.labels)
+    train_rows = tokenized["train"][0]
+    run_dir = None
+    if dist.is_first():
+        run_dir = previous.dir if previous else checkpoint.new_run_dir(s.output_dir, "train_qwen")
+        if not previous:
+            about = {"total_steps": total_steps, "revision": revision, "data_revision": data.revision}
+            about |= {"data_fingerprint": data.fingerprint(), "num_train_rows": len(data.train), "template": template}
+            checkpoint.write_run_info(run_dir, dataclasses.asdict(s), device, about)
+    logger = Logger(run_dir, state["step"], total_steps, drop_later=not s.eval_only)
+    for name, (rows, cut) in tokenized.items():
+        logger.print(f"{name}: {len(rows):,} rows, {sum(map(len, rows)):,} tokens, {cut:,} rows cut to {s.max_length}")
+    logger.print(f"example: {data.label_names[data.train.labels[0]]} <- {tokenizer.decode(train_rows[0])}")
+    logger.print(f"{s.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {load_report}; {dist.device_name(device)}")
+
+    # 3. The loss of one batch.
+    # How each class's rows end: the targets of a row, and of these the format's before and after the letter. All targets but
+    # the letter are the same in every row, and soon cost nothing: a mean loss of 0.02 over seven is 0.15 for the letter, the
+    # one to compare with a linear head's. So the two are logged apart.
+    endings = [chat.targets(label) if s.head == "options" else (1, 0, 0) for label in range(len(data.label_names))]
+
+    def count_targets(rows: np.ndarray) -> tuple[int, int]:
+        """The number of targets of some training rows, and of the letters' tokens among them."""
+        counts = np.array(endings)[data.train.labels[rows]].sum(0)
+        return int(counts[0]), int(counts[0] - counts[1] - counts[2])
+
+    def loss_sums(rows: np.ndarray) -> torch.Tensor:
+        """The summed cross-entropy of some training rows: (2,) of all targets, and of the letters alone."""
+        labels = data.train.labels[rows]
+        if s.head == "linear":
+            with autocast:
+                logits = forward(*pack([train_rows[row] for row in rows], device))  # (B, C) fp32
+            return F.cross_entropy(logits, torch.from_numpy(labels).to(device), reduction="sum").expand(2)
+        # The token before a target predicts it, so the last token of a row need not be read.
+        packed = pack([train_rows[row][:-1] for row in rows], device)
+        at, targets, letters, stop = [], [], [], 0
+        for row, label in zip(rows, labels, strict=True):
+            count, before, after = endings[label]
+            stop += len(train_rows[row]) - 1
+            at += range(stop - count, stop)
+            targets += train_rows[row][-count:]
+            letters += [before <= i < count - after for i in range(count)]
+        at, targets, letters = (torch.tensor(values, device=device) for values in (at, targets, letters))
+        with autocast:
+            logits = forward(*packed, at)  # (targets, V) fp32
+        losses = F.cross_entropy(logits, targets, reduction="none")  # (targets,)
+        return torch.stack([losses.sum(), losses[letters].sum()])
+
+    def check_finite(value: float, what: str, step: int) -> None:
+        """Stops the run before a step or a checkpoint can be spoiled: the last good checkpoint stays the newest."""
+        if not math.isfinite(value):
+            raise UserError(
+                f"--learning-rate: the {what} became {value} at step {step}; lower {s.learning_rate} or try --dtype fp32 "
+                f"(checkpoints from before it, if any, are in {run_dir})"
+            )
+
+    # 4. Evaluation.
+    def logits_of(rows: list[list[int]]) -> torch.Tensor:
+        """The logits (n, C) fp32 of tokenized rows, on every rank's CPU: a head's, or the options' scores."""
+        model.eval()
+        with autocast:
+            if s.head == "options":
+                logits = score(model, rows, chat.options, device, s.normalize)
+            else:
+                logits = classify_rows(model, rows, device)
+        model.train()
+        return logits
+
+    def evaluate() -> torch.Tensor:
+        """Evaluates all splits, logs them, keeps the best steps in `state`; returns the test logits."""
+        started = time.perf_counter()
+        for name in [*splits][1:]:  # validation, if any, then test
+            logits = logits_of(tokenized[name][0])
+            scores, _ = report.evaluate_logits(logits, splits[name].labels)
+            check_finite(scores["loss"], f"{name} loss", state["step"])
+            logger.event("eval", state["step"], split=name, **scores)
+            logger.print(f"step {state['step']} {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+            best = state[f"best_on_{name}"]
+            if best is None or scores["f1"] > best[1]:
+                state[f"best_on_{name}"] = [state["step"], scores["f1"]]
+        state["eval_seconds"] += time.perf_counter() - started
+        return logits
+
+    def save(directory: Path) -> None:
+        weights.save_model(model, config, tokenizer, directory)
+        if s.head == "options":  # greedy, whatever the pretrained model's file says: an answer is not to be sampled
+            generation = {"do_sample": False, "eos_token_id": [end, pad], "pad_token_id": pad}
+            checkpoint.write_json(directory / "generation_config.json", generation)
+
+    # 5. The loop: lr -> micro-batches -> clip -> step -> log -> evaluate and save at intervals.
+    model.train()
+    test_logits = None
+    with checkpoint.stop_on_signal() as stop:
+        started, logged = time.perf_counter(), dict(state)
+        for step in range(state["step"], 0 if s.eval_only else total_steps):
+            for group in optimizer.param_groups:
+                group["lr"] = cosine_lr(step, total_steps, s.learning_rate, s.warmup_ratio)
+            window = step_rows(step, len(train_rows), s.global_batch_size, s.seed)
+            shares = np.array_split(window, grad_accum_steps * dist.world_size())
+            num_targets, num_letters = count_targets(window)
+            sums = torch.zeros(2, device=device)
+            for micro_step in range(grad_accum_steps):
+                rows = shares[micro_step * dist.world_size() + dist.rank()]
+                checkpoint.seed_everything(s.seed, step, micro_step, dist.rank())
+                if len(rows):  # the last window of an epoch may be too short for everyone
+                    losses = loss_sums(rows)
+                    (losses[0] / num_targets).backward()
+                    sums += losses.detach()
+            dist.sum_gradients(model)
+            total_loss, letters_loss = dist.all_sum(sums).tolist()
+            step_loss, answer_loss = total_loss / num_targets, letters_loss / num_letters
+            format_loss = (total_loss - letters_loss) / (num_targets - num_letters) if num_targets > num_letters else 0.0
+            check_finite(step_loss, "loss", step + 1)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm or math.inf).item()
+            check_finite(grad_norm, "gradient norm", step + 1)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            state["step"] = step + 1
+            state["samples"] += len(window)
+            state["tokens"] += sum(len(train_rows[row]) for row in window)
+            state["train_seconds"] += time.perf_counter() - started
+            seconds = state["train_seconds"] - logged["train_seconds"]
+            rates = {f"{unit}_per_second": (state[unit] - logged[unit]) / seconds for unit in ("samples", "tokens")}
+            logger.progress(
+                loss=f"{step_loss:.4f}", answer_loss=f"{answer_loss:.4f}", samples_per_second=f"{rates['samples_per_second']:.1f}"
+            )
+            if state["step"] % s.log_every == 0 or state["step"] == total_steps:
+                epoch, lr = state["samples"] / len(train_rows), optimizer.param_groups[0]["lr"]
+                values = {"epoch": epoch, "loss": step_loss, "learning_rate": lr, "grad_norm": grad_norm} | rates
+                values |= {"answer_loss": answer_loss, "format_loss": format_loss}
+                memory = dist.peak_memory_bytes(device)
+                logger.event("train", state["step"], **values, train_seconds=state["train_seconds"], peak_memory_bytes=memory)
+                logged = dict(state)
+            last, interrupted = state["step"] == total_steps, dist.any_rank(stop.is_set(), device)
+            if last or (eval_every and state["step"] % eval_every == 0):
+                test_logits = evaluate()
+            best_step = state["best_on_validation"][0] if state["best_on_validation"] else None
+            due = last or interrupted or best_step == state["step"] or (save_every and state["step"] % save_every == 0)
+            if due and dist.is_first():
+                checkpoint.save_checkpoint(run_dir, save, model, optimizer, state, s.keep_checkpoints, best_step)
+            if interrupted and not last:
+                logger.close()
+                logger.print(f"stopped at step {step + 1} of {total_steps}; go on: python train_qwen.py --resume {run_dir}")
+                dist.stop()
+                raise SystemExit(130)
+            started = time.perf_counter()
+
+    # 6. Final test and results.json.
+    if s.eval_only:
+        for step, checkpoint_dir in checkpoint.checkpoints(previous.dir).items() if previous else [(0, directory)]:
+            weights.load_weights(model, checkpoint_dir, kind)
+            state["step"] = step
+            test_logits = evaluate()
+    headline_step = state["best_on_validation"][0] if state["best_on_validation"] else state["step"]
+    if headline_step != state["step"]:
+        if dist.is_first():
+            weights.load_weights(model, checkpoint.checkpoints(run_dir)[headline_step], kind)
+        dist.broadcast_model(model)
+        test_logits = None
+    if test_logits is None:
+        started = time.perf_counter()
+        test_logits = logits_of(tokenized["test"][0])
+        state["eval_seconds"] += time.perf_counter() - started
+    logger.close()
+    if dist.is_first():
+        save(run_dir)
+        results = report.write_results(run_dir, data, test_logits, state, headline_step, device)
+        logger.print(report.summary(results))
+        logger.print(f"curves: {plots.plot_curves(run_dir)}")
+        logger.print(f"confusion matrix: {plots.plot_confusion(results['confusion'], data.label_names, run_dir)}")
+    dist.stop()
+
+
+if __name__ == "__main__":
+    run(main)
