@@ -1,17 +1,26 @@
-# One environment for everything, made anew when a requirements file is newer than its stamp.
+# One environment for everything but vLLM, made anew when a requirements file is newer than its stamp.
 PYTHON ?= python3
 BIN := .venv/bin
+# vLLM: the build for this machine. It pins its own versions, so it has an environment of its own.
+VLLM := requirements-vllm$(if $(shell command -v nvidia-smi),,-cpu).txt
+DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
+SYNTHETIC := --model tiny --data synthetic --dtype fp32 --threads 1
 
-.PHONY: demo test test-slow lint
+.PHONY: demo test test-slow test-vllm lint
 
-demo: .venv/stamp  ## train on synthetic news: no network, no GPU, about a minute
-	$(BIN)/python train_bert.py --model tiny --data synthetic --epochs 6 --learning-rate 1e-3 --threads 1
+demo: .venv/stamp  ## train both on synthetic news: no network, no GPU, two minutes
+	$(BIN)/python train_bert.py $(SYNTHETIC) --epochs 6 --learning-rate 1e-3 --output-dir $(DEMO)/bert
+	$(BIN)/python train_qwen.py $(SYNTHETIC) --epochs 3 --learning-rate 5e-3 --warmup-ratio 0.1 --global-batch-size 16 --output-dir $(DEMO)/qwen
+	$(BIN)/python -m minicls report $(DEMO)/bert $(DEMO)/qwen
 
 test: .venv/stamp-dev
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: .venv/stamp-dev  ## kills at random moments, the README's commands
 	$(BIN)/python -m pytest -m slow
+
+test-vllm: .venv-vllm/stamp  ## the exported models in real vLLM
+	.venv-vllm/bin/python -m pytest tests/test_vllm.py
 
 lint: .venv/stamp-dev
 	$(BIN)/ruff check .
@@ -24,4 +33,10 @@ lint: .venv/stamp-dev
 
 .venv/stamp-dev: .venv/stamp requirements-dev.txt
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+.venv-vllm/stamp: requirements.txt $(VLLM)
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet -r $(VLLM)
+	$(if $(findstring cpu,$(VLLM)),.venv-vllm/bin/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec)
 	touch $@

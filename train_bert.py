@@ -73,7 +73,7 @@ TINY = {
     "model_type": "bert",
     "hidden_size": 64,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
+    "num_attention_heads": 2,  # of 32 dimensions, the fewest that vLLM serves
     "intermediate_size": 256,
     "max_position_embeddings": 512,
 }
@@ -101,8 +101,9 @@ def main(argv: list[str] | None = None) -> None:
         directory, revision = previous.newest, pinned["revision"]
     else:
         directory, revision = (None, None) if s.model == "tiny" else weights.find_model(s.model, pinned["revision"])
+    config = weights.read_config(directory, weights.BERT) if directory else TINY
     tokenizer = load_tokenizer(directory) if directory else train_bert_tokenizer(data.train.texts, vocab_size=2000)
-    config = weights.read_config(directory) if directory else TINY | {"vocab_size": len(tokenizer)}
+    config = {"vocab_size": len(tokenizer)} | config
     trained_labels = config.get("id2label")
     config |= weights.label_config(data.label_names)
     random = s.init == "random" and not (previous and previous.newest)
@@ -254,6 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     if dist.is_first():
         save(run_dir)
         results = report.write_results(run_dir, data, test_logits, state, headline_step, device)
+        logger.print(report.steps_table(run_dir))
         logger.print(report.summary(results))
         logger.print(f"curves: {plots.plot_curves(run_dir)}")
         logger.print(f"confusion matrix: {plots.plot_confusion(results['confusion'], data.label_names, run_dir)}")

@@ -87,9 +87,9 @@ TINY = {
     "model_type": "qwen3",
     "hidden_size": 64,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,  # the smallest that vLLM serves
     "intermediate_size": 192,
     "max_position_embeddings": 4096,
     "rope_theta": 10_000.0,
@@ -122,16 +122,18 @@ def main(argv: list[str] | None = None) -> None:
         directory, revision = previous.newest, pinned["revision"]
     else:
         directory, revision = (None, None) if s.model == "tiny" else weights.find_model(s.model, pinned["revision"])
+    kind = weights.QWEN3 if s.head == "options" else weights.QWEN3_LINEAR
+    config = weights.read_config(directory, kind) if directory else TINY
     if directory:
         tokenizer = load_tokenizer(directory)
     else:
         before, after = template or ("", "")
         tokenizer = train_qwen_tokenizer([before + text + after for text in data.train.texts], vocab_size=2000)
+    config = {"vocab_size": len(tokenizer)} | config
     pad, _, end, *_ = tokenizer.control_ids(QWEN_CONTROL_TOKENS)
-    config = weights.read_config(directory) if directory else TINY | {"vocab_size": len(tokenizer)}
     trained_labels = config.get("id2label")
+    pad, _, end, *_ = tokenizer.control_ids(QWEN_CONTROL_TOKENS)
     config |= weights.label_config(data.label_names) | {"pad_token_id": pad, "eos_token_id": end}
-    kind = weights.QWEN3 if s.head == "options" else weights.QWEN3_LINEAR
     random = s.init == "random" and not (previous and previous.newest)
     model, fresh, load_report = weights.build_model(kind, config, None if random else directory, s.seed, device)
     weights.check_fits(model.config, tokenizer, s.max_length)
@@ -323,6 +325,7 @@ def main(argv: list[str] | None = None) -> None:
     if dist.is_first():
         save(run_dir)
         results = report.write_results(run_dir, data, test_logits, state, headline_step, device)
+        logger.print(report.steps_table(run_dir))
         logger.print(report.summary(results))
         logger.print(f"curves: {plots.plot_curves(run_dir)}")
         logger.print(f"confusion matrix: {plots.plot_confusion(results['confusion'], data.label_names, run_dir)}")

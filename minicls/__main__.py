@@ -3,6 +3,7 @@
 python -m minicls predict RUN "Stocks fell after the report."     # texts, or files: .csv .jsonl .parquet .txt
 python -m minicls predict RUN news.csv --format jsonl
 cat texts.txt | python -m minicls predict RUN
+python -m minicls report RUN RUN ...                              # finished runs side by side
 """
 
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from minicls import dist
 from minicls.config import Parser, UserError, run
 from minicls.predict import Classifier, gather_texts, jsonl, table
+from minicls.report import runs_table
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -23,7 +25,12 @@ def main(argv: list[str] | None = None) -> None:
     predict.add_argument("--text-column", default="text", metavar="STR", help="column of the texts (default: %(default)s)")
     predict.add_argument("--device", metavar="STR", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     predict.add_argument("--threads", type=int, metavar="INT", help="CPU threads (default: torch's choice)")
+    compare = commands.add_parser("report", help="finished runs side by side")
+    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories with results")
     args = parser.parse_args(argv)
+    if args.command == "report":
+        print(runs_table(args.runs))
+        return
     if not args.run.is_dir():
         raise UserError(f"{args.run}: no such run directory; check the path")
     inputs = args.inputs or ([] if sys.stdin.isatty() else sys.stdin.read().splitlines())

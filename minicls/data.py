@@ -423,4 +423,4 @@ def length_batches(rows: Sequence[Sequence[int]], max_tokens: int) -> list[np.nd
             batch, tokens = [], 0
         batch.append(row)
         tokens += len(rows[row])
-    return [*batches, np.array(batch)]
+    return [*batches, np.array(batch)] if batch else []

@@ -23,8 +23,8 @@ def generate(
 ) -> list[list[int]]:
     """The likeliest continuation of each prompt, token by token: at most `max_new_tokens` ids, up to and without a stop id.
 
-    Prompts go in batches of similar lengths of at most `max_tokens` tokens, answers included. A row's positions count its
-    own tokens alone, so no row depends on its neighbours. Equals transformers' `generate(do_sample=False)`.
+    Prompts go in batches of similar lengths, at most `max_tokens` tokens each. A row's positions count its own tokens alone,
+    so no row depends on its neighbours. Equals transformers' `generate(do_sample=False)`.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     stop = set(stop_ids)
@@ -49,7 +49,7 @@ def generate(
 def read_answer(text: str, num_options: int) -> int | None:
     """The option that generated text names: the letter it begins with, after the think block if there is one, else None."""
     answer = text.rsplit("</think>", 1)[-1]
-    match = re.match(r"[\s\W_]*([A-Z])(?!\w)", answer)
+    match = re.match(r"[\s\W_]*([A-Z])(?![^\W_])", answer)
     index = ord(match.group(1)) - ord("A") if match else num_options
     return index if index < num_options else None
 

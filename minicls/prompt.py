@@ -52,7 +52,7 @@ def make_template(
         template = TEMPLATES[language, options].replace("{noun}", noun).replace("{Title}", title)
     else:
         try:
-            template = Path(file).read_text(encoding="utf-8").removesuffix("\n")
+            template = Path(file).read_text(encoding="utf-8-sig").removesuffix("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompt: {file} is not readable ({error}); pass a UTF-8 text file") from None
     for part in ("{text}", "{options}"):

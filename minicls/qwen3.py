@@ -45,16 +45,16 @@ class Qwen3Config:
     def __post_init__(self):
         rope = (self.rope_parameters or {}) | (self.rope_scaling or {})
         self.rope_theta = rope.get("rope_theta", self.rope_theta)
-        unsupported = {
-            "hidden_act": self.hidden_act != "silu",
-            "rope_type": rope.get("rope_type", rope.get("type", "default")) != "default",
-            "attention_bias": self.attention_bias,
-            "attention_dropout": self.attention_dropout,
-            "use_sliding_window": self.use_sliding_window,
+        supported = {
+            "hidden_act": (self.hidden_act, "silu"),
+            "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+            "attention_bias": (self.attention_bias, False),
+            "attention_dropout": (self.attention_dropout, 0.0),
+            "use_sliding_window": (self.use_sliding_window, False),
         }
-        for name, found in unsupported.items():
-            if found:
-                raise ValueError(f"{name} other than the published Qwen3 models' is not supported")
+        for name, (found, wanted) in supported.items():
+            if found != wanted:
+                raise ValueError(f"{name} {found!r} is not supported, only {wanted!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             heads = f"num_attention_heads {self.num_attention_heads}"
             raise ValueError(f"{heads} is no multiple of num_key_value_heads {self.num_key_value_heads}")

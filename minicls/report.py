@@ -1,5 +1,7 @@
-"""A run's result files: results.json and predictions.parquet out of the test logits."""
+"""A run's result files: results.json and predictions.parquet out of the test logits; and runs side by side."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,9 @@ import torch
 
 from minicls import dist, metrics
 from minicls.checkpoint import write_json
+from minicls.config import UserError
 from minicls.data import Data
+from minicls.logger import read_metrics
 
 
 def evaluate_logits(logits: torch.Tensor, labels: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
@@ -73,6 +77,53 @@ def summary(results: dict) -> str:
             f"best step on test: {results['best_step_on_test']} with F1 {results['best_f1_on_test']:.4f} "
             "(the published protocol; chosen on the test set, so not an estimate of anything)"
         )
+    lines.append(f"{results['train_seconds']:.0f} s of training, {results['eval_seconds']:.0f} s of evaluation")
+    return "\n".join(lines)
+
+
+def steps_table(run_dir: Path) -> str:
+    """Markdown with the published tables' columns, a line for each evaluation on the test rows.
+
+    The training loss is the mean over the steps logged since the line before; where only the answer's letter differs from
+    row to row, its loss stands apart.
+    """
+    events = read_metrics(run_dir)
+    names = ["loss", "answer_loss"] if any(e.get("format_loss") for e in events) else ["loss"]
+    header = ["step", "training loss", "of the letter"][: 1 + len(names)]
+    header += ["test loss", "accuracy", "precision", "recall", "F1"]
+    lines, trained = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)], []
+    for event in events:
+        if event["event"] == "train":
+            trained.append([event[name] for name in names])
+        elif event["split"] == "test":
+            losses = [f"{value:.4f}" for value in np.mean(trained, axis=0)] if trained else ["-"] * len(names)
+            scores = [f"{event[name]:.4f}" for name in ("loss", "accuracy", "precision", "recall", "f1")]
+            lines.append("| " + " | ".join([str(event["step"]), *losses, *scores]) + " |")
+            trained = []
+    return "\n".join(lines)
+
+
+def runs_table(run_dirs: Sequence[Path]) -> str:
+    """Markdown of finished runs side by side, a line each. Raises UserError where their test rows differ: no comparison."""
+    lines = [
+        "| run | model | head | steps | accuracy | macro F1 (95 % interval) | training, s | evaluation, s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    first = None
+    for run_dir in run_dirs:
+        try:
+            info, results = (json.loads((run_dir / name).read_text(encoding="utf-8")) for name in ("run.json", "results.json"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{run_dir}: no finished run ({error}); train it to the end first") from None
+        first = first or (run_dir, info)
+        if info["data_fingerprint"]["test"] != first[1]["data_fingerprint"]["test"]:
+            raise UserError(f"{run_dir}: other test rows than {first[0]}, so there is nothing to compare; test both on the same")
+        s = info["settings"]
+        interval = f"{results['f1']:.4f} ({results['f1_low']:.4f} to {results['f1_high']:.4f})"
+        lines.append(
+            f"| {run_dir} | {s['model']} | {s.get('head', 'linear')} | {results['headline_step']} of {results['final_step']} "
+            f"| {results['accuracy']:.4f} | {interval} | {results['train_seconds']:.0f} | {results['eval_seconds']:.0f} |"
+        )
     return "\n".join(lines)
 
 
@@ -84,12 +135,12 @@ def speed_table(benches: list[dict]) -> str:
     ]
     for bench in benches:
         ours, theirs = bench["rows"]
-        spread = f"{min(bench['speedup_of_each_round']):.2f} to {max(bench['speedup_of_each_round']):.2f}"
-        rounds = len(bench["speedup_of_each_round"])
+        ratios = bench["speedup_of_each_round"]["transformers"]
+        spread, rounds = f"{min(ratios):.2f} to {max(ratios):.2f}", len(ratios)
         lines.append(
-            f"| {Path(bench['settings']['bert']).name} | {bench['settings']['dtype']} "
+            f"| {Path(bench['settings']['bert'] or bench['settings']['qwen']).name} | {bench['settings']['dtype']} "
             f"| {ours['samples_per_second']:.1f} | {theirs['samples_per_second']:.1f} "
-            f"| **{bench['speedup']:.2f}** ({spread}, {rounds} round{'s' * (rounds > 1)}) "
+            f"| **{bench['speedup']['transformers']:.2f}** ({spread}, {rounds} round{'s' * (rounds > 1)}) "
             f"| {ours['peak_memory_bytes'] / 2**30:.1f} against {theirs['peak_memory_bytes'] / 2**30:.1f} |"
         )
     return "\n".join(lines)

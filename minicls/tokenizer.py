@@ -45,9 +45,12 @@ class Tokenizer:
         return ids
 
     def head(self, text: str, num_tokens: int) -> str:
-        """The beginning of a text that its first `num_tokens` tokens cover."""
+        """The beginning of a text that its first `num_tokens` tokens cover: up to where the next one starts.
+
+        Not to where the last one ends, which is inside a letter whose accent is a character of its own until normalised.
+        """
         offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
-        return text[: offsets[num_tokens - 1][1]] if 0 < num_tokens <= len(offsets) else text if num_tokens > 0 else ""
+        return text if num_tokens >= len(offsets) else text[: offsets[num_tokens][0]] if num_tokens > 0 else ""
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)

@@ -68,15 +68,17 @@ def find_model(model: str, revision: str | None = None) -> tuple[Path, str | Non
     return download("--model", model, "model", ["*.json", "*.jinja", "*.safetensors"], revision)
 
 
-def read_config(directory: Path) -> dict:
-    """The directory's config.json."""
+def read_config(directory: Path, kind: Architecture | None = None) -> dict:
+    """The directory's config.json. Raises UserError where it is of another kind of model than `kind`."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("no JSON object")
-        return config
     except (OSError, ValueError) as error:
         raise UserError(f"{directory / 'config.json'}: not readable ({error}); pass a directory in Hugging Face layout") from None
+    if kind and config.get("model_type") != kind.model_type:
+        raise UserError(f"--model: {directory} is a {config.get('model_type')} model, not {kind.model_type}; pass another")
+    return config
 
 
 def label_config(label_names: Sequence[str]) -> dict:
@@ -100,14 +102,12 @@ def build_model(
 
     Returns the model (on the device, in the dtype, which a file's tensors are converted to one by one), the names of the parameters that started fresh, and the load report.
     """
-    if values.get("model_type") != kind.model_type:
-        raise UserError(f"--model: {directory} is a {values.get('model_type')} model, not {kind.model_type}; pass another")
     known = {field.name for field in dataclasses.fields(kind.config)}
     num_labels = {"num_labels": len(values["id2label"])} if "id2label" in values else {}
     try:
         config = kind.config(**{name: value for name, value in values.items() if name in known} | num_labels)
     except (ValueError, TypeError, ArithmeticError) as error:
-        raise UserError(f"--model: the config.json of {directory} does not fit ({error}); pass another model") from None
+        raise UserError(f"--model: its config.json does not fit ({error}); pass another model") from None
     with torch.device("meta"):  # shapes only: the memory is taken once, and the default initialisation skipped
         model = kind.model(config).to(dtype)
     model.to_empty(device=device)
@@ -222,7 +222,8 @@ def save_model(model: nn.Module, config: dict, tokenizer: Tokenizer, directory: 
     (directory / ".model.tmp").replace(directory / "model.safetensors")
     tokenizer.save(directory)
     config = {name: value for name, value in config.items() if name not in ("torch_dtype", "_name_or_path")}
-    config |= {"architectures": [type(model).__name__], "dtype": "float32", "pad_token_id": model.config.pad_token_id}
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    config |= {"architectures": [type(model).__name__], "dtype": dtype, "pad_token_id": model.config.pad_token_id}
     (directory / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -29,10 +29,28 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
+def qwen(shared):
+    """The published Qwen3 tokenizer."""
+    from minicls.tokenizer import load_tokenizer
+
+    return load_tokenizer(shared / "tokenizers" / "Qwen3-0.6B")
+
+
+@pytest.fixture(scope="session")
 def bert_run(tmp_path_factory) -> Path:
     """A finished run of train_bert.py (16 steps, fp32)."""
     import train_bert
 
     run_dir = tmp_path_factory.mktemp("bert") / "run"
     train_bert.main([*TINY, "--max-steps", "16", "--dtype", "fp32", "--eval-every", "0.5", "--output-dir", str(run_dir)])
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def qwen_run(tmp_path_factory) -> Path:
+    """A finished run of train_qwen.py (16 steps, fp32)."""
+    import train_qwen
+
+    run_dir = tmp_path_factory.mktemp("qwen") / "run"
+    train_qwen.main([*TINY, "--max-steps", "16", "--dtype", "fp32", "--eval-every", "0.5", "--output-dir", str(run_dir)])
     return run_dir

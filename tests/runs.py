@@ -1,4 +1,4 @@
-"""What the tests of the training script share: runs of it in this process (a fresh one costs seconds), and tiny inputs."""
+"""What the tests of the training scripts share: runs of it in this process (a fresh one costs seconds), and tiny inputs."""
 
 import csv
 import itertools
@@ -9,25 +9,36 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 from conftest import TINY
 
 import train_bert
+import train_qwen
 from minicls.logger import Logger
 
 CLASSES = ("ant", "bee", "cat", "dog")
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
-def train(run_dir: Path, *flags: str) -> Path:
+SCRIPTS = {"bert": train_bert, "qwen": train_qwen}
+
+
+def train(run_dir: Path, *flags: str, script: ModuleType = train_bert) -> Path:
     """Trains as TINY and the flags say; returns the run directory."""
-    train_bert.main([*TINY, "--output-dir", str(run_dir), *flags])
+    script.main([*TINY, "--output-dir", str(run_dir), *flags])
     return run_dir
 
 
+def script_of(run_dir: Path) -> ModuleType:
+    """The script that began a run."""
+    settings = json.loads((run_dir / "run.json").read_text())["settings"]
+    return train_qwen if "head" in settings else train_bert
+
+
 def resume(run_dir: Path, *flags: str) -> Path:
-    train_bert.main(["--resume", str(run_dir), *flags])
+    script_of(run_dir).main(["--resume", str(run_dir), *flags])
     return run_dir
 
 

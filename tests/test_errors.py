@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -73,11 +74,11 @@ def listing(folder: Path) -> dict[str, bytes | None]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
-def check(here: Path, argv: list[str], parts: list[str]) -> None:
+def check(here: Path, argv: list[str], parts: list[str], script: ModuleType = train_bert) -> None:
     """Asserts that the call is refused in one line that holds the parts, and that no file or directory came or went."""
     before = listing(here)
     with pytest.raises(UserError) as error:
-        train_bert.main(argv)
+        script.main(argv)
     message = str(error.value)
     assert len(message.splitlines()) == 1 and "; " in message  # what is wrong; what to do
     assert [part for part in parts if part not in message] == []

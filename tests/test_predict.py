@@ -4,11 +4,12 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY
 
 from minicls.__main__ import main
 from minicls.config import UserError
@@ -16,19 +17,37 @@ from minicls.data import load_data, split_data
 
 
 def lines(capsys, *argv) -> list[str]:
+    capsys.readouterr()  # what a fixture's training printed
     main(["predict", *map(str, argv), "--device", "cpu"])
     return capsys.readouterr().out.rstrip("\n").split("\n")
 
 
-def test_predicts_what_the_run_predicted(bert_run, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def linear_runs(tmp_path_factory) -> Path:
+    """Runs of train_qwen.py --head linear, two steps long: of the bare text, and of a question other than the usual one."""
+    import train_qwen
+
+    folder = tmp_path_factory.mktemp("linear")
+    flags = {"text": [], "prompt": ["--linear-input", "prompt", "--options", "before", "--language", "zh"]}
+    for name, more in flags.items():
+        argv = [*TINY, "--head", "linear", *more, "--dtype", "fp32", "--max-steps", "2", "--max-train-rows", "64"]
+        train_qwen.main([*argv, "--output-dir", str(folder / name)])
+    return folder
+
+
+@pytest.mark.parametrize("run", ["bert", "qwen", "linear text", "linear prompt"])
+def test_predicts_what_the_run_predicted(run, tmp_path, capsys, request):
     """The run's own test texts give the labels and probabilities of its predictions.parquet, whatever the batch."""
+    kind, *name = run.split()
+    run_dir = request.getfixturevalue("linear_runs") / name[0] if name else request.getfixturevalue(f"{kind}_run")
     test = split_data(load_data("synthetic"), max_eval_rows=100)[0].test
     file = tmp_path / "news.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in test.texts))
-    rows = [json.loads(line) for line in lines(capsys, bert_run, file, "--format", "jsonl")]
-    saved = pq.read_table(bert_run / "predictions.parquet").to_pydict()
+    rows = [json.loads(line) for line in lines(capsys, run_dir, file, "--format", "jsonl")]
+    saved = pq.read_table(run_dir / "predictions.parquet").to_pydict()
     assert [row["text"] for row in rows] == test.texts
     names = list(rows[0]["probabilities"])
+    assert names == ["World", "Sports", "Business", "Sci/Tech"]
     assert [names.index(row["label"]) for row in rows] == saved["prediction"]
     expected = np.stack([saved[f"probability_{c}"] for c in range(4)], axis=1)
     # fp32 probabilities as stored; batches of another composition round differently.

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, TINY
-from runs import events, losses, results, train, without_dropout
+from runs import SCRIPTS, events, losses, results, train, without_dropout
 from safetensors.torch import load_file
 
 from minicls.checkpoint import checkpoints
@@ -27,12 +27,12 @@ FLAGS += ["--log-every", "1", "--eval-every", "3", "--save-every", "4", "--learn
 INTERRUPTED = f"""
 import os, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import train_bert
 from minicls.config import run
-from runs import interrupt_at
+from runs import SCRIPTS, interrupt_at
 
+script = SCRIPTS[sys.argv.pop(1)]
 with interrupt_at(5 if os.environ["RANK"] == "1" else 0):
-    run(train_bert.main)
+    run(script.main)
 """
 
 
@@ -42,27 +42,34 @@ def torchrun(*command: str) -> subprocess.CompletedProcess:
         return subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=300)
 
 
+@pytest.fixture(scope="module", params=SCRIPTS)
+def name(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def flags(bert_run, tmp_path_factory):
+def flags(name, bert_run, tmp_path_factory):
+    if name == "qwen":  # it has no dropout
+        return FLAGS
     return ["--model", str(without_dropout(bert_run, tmp_path_factory.mktemp("calm") / "model")), *FLAGS]
 
 
 @pytest.fixture(scope="module")
-def ranked(flags, tmp_path_factory):
+def ranked(name, flags, tmp_path_factory):
     """A run of two ranks, stopped at step 5 of 9 and resumed."""
     folder = tmp_path_factory.mktemp("ranked")
     (folder / "interrupted.py").write_text(INTERRUPTED)
     run = folder / "run"
-    stopped = torchrun(str(folder / "interrupted.py"), *TINY, *flags, "--output-dir", str(run))
+    stopped = torchrun(str(folder / "interrupted.py"), name, *TINY, *flags, "--output-dir", str(run))
     assert stopped.stdout.count("stopped at step 5 of 9; go on: ") == 1, stopped.stderr
     assert [*checkpoints(run)][-1] == 5 and not (run / "results.json").exists()
-    resumed = torchrun(str(ROOT / "train_bert.py"), "--resume", str(run))
+    resumed = torchrun(str(ROOT / f"train_{name}.py"), "--resume", str(run))
     assert resumed.returncode == 0, resumed.stderr
     return run
 
 
-def test_two_ranks_train_as_one_process(flags, ranked, tmp_path):
-    single = train(tmp_path / "single", *flags)
+def test_two_ranks_train_as_one_process(name, flags, ranked, tmp_path):
+    single = train(tmp_path / "single", *flags, script=SCRIPTS[name])
     assert np.array(losses(ranked)) == pytest.approx(np.array(losses(single)), rel=1e-5)
     weights, expected = load_file(ranked / "model.safetensors"), load_file(single / "model.safetensors")
     torch.testing.assert_close(weights, expected, rtol=0, atol=1e-4)
@@ -84,9 +91,9 @@ def test_one_rank_writes(ranked):
 
 
 @pytest.mark.slow
-def test_resumed_ranks_equal_uninterrupted_ones(flags, ranked, tmp_path):
+def test_resumed_ranks_equal_uninterrupted_ones(name, flags, ranked, tmp_path):
     whole = tmp_path / "whole"
-    done = torchrun(str(ROOT / "train_bert.py"), *TINY, *flags, "--output-dir", str(whole))
+    done = torchrun(str(ROOT / f"train_{name}.py"), *TINY, *flags, "--output-dir", str(whole))
     assert done.returncode == 0, done.stderr
     assert losses(ranked) == losses(whole)
     for name in ("model.safetensors", "checkpoints/step-000009/optimizer.safetensors"):

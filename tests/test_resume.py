@@ -16,7 +16,7 @@ import time
 
 import pytest
 from conftest import ROOT, TINY
-from runs import events, interrupt_at, losses, results, resume, train, write_news
+from runs import SCRIPTS, events, interrupt_at, losses, results, resume, script_of, train, write_news
 
 import train_bert
 from minicls.checkpoint import checkpoints
@@ -26,13 +26,16 @@ from minicls.config import UserError, run
 FLAGS = ["--max-train-rows", "150", "--epochs", "2", "--log-every", "1", "--eval-every", "3", "--save-every", "2"]
 
 
-@pytest.fixture(scope="module", params=["fp32", "bf16"])
+@pytest.fixture(scope="module", params=["bert fp32", "bert bf16", "qwen fp32", "qwen bf16"])
 def pair(request, tmp_path_factory):
     """The same run twice: uninterrupted, and stopped at step 5 of 10."""
-    folder = tmp_path_factory.mktemp(request.param)
-    whole = train(folder / "whole", *FLAGS, "--dtype", request.param)
+    folder = tmp_path_factory.mktemp("pair")
+    name, dtype = request.param.split()
+    # Accumulating, and few rows to score: Qwen's are five times as long.
+    flags = [*FLAGS, "--dtype", dtype] + (["--micro-batch-size", "16", "--max-eval-rows", "20"] if name == "qwen" else [])
+    whole = train(folder / "whole", *flags, script=SCRIPTS[name])
     with interrupt_at(5), pytest.raises(SystemExit):
-        train(folder / "stopped", *FLAGS, "--dtype", request.param)
+        train(folder / "stopped", *flags, script=SCRIPTS[name])
     assert [*checkpoints(folder / "stopped")] == [4, 5]
     return whole, folder / "stopped"
 
@@ -71,7 +74,7 @@ def test_resumed_run_equals_the_uninterrupted_one(stopped, whole):
     assert results(stopped)["train_seconds"] > seconds  # the clock went on
 
 
-@pytest.mark.parametrize("pair", ["fp32"], indirect=True)
+@pytest.mark.parametrize("pair", ["bert fp32", "qwen fp32"], indirect=True)
 class TestStopped:
     """What else may have happened to the stopped run before it goes on."""
 
@@ -111,12 +114,12 @@ class TestStopped:
     def test_full_disk_leaves_the_earlier_checkpoint(self, limit, stopped, whole, capsys, monkeypatch):
         """Writing past the limit fails as on a full disk (Python ignores SIGXFSZ); weights take 0.6 MB, moments 1.2 MB."""
         before = {path: path.read_bytes() for path in checkpoints(stopped)[5].iterdir()}
-        monkeypatch.setattr(sys, "argv", ["train_bert.py", "--resume", str(stopped)])
+        monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(stopped)])
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
             with pytest.raises(SystemExit) as stop:
-                run(train_bert.main)
+                run(script_of(stopped).main)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         error = capsys.readouterr().err.splitlines()
@@ -183,15 +186,18 @@ def test_best_on_validation_is_remembered(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment(tmp_path):
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_killed_at_any_moment(name, tmp_path):
     """SIGKILL six times, then on to the end; a checkpoint at every step, so that kills fall into saving and deleting too."""
     flags = [*TINY, "--max-steps", "150", "--log-every", "1", "--eval-every", "0.1", "--save-every", "1"]
-    whole, killed = train(tmp_path / "whole", *flags), tmp_path / "killed"
+    if name == "qwen":
+        flags += ["--global-batch-size", "8", "--micro-batch-size", "4", "--max-eval-rows", "20"]
+    whole, killed = train(tmp_path / "whole", *flags, script=SCRIPTS[name]), tmp_path / "killed"
     rng, reached = random.Random(0), []
     while True:
         command = ["--resume", str(killed)] if reached else [*flags, "--output-dir", str(killed)]
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "train_bert.py"), *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [sys.executable, str(ROOT / f"train_{name}.py"), *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         if len(reached) < 6:
             # Up to a second after a checkpoint of its own; every third one earlier, perhaps while it still starts.

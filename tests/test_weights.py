@@ -63,7 +63,7 @@ def write(directory: Path, *shards: dict[str, torch.Tensor]) -> Path:
 
 def build(directory: Path | None, seed: int = 0, values: dict | None = None):
     """(parameters by name, names of the fresh ones, report) of a directory, or of random weights."""
-    values = values or (weights.read_config(directory) if directory else VALUES)
+    values = values or (weights.read_config(directory, weights.BERT) if directory else VALUES)
     model, fresh, report = weights.build_model(weights.BERT, values, directory, seed, torch.device("cpu"))
     return {name: parameter.detach() for name, parameter in model.named_parameters()}, fresh, report
 

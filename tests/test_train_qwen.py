@@ -1,0 +1,266 @@
+"""What train_qwen.py's loop has of its own: targets, the two losses, both heads.   python -m pytest tests/test_train_qwen.py
+
+What it shares with train_bert.py is tested there, and in test_resume.py and test_ranks.py for both. Everything runs in fp32
+where two orders of summation are compared: losses differ by a few 1e-7 then (bound: 1e-5, against transformers 1e-4, as two
+implementations are ten AdamW steps apart), weights by a few 1e-6 (bound: 1e-4).
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from runs import CLASSES, MODEL_FILES, events, interrupt_at, losses, results, train, write_news
+from safetensors.torch import load_file
+
+import train_qwen
+from minicls.config import UserError
+from minicls.data import Data, Split, load_data, split_data, step_rows
+from minicls.optim import every_steps
+from minicls.prompt import Chat, make_template
+from minicls.scorer import score_brute_force
+from minicls.tokenizer import load_tokenizer
+
+# Two epochs of windows of 64, 64 and 22 rows, every step logged, few rows scored.
+UNEVEN = ["--max-train-rows", "150", "--global-batch-size", "64", "--micro-batch-size", "64", "--epochs", "2", "--log-every", "1"]
+UNEVEN += ["--max-eval-rows", "20", "--dtype", "fp32", "--eval-every", "0", "--save-every", "0"]
+
+
+def run_qwen(run_dir, *flags):
+    return train(run_dir, *flags, script=train_qwen)
+
+
+def answers(run):
+    return [(e["step"], e["loss"], e["answer_loss"], e["format_loss"], e["grad_norm"]) for e in events(run, "train")]
+
+
+def predictions(run):
+    return pq.read_table(run / "predictions.parquet").to_pydict()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return run_qwen(tmp_path_factory.mktemp("plain") / "run", *UNEVEN)
+
+
+def test_the_defaults_are_the_published_steps(tmp_path, monkeypatch):
+    split = Split(["news"] * 120_000, np.arange(120_000) % 4)
+    monkeypatch.setattr(train_qwen, "load_data", lambda *_: Data(split, split.select(np.arange(8)), CLASSES))
+    with interrupt_at(1), pytest.raises(SystemExit):
+        train_qwen.main(["--model", "tiny", "--device", "cpu", "--threads", "1", "--output-dir", str(tmp_path / "run")])
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (info["total_steps"], info["num_train_rows"]) == (1250, 120_000)
+    every = every_steps(info["settings"]["eval_every"], 1250)
+    assert [*range(every, 1251, every)] == [250, 500, 750, 1000, 1250]
+
+
+# The loss.
+
+
+@pytest.mark.parametrize(
+    ("flags", "trained", "letter"),
+    [
+        ([], 7, 4),
+        (["--think-in", "prompt"], 3, 0),
+        (["--train-on", "letter"], 1, 0),
+        (["--train-on", "letter", "--options", "before", "--language", "zh"], 1, 0),
+    ],
+    ids=["response", "think in prompt", "letter", "letter, options before, zh"],
+)
+def test_losses_and_gradient_against_transformers(flags, trained, letter, tmp_path):
+    """The first step, over accumulated micro-batches of ragged rows, against one padded batch and labels of -100."""
+    from transformers import AutoModelForCausalLM
+
+    steps = ["--max-steps", "1", "--log-every", "1", "--learning-rate", "0", "--max-eval-rows", "4", "--dtype", "fp32"]
+    run = run_qwen(tmp_path / "run", *steps, "--micro-batch-size", "8", *flags)  # lr 0: the weights saved are those of the start
+    model = AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32)
+    tokenizer = load_tokenizer(run)
+    data, _ = split_data(load_data("synthetic"), max_train_rows=256)
+    template = json.loads((run / "run.json").read_text())["template"]
+    window = step_rows(0, 256, 32, seed=42)
+    questions, _ = Chat(tokenizer, template, 4, 512).questions([data.train.texts[row] for row in window])
+    ending = [*tokenizer.control_ids(["<|im_end|>"]), *tokenizer.encode(["\n"])[0]]
+    rows = [ids + tokenizer.encode(["ABCD"[y]])[0] + ending for ids, y in zip(questions, data.train.labels[window], strict=True)]
+    ends = [len(ids) - 2 * (trained == 1) for ids in rows]
+    labels = [[-100] * (end - trained) + ids[end - trained : end] for ids, end in zip(rows, ends, strict=True)]
+    rows = [ids[:end] for ids, end in zip(rows, ends, strict=True)]
+    pad = torch.nn.utils.rnn.pad_sequence
+    input_ids, targets = (pad([*map(torch.tensor, x)], batch_first=True, padding_value=p) for x, p in ((rows, 0), (labels, -100)))
+    mask = pad([torch.ones(len(ids), dtype=torch.int64) for ids in rows], batch_first=True)
+    output = model.train()(input_ids=input_ids, attention_mask=mask, labels=targets)
+    each = F.cross_entropy(output.logits[:, :-1].transpose(1, 2), targets[:, 1:], reduction="none", ignore_index=-100)
+    kept = torch.stack([row[t != -100] for row, t in zip(each, targets[:, 1:], strict=True)])  # (32, trained)
+    assert kept.shape == (32, trained)
+    output.loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    ((_, loss, answer_loss, format_loss, grad_norm),) = answers(run)
+    assert loss == pytest.approx(output.loss.item(), rel=1e-5)
+    assert answer_loss == pytest.approx(kept[:, letter].mean().item(), rel=1e-5)
+    others = torch.cat([kept[:, :letter], kept[:, letter + 1 :]], dim=1)
+    assert format_loss == pytest.approx(others.mean().item() if trained > 1 else 0.0, rel=1e-5)
+    assert grad_norm == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_ten_steps_equal_those_of_transformers(tmp_path):
+    """The same weights, rows, targets, schedule and AdamW around transformers' model: each step's loss to 1e-4."""
+    from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
+
+    shared = ["--max-train-rows", "150", "--log-every", "1", "--max-eval-rows", "4", "--dtype", "fp32", "--warmup-ratio", "0.2"]
+    shared += ["--weight-decay", "0.1", "--eval-every", "0"]
+    start = run_qwen(tmp_path / "start", *shared, "--max-steps", "2")
+    run = run_qwen(tmp_path / "run", "--model", str(start), *shared, "--max-steps", "10", "--learning-rate", "3e-3")
+    model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32).train()
+    data, _ = split_data(load_data("synthetic"), max_train_rows=150)
+    template = json.loads((run / "run.json").read_text())["template"]
+    rows, _ = Chat(load_tokenizer(run), template, 4, 512).training_rows(data.train.texts, data.train.labels)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.ndim == 1]}]
+    optimizer = torch.optim.AdamW(groups, lr=3e-3, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 2, 10)
+    expected = []
+    for step in range(10):
+        window = step_rows(step, 150, 32, seed=42)
+        loss = 0
+        for row in window:
+            ids = torch.tensor([rows[row]])
+            labels = torch.full_like(ids, -100)
+            labels[:, -7:] = ids[:, -7:]
+            loss += model(input_ids=ids, labels=labels).loss / len(window)  # rows have seven targets each: a mean of means
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        expected.append(loss.item())
+    found = [loss for _, loss, _ in losses(run)]
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert expected[0] - expected[-1] > 0.5  # it moved
+    trained = load_file(run / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(trained[name], parameter.data, rtol=0, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        ["--micro-batch-size", "16"],
+        ["--micro-batch-size", "16", "--activation-checkpointing"],
+        pytest.param(
+            ["--compile"], marks=[pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")]
+        ),
+    ],
+    ids=" ".join,
+)
+def test_same_training_another_way(variant, plain, tmp_path):
+    run = run_qwen(tmp_path / "run", *UNEVEN, *variant)
+    assert np.array(answers(run)) == pytest.approx(np.array(answers(plain)), rel=1e-5)
+    torch.testing.assert_close(load_file(run / "model.safetensors"), load_file(plain / "model.safetensors"), rtol=0, atol=1e-4)
+
+
+# Runs.
+
+LEARN = ["--learning-rate", "5e-3", "--warmup-ratio", "0.1", "--max-train-rows", "600", "--max-eval-rows", "60", "--dtype", "fp32"]
+LEARN += ["--global-batch-size", "16", "--micro-batch-size", "16", "--log-every", "5", "--keep-checkpoints", "5"]
+
+
+@pytest.fixture(scope="module")
+def news(tmp_path_factory):
+    return write_news(tmp_path_factory.mktemp("news") / "news")
+
+
+@pytest.fixture(scope="module", params=["options", "linear"])
+def learned(request, news, tmp_path_factory):
+    """A run of each head, long enough to learn."""
+    flags = [*LEARN, "--head", request.param, "--train-on", "letter", "--max-steps", "150" if request.param == "options" else "40"]
+    return run_qwen(tmp_path_factory.mktemp(request.param) / "run", "--data", str(news), *flags)
+
+
+def test_it_learns(learned):
+    assert results(learned)["accuracy"] > 0.8  # chance: 0.25
+
+
+def test_files_of_a_run(learned, news):
+    linear = json.loads((learned / "run.json").read_text())["settings"]["head"] == "linear"
+    config = json.loads((learned / "config.json").read_text())
+    tokenizer = load_tokenizer(learned)
+    assert config["architectures"] == ["Qwen3ForSequenceClassification" if linear else "Qwen3ForCausalLM"]
+    assert [config["pad_token_id"]] == tokenizer.control_ids(["<|endoftext|>"])
+    assert [config["id2label"][str(i)] for i in range(4)] == [*CLASSES]
+    assert all((learned / name).is_file() for name in (*MODEL_FILES, "curves.png", "confusion.png", "results.json"))
+    assert (learned / "generation_config.json").is_file() != linear
+    if not linear:
+        generation = json.loads((learned / "generation_config.json").read_text())
+        assert generation["eos_token_id"] == tokenizer.control_ids(["<|im_end|>", "<|endoftext|>"]) and not generation["do_sample"]
+    found, labels = predictions(learned), split_data(load_data(str(news)), max_eval_rows=60)[0].test.labels
+    probabilities = np.array([found[f"probability_{c}"] for c in range(4)])
+    assert found["label"] == labels.tolist() and found["prediction"] == probabilities.argmax(0).tolist()
+    assert probabilities.sum(0) == pytest.approx(np.ones(60), abs=1e-6)
+    assert results(learned)["train_seconds"] > 0 and results(learned)["eval_seconds"] > 0
+
+
+def test_eval_only_of_a_directory_repeats_its_predictions(learned, news, tmp_path):
+    head = json.loads((learned / "run.json").read_text())["settings"]["head"]
+    flags = ["--model", str(learned), "--data", str(news), "--max-eval-rows", "60", "--dtype", "fp32", "--eval-only"]
+    run = run_qwen(tmp_path / "run", *flags, "--head", head)
+    assert predictions(run) == predictions(learned) and not events(run, "train")
+
+
+@pytest.mark.parametrize("learned", ["options"], indirect=True)
+class TestOptions:
+    def test_predictions_are_the_brute_force_ones(self, learned, news):
+        from transformers import AutoModelForCausalLM
+
+        data, _ = split_data(load_data(str(news)), max_eval_rows=60)
+        chat = Chat(load_tokenizer(learned), make_template(data.label_names), 4, 512)
+        theirs = AutoModelForCausalLM.from_pretrained(learned, dtype=torch.float32)
+        model = lambda input_ids, positions, cu_seqlens, longest, at: theirs(input_ids[None]).logits[0, at]  # noqa: E731
+        scores = score_brute_force(model, chat.questions(data.test.texts)[0], chat.options, torch.device("cpu"))
+        saved = predictions(learned)
+        expected = np.array([saved[f"probability_{c}"] for c in range(4)]).T
+        np.testing.assert_allclose(scores.double().softmax(1).numpy(), expected, atol=1e-5)
+
+    def test_eval_only_scores_a_run_s_checkpoints(self, learned, tmp_path):
+        copy = shutil.copytree(learned, tmp_path / "run")
+        before = events(copy, "eval", "test")
+        assert [e["step"] for e in before] == [30, 60, 90, 120, 150]  # 0.2 of 150
+        lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (copy / "metrics.jsonl").write_text("".join(line for line in lines if '"eval"' not in line))
+        train_qwen.main(["--resume", str(copy), "--eval-only"])
+        assert events(copy, "eval", "test") == before and results(copy)["f1"] == results(learned)["f1"]
+
+    def test_zero_shot_of_any_model(self, learned, tmp_path):
+        """Trained on ants and bees, asked about news: no error, and no better than it can know."""
+        run = run_qwen(tmp_path / "run", "--model", str(learned), "--max-eval-rows", "20", "--eval-only")
+        assert results(run)["num_test_rows"] == 20 and results(run)["final_step"] == 0
+
+    def test_the_template_of_the_start_counts(self, news, learned, tmp_path):
+        """A resumed run asks what it asked before, though the file with the question is gone."""
+        question = tmp_path / "question.txt"
+        question.write_text("{options}\n{text}\n?")
+        flags = ["--data", str(news), "--max-steps", "4", "--max-eval-rows", "8", "--prompt", str(question)]
+        with interrupt_at(2), pytest.raises(SystemExit):
+            run_qwen(tmp_path / "run", *flags)
+        question.unlink()
+        train_qwen.main(["--resume", str(tmp_path / "run")])
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["template"] == ["A. ant\nB. bee\nC. cat\nD. dog\n", "\n?"]
+
+
+def test_linear_head_may_read_the_prompt(news, tmp_path):
+    flags = ["--data", str(news), "--head", "linear", "--linear-input", "prompt", "--max-steps", "1", "--max-eval-rows", "8"]
+    run = run_qwen(tmp_path / "run", *flags)
+    assert results(run)["num_test_rows"] == 8
+    again = run_qwen(tmp_path / "again", "--model", str(run), *flags[:6], "--max-eval-rows", "8", "--eval-only")
+    assert predictions(again) == predictions(run)
+
+
+@pytest.mark.parametrize("model", ["tiny", "trained on other classes"])
+def test_eval_only_of_an_untrained_head_is_an_error(model, news, tmp_path):
+    source = "tiny"
+    if model != "tiny":
+        flags = ["--data", str(news), "--head", "linear", "--max-steps", "1", "--max-eval-rows", "8"]
+        source = str(run_qwen(tmp_path / "other", *flags))
+    with pytest.raises(UserError, match=r"--eval-only: .* was not trained on the classes World, Sports"):
+        run_qwen(tmp_path / "run", "--model", source, "--head", "linear", "--eval-only")
