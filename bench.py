@@ -30,7 +30,7 @@ import train_qwen
 from minicls import checkpoint, dist, weights
 from minicls.config import UserError, parse, run, setting
 from minicls.data import Data, load_data, step_rows, stratified_rows
-from minicls.generate import generate
+from minicls.generate import generate, read_answers
 from minicls.prompt import Chat, make_template
 from minicls.scorer import score
 from minicls.tokenizer import bert_rows, load_tokenizer
@@ -193,9 +193,10 @@ def ask(s: Settings, version: str, answer, device: torch.device) -> dict:
 
     Scoring gets all texts at once, generation one text at a time.
     """
-    texts = question_texts(s, read_data(s))
+    data = read_data(s)
+    texts = question_texts(s, data)
     at_once = len(texts) if s.task == "score" else 1
-    answer(texts[: min(8, at_once)])
+    answer(data.train.texts[: min(8, at_once)])  # other texts: engines may remember what they have seen
     seconds, predictions = [], []
     for start in range(0, len(texts), at_once):
         begin = time.perf_counter()
@@ -323,6 +324,8 @@ def compare(s: Settings) -> dict:
         else:
             pairs = zip(runs["minicls"][0]["predictions"], runs[side][0]["predictions"], strict=True)
             row["agreement"] = statistics.mean(a == b for a, b in pairs)  # with minicls, prediction by prediction
+        if s.task == "generate":
+            _, row["unreadable"] = read_answers(chat.tokenizer, runs[side][0]["predictions"], chat.num_options)
         rows.append(row)
     ratios = {
         side: [
@@ -378,6 +381,7 @@ def main(argv: list[str] | None = None) -> None:
     for row in result["rows"]:
         rates = f"{row['samples_per_second']:11.2f}{row['tokens_per_second']:11.0f}{row['seconds']:9.2f}"
         agreement = f", {row['agreement']:.1%} of answers as minicls'" if "agreement" in row else ""
+        agreement += f", {row['unreadable']:.1%} name no option" if "unreadable" in row else ""
         print(f"{row['side']:14}{rates}{row['peak_memory_bytes'] / 2**30:10.2f} GiB   {row['version']}{agreement}")
     for side, ratios in result["speedup_of_each_round"].items():
         spread = f"{min(ratios):.2f} to {max(ratios):.2f} over {s.rounds} rounds"

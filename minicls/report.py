@@ -128,19 +128,41 @@ def runs_table(run_dirs: Sequence[Path]) -> str:
 
 
 def speed_table(benches: list[dict]) -> str:
-    """Markdown of bench.json files of `--task train`, a line each: rates, the ratio with its spread, and peak memory."""
+    """Markdown of bench.json files, a line for each peer: rates, the ratio with its spread over rounds, and peak memory."""
     lines = [
-        "| model | dtype | minicls, samples/s | HF Trainer, samples/s | times as fast | peak memory, GiB |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| what | model | beside | minicls, rows/s | peer, rows/s | times as fast | peak memory, GiB |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
+    peers = {"train": "HF Trainer", "score": "transformers, a pass a question", "generate": "transformers' generate"}
     for bench in benches:
-        ours, theirs = bench["rows"]
-        ratios = bench["speedup_of_each_round"]["transformers"]
-        spread, rounds = f"{min(ratios):.2f} to {max(ratios):.2f}", len(ratios)
+        ours, *others = bench["rows"]
+        s = bench["settings"]
+        for theirs in others:
+            ratios = bench["speedup_of_each_round"][theirs["side"]]
+            spread, rounds = f"{min(ratios):.2f} to {max(ratios):.2f}", len(ratios)
+            peer = "vLLM" if theirs["side"] == "vllm" else peers[bench["task"]]
+            lines.append(
+                f"| {bench['task']}, {s['dtype']} | {Path(s['bert'] or s['qwen']).name} | {peer} {theirs['version']} "
+                f"| {ours['samples_per_second']:.2f} | {theirs['samples_per_second']:.2f} "
+                f"| **{bench['speedup'][theirs['side']]:.2f}** ({spread}, {rounds} round{'s' * (rounds > 1)}) "
+                f"| {ours['peak_memory_bytes'] / 2**30:.1f} against {theirs['peak_memory_bytes'] / 2**30:.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def results_table(folders: Sequence[Path]) -> str:
+    """Markdown of committed results, a line for each folder with a run.json and a results.json."""
+    lines = [
+        "| result | model | head | train rows | test rows | accuracy | macro F1 (95 % interval) | training, s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for folder in folders:
+        info, results = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("run.json", "results.json"))
+        s = info["settings"]
+        interval = f"{results['f1']:.4f} ({results['f1_low']:.4f} to {results['f1_high']:.4f})"
+        rows = f"{info['num_train_rows']:,} | {results['num_test_rows']:,}"
         lines.append(
-            f"| {Path(bench['settings']['bert'] or bench['settings']['qwen']).name} | {bench['settings']['dtype']} "
-            f"| {ours['samples_per_second']:.1f} | {theirs['samples_per_second']:.1f} "
-            f"| **{bench['speedup']['transformers']:.2f}** ({spread}, {rounds} round{'s' * (rounds > 1)}) "
-            f"| {ours['peak_memory_bytes'] / 2**30:.1f} against {theirs['peak_memory_bytes'] / 2**30:.1f} |"
+            f"| {folder.name} | {Path(s['model']).name} | {s.get('head', 'linear')} | {rows} "
+            f"| {results['accuracy']:.4f} | {interval} | {results['train_seconds']:.0f} |"
         )
     return "\n".join(lines)

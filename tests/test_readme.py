@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from minicls.report import speed_table
+from minicls.report import results_table, speed_table
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -24,10 +24,14 @@ def commands(block: str) -> str:
     )
 
 
+def table_in_readme(name: str) -> str:
+    return re.search(rf"<!-- {name}:.*?-->\n(.*?)\n<!-- /{name} -->", README, re.DOTALL).group(1)
+
+
 @pytest.mark.slow
 def test_commands_run_in_their_order(tmp_path):
     """All blocks in one shell, in a folder that sees the checkout through links, so that runs/ stays out of it."""
-    for name in ("minicls", "train_bert.py", "bench.py"):
+    for name in ("minicls", "train_bert.py", "train_qwen.py", "bench.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").symlink_to(sys.executable)
@@ -47,19 +51,24 @@ def test_commands_run_in_their_order(tmp_path):
 def test_demo(tmp_path):
     """`make demo`'s own recipe, with this interpreter: it trains, gives an interval, and says where the curves are."""
     recipe = subprocess.run(["make", "-n", "-B", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    (command,) = (line for line in recipe.splitlines() if "train_bert.py" in line)
-    argv = [sys.executable, *command.split()[1:], "--output-dir", str(tmp_path / "run")]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "95 % interval" in done.stdout and f"curves: {tmp_path / 'run' / 'curves.png'}" in done.stdout
-    results = json.loads((tmp_path / "run/results.json").read_text())
-    assert 0.6 < results["f1"] < 1.0  # learnable by tiny, and not to perfection
+    commands = [line for line in recipe.splitlines() if line.startswith(".venv/bin/python") and " -m pip " not in line]
+    demo = re.search(r"--output-dir (\S+)/bert", recipe).group(1)
+    for command in commands:
+        argv = [sys.executable, *command.replace(demo, str(tmp_path)).split()[1:]]
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("bert", "qwen"):
+        assert f"| {tmp_path / name} | tiny |" in done.stdout and (tmp_path / name / "curves.png").is_file()
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        assert 0.6 < results["f1"] < 1.0  # learnable by tiny, and not to perfection
+        assert f"{results['f1']:.4f} ({results['f1_low']:.4f} to {results['f1_high']:.4f})" in done.stdout
 
 
 def test_tables_are_those_of_the_result_files():
-    benches = [json.loads(file.read_text()) for file in sorted((ROOT / "results/bench").glob("train-*.json"))]
-    table = re.search(r"<!-- speed:.*?-->\n(.*?)\n<!-- /speed -->", README, re.DOTALL).group(1)
-    assert table == speed_table(benches)
+    benches = [json.loads(file.read_text()) for file in sorted((ROOT / "results/bench").glob("*.json"))]
+    assert table_in_readme("speed") == speed_table(benches)
+    runs = sorted(file.parent for file in ROOT.glob("results/*/results.json"))
+    assert table_in_readme("results") == results_table(runs)
 
 
 def test_targets_exist():
