@@ -132,7 +132,9 @@ def train_transformers(s: Settings) -> dict:
         directory, labels = weights.find_model(s.bert)[0], data.train.labels[rows].tolist()
         model = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=len(data.label_names))
     else:
-        directory, labels = weights.find_model(s.qwen)[0], [[-100] * (len(row) - 7) + row[-7:] for row in ids]
+        directory, chat = weights.find_model(s.qwen)[0], make_chat(s, data)
+        trained = [sum(chat.target_counts(label)) for label in data.train.labels[rows]]
+        labels = [[-100] * (len(row) - n) + row[-n:] for row, n in zip(ids, trained, strict=True)]
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     clock = []
 

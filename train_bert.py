@@ -86,6 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     if previous and previous.finished and not s.eval_only:
         print(f"{s.resume} is finished; its results are in {previous.dir / 'results.json'}")
         return
+    if previous and s.eval_only and not previous.newest:
+        raise UserError(f"--eval-only: {s.resume} has no complete checkpoint; go on with it first, without --eval-only")
     device = dist.start(s.device, s.threads)
     grad_accum_steps = dist.grad_accum_steps(s.global_batch_size, s.micro_batch_size)
     if dist.is_first() and not previous:
@@ -237,8 +239,10 @@ def main(argv: list[str] | None = None) -> None:
 
     # 6. Final test and results.json.
     if s.eval_only:
-        for step, checkpoint_dir in checkpoint.checkpoints(previous.dir).items() if previous else [(0, directory)]:
-            weights.load_weights(model, checkpoint_dir, weights.BERT)
+        state["eval_seconds"] = 0.0
+        for step, checkpoint_dir in checkpoint.checkpoints(previous.dir).items() if previous else [(0, None)]:
+            if checkpoint_dir:
+                weights.load_weights(model, checkpoint_dir, weights.BERT)
             state["step"] = step
             test_logits = evaluate()
     headline_step = state["best_on_validation"][0] if state["best_on_validation"] else state["step"]

@@ -60,9 +60,9 @@ class Settings:
     train_on: str = setting("response", "the whole response, or the letter alone", choices=("response", "letter"))
     think_in: str = setting("response", "whose the empty think block is", choices=("response", "prompt"))
     options: str = setting(
-        "after", "where the question and its options stand: after or before the text", choices=("after", "before")
+        "after", "where the published question and its options stand: after or before the text", choices=("after", "before")
     )
-    language: str = setting("en", "of the question", choices=("en", "zh"))
+    language: str = setting("en", "of the published question", choices=("en", "zh"))
     prompt: str | None = setting(None, "file with a question of your own, {text} and {options} in it; off: the published one")
     normalize: str = setting("mean", "an option's log-likelihood per token, or its sum", choices=("mean", "sum"))
     eval_every: float = setting(0.2, "steps, or below 1 a share of all steps; 0: after the last step only", minimum=0)
@@ -77,7 +77,7 @@ class Settings:
     threads: int | None = setting(None, "CPU threads; off: torch's choice", minimum=1)
     compile: bool = setting(False, "torch.compile the model")
     activation_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
-    seed: int = setting(42, "of the order of rows, dropout and fresh weights", minimum=0)
+    seed: int = setting(42, "of the order of rows and of fresh weights", minimum=0)
     eval_only: bool = setting(False, "no training: test --model as it is, or the checkpoints of --resume")
     resume: str | None = setting(None, "run directory to go on with, under its own settings")
 
@@ -104,6 +104,8 @@ def main(argv: list[str] | None = None) -> None:
     if previous and previous.finished and not s.eval_only:
         print(f"{s.resume} is finished; its results are in {previous.dir / 'results.json'}")
         return
+    if previous and s.eval_only and not previous.newest:
+        raise UserError(f"--eval-only: {s.resume} has no complete checkpoint; go on with it first, without --eval-only")
     device = dist.start(s.device, s.threads)
     grad_accum_steps = dist.grad_accum_steps(s.global_batch_size, s.micro_batch_size)
     if dist.is_first() and not previous:
@@ -132,7 +134,6 @@ def main(argv: list[str] | None = None) -> None:
     config = {"vocab_size": len(tokenizer)} | config
     pad, _, end, *_ = tokenizer.control_ids(QWEN_CONTROL_TOKENS)
     trained_labels = config.get("id2label")
-    pad, _, end, *_ = tokenizer.control_ids(QWEN_CONTROL_TOKENS)
     config |= weights.label_config(data.label_names) | {"pad_token_id": pad, "eos_token_id": end}
     random = s.init == "random" and not (previous and previous.newest)
     model, fresh, load_report = weights.build_model(kind, config, None if random else directory, s.seed, device)
@@ -155,9 +156,8 @@ def main(argv: list[str] | None = None) -> None:
     splits = {"train": data.train} | ({"validation": validation} if validation else {}) | {"test": data.test}
     chat = Chat(tokenizer, tuple(template), len(data.label_names), s.max_length, s.think_in, s.train_on) if template else None
     read = chat.questions if chat else functools.partial(text_rows, tokenizer, max_length=s.max_length)
-    tokenized = {name: read(split.texts) for name, split in splits.items()}
-    if s.head == "options":
-        tokenized["train"] = chat.training_rows(data.train.texts, data.train.labels)
+    tokenized = {"train": chat.training_rows(data.train.texts, data.train.labels)} if s.head == "options" else {}
+    tokenized |= {name: read(split.texts) for name, split in splits.items() if name not in tokenized}
     train_rows = tokenized["train"][0]
     run_dir = None
     if dist.is_first():
@@ -173,15 +173,18 @@ def main(argv: list[str] | None = None) -> None:
     logger.print(f"{s.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {load_report}; {dist.device_name(device)}")
 
     # 3. The loss of one batch.
-    # How each class's rows end: the targets of a row, and of these the format's before and after the letter. All targets but
-    # the letter are the same in every row, and soon cost nothing: a mean loss of 0.02 over seven is 0.15 for the letter, the
-    # one to compare with a linear head's. So the two are logged apart.
-    endings = [chat.targets(label) if s.head == "options" else (1, 0, 0) for label in range(len(data.label_names))]
+    # How the rows of each class end: tokens of the format, of the letter, of the format again. A linear head has one target.
+    endings = [chat.target_counts(label) if s.head == "options" else (0, 1, 0) for label in range(len(data.label_names))]
+    if s.head == "options" and s.train_on == "response":
+        logger.print(
+            f"loss: the mean over {sum(endings[0])} tokens of an answer, all but {endings[0][1]} the same in every row and soon "
+            "learned; answer_loss, the letter's alone, is the one to compare with a classifier's, format_loss the others'"
+        )
 
     def count_targets(rows: np.ndarray) -> tuple[int, int]:
         """The number of targets of some training rows, and of the letters' tokens among them."""
-        counts = np.array(endings)[data.train.labels[rows]].sum(0)
-        return int(counts[0]), int(counts[0] - counts[1] - counts[2])
+        counts = np.array(endings)[data.train.labels[rows]].sum(0)  # (3,)
+        return int(counts.sum()), int(counts[1])
 
     def loss_sums(rows: np.ndarray) -> torch.Tensor:
         """The summed cross-entropy of some training rows: (2,) of all targets, and of the letters alone."""
@@ -194,11 +197,12 @@ def main(argv: list[str] | None = None) -> None:
         packed = pack([train_rows[row][:-1] for row in rows], device)
         at, targets, letters, stop = [], [], [], 0
         for row, label in zip(rows, labels, strict=True):
-            count, before, after = endings[label]
+            before, letter, after = endings[label]
+            count = before + letter + after
             stop += len(train_rows[row]) - 1
             at += range(stop - count, stop)
             targets += train_rows[row][-count:]
-            letters += [before <= i < count - after for i in range(count)]
+            letters += [False] * before + [True] * letter + [False] * after
         at, targets, letters = (torch.tensor(values, device=device) for values in (at, targets, letters))
         with autocast:
             logits = forward(*packed, at)  # (targets, V) fp32
@@ -267,8 +271,10 @@ def main(argv: list[str] | None = None) -> None:
                     sums += losses.detach()
             dist.sum_gradients(model)
             total_loss, letters_loss = dist.all_sum(sums).tolist()
-            step_loss, answer_loss = total_loss / num_targets, letters_loss / num_letters
-            format_loss = (total_loss - letters_loss) / (num_targets - num_letters) if num_targets > num_letters else 0.0
+            step_loss, parts = total_loss / num_targets, {}
+            if num_targets > num_letters:
+                format_loss = (total_loss - letters_loss) / (num_targets - num_letters)
+                parts = {"answer_loss": letters_loss / num_letters, "format_loss": format_loss}
             check_finite(step_loss, "loss", step + 1)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm or math.inf).item()
             check_finite(grad_norm, "gradient norm", step + 1)
@@ -281,13 +287,11 @@ def main(argv: list[str] | None = None) -> None:
             state["train_seconds"] += time.perf_counter() - started
             seconds = state["train_seconds"] - logged["train_seconds"]
             rates = {f"{unit}_per_second": (state[unit] - logged[unit]) / seconds for unit in ("samples", "tokens")}
-            logger.progress(
-                loss=f"{step_loss:.4f}", answer_loss=f"{answer_loss:.4f}", samples_per_second=f"{rates['samples_per_second']:.1f}"
-            )
+            shown = {name: f"{value:.4f}" for name, value in ({"loss": step_loss} | parts).items()}
+            logger.progress(**shown, samples_per_second=f"{rates['samples_per_second']:.1f}")
             if state["step"] % s.log_every == 0 or state["step"] == total_steps:
                 epoch, lr = state["samples"] / len(train_rows), optimizer.param_groups[0]["lr"]
-                values = {"epoch": epoch, "loss": step_loss, "learning_rate": lr, "grad_norm": grad_norm} | rates
-                values |= {"answer_loss": answer_loss, "format_loss": format_loss}
+                values = {"epoch": epoch, "loss": step_loss, "learning_rate": lr, "grad_norm": grad_norm} | parts | rates
                 memory = dist.peak_memory_bytes(device)
                 logger.event("train", state["step"], **values, train_seconds=state["train_seconds"], peak_memory_bytes=memory)
                 logged = dict(state)
@@ -307,8 +311,10 @@ def main(argv: list[str] | None = None) -> None:
 
     # 6. Final test and results.json.
     if s.eval_only:
-        for step, checkpoint_dir in checkpoint.checkpoints(previous.dir).items() if previous else [(0, directory)]:
-            weights.load_weights(model, checkpoint_dir, kind)
+        state["eval_seconds"] = 0.0
+        for step, checkpoint_dir in checkpoint.checkpoints(previous.dir).items() if previous else [(0, None)]:
+            if checkpoint_dir:
+                weights.load_weights(model, checkpoint_dir, kind)
             state["step"] = step
             test_logits = evaluate()
     headline_step = state["best_on_validation"][0] if state["best_on_validation"] else state["step"]

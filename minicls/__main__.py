@@ -36,8 +36,12 @@ def main(argv: list[str] | None = None) -> None:
     inputs = args.inputs or ([] if sys.stdin.isatty() else sys.stdin.read().splitlines())
     texts = gather_texts(inputs, args.text_column)
     classifier = Classifier(args.run, dist.start(args.device, args.threads))
-    write = {"table": table, "jsonl": jsonl}[args.format]
-    print(write(texts, classifier.probabilities(texts), classifier.label_names))
+    scores = classifier.scores(texts)
+    probabilities = scores.softmax(1)
+    if args.format == "jsonl":
+        print(jsonl(texts, probabilities, classifier.label_names, classifier.perplexities(scores)))
+    else:
+        print(table(texts, probabilities, classifier.label_names))
 
 
 if __name__ == "__main__":

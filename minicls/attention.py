@@ -89,17 +89,22 @@ def padded_attention(q, k, v, cu_seqlens, max_seqlen, causal=False, dropout_p=0.
 
 
 def cached_attention(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: tuple[torch.Tensor, torch.Tensor], position_ids: torch.Tensor
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: tuple[torch.Tensor, torch.Tensor],
+    position_ids: torch.Tensor,
+    max_seqlen: int,
 ) -> torch.Tensor:
     """Causal attention of new tokens, one or several a row, over a cache that holds their own keys and values already.
 
     q: (N, H, Dh) packed; keys, values: (B, S, Hkv, Dh); slots: row and column (N,) of each token in a padded layout (B, T);
-    position_ids: (N,). Returns (N, H, Dh). The mask comes from positions: a query at position p sees the keys 0 to p of its
-    row. `is_causal` would line the first query up with the first key, which is wrong as soon as the cache is not empty.
+    position_ids: (N,); max_seqlen: T, the most new tokens of a row. Returns (N, H, Dh). The mask comes from positions: a
+    query at position p sees the keys 0 to p of its row. `is_causal` would line the first query up with the first key, which
+    is wrong as soon as the cache is not empty.
     """
     rows, columns = slots
-    B, S = keys.shape[:2]
-    T = int(columns.max()) + 1 if len(q) > B else 1  # decoding, a token a row, need not wait for the device
+    (B, S), T = keys.shape[:2], max_seqlen
     padded = q.new_zeros(B, T, *q.shape[1:]).index_put((rows, columns), q).transpose(1, 2)  # (B, H, T, Dh)
     last = position_ids.new_zeros(B, T).index_put((rows, columns), position_ids)  # (B, T)
     mask = torch.arange(S, device=q.device) <= last[:, None, :, None]  # (B, 1, T, S)

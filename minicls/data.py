@@ -414,13 +414,16 @@ def pack(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", star
     )
 
 
-def length_batches(rows: Sequence[Sequence[int]], max_tokens: int) -> list[np.ndarray]:
-    """Row numbers in batches of at most `max_tokens` tokens (or one row), sorted by length: for evaluation."""
+def length_batches(rows: Sequence[Sequence[int]], max_tokens: int, extra: int = 0) -> list[np.ndarray]:
+    """Row numbers in batches of at most `max_tokens` tokens (or one row), sorted by length: for evaluation.
+
+    `extra`: what each row needs beside its own tokens, as in a cache with room for more.
+    """
     batches, batch, tokens = [], [], 0
     for row in np.argsort([len(row) for row in rows], kind="stable"):
-        if batch and tokens + len(rows[row]) > max_tokens:
+        if batch and tokens + len(rows[row]) + extra > max_tokens:
             batches.append(np.array(batch))
             batch, tokens = [], 0
         batch.append(row)
-        tokens += len(rows[row])
+        tokens += len(rows[row]) + extra
     return [*batches, np.array(batch)] if batch else []

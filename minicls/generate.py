@@ -23,12 +23,12 @@ def generate(
 ) -> list[list[int]]:
     """The likeliest continuation of each prompt, token by token: at most `max_new_tokens` ids, up to and without a stop id.
 
-    Prompts go in batches of similar lengths, at most `max_tokens` tokens each. A row's positions count its own tokens alone,
-    so no row depends on its neighbours. Equals transformers' `generate(do_sample=False)`.
+    Prompts go in batches of similar lengths, at most `max_tokens` tokens with their answers. A row's positions count its own
+    tokens alone, so no row depends on its neighbours. Equals transformers' `generate(do_sample=False)`.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     stop = set(stop_ids)
-    for batch in length_batches(prompts, max_tokens):
+    for batch in length_batches(prompts, max_tokens, extra=max_new_tokens):
         lengths = np.array([len(prompts[row]) for row in batch])
         cache = KVCache(len(batch), int(lengths.max()) + max_new_tokens)
         packed = pack([prompts[row] for row in batch], device)
@@ -47,9 +47,12 @@ def generate(
 
 
 def read_answer(text: str, num_options: int) -> int | None:
-    """The option that generated text names: the letter it begins with, after the think block if there is one, else None."""
+    """The option that generated text names: the letter it begins with, after the think block if there is one, else None.
+
+    The letter must stand alone, or before punctuation or a line break: "A.", not "A story about".
+    """
     answer = text.rsplit("</think>", 1)[-1]
-    match = re.match(r"[\s\W_]*([A-Z])(?![^\W_])", answer)
+    match = re.match(r"[\W_]*([A-Z])(?=[\W_]*$|[.:,;)\]*_<\n])", answer)
     index = ord(match.group(1)) - ord("A") if match else num_options
     return index if index < num_options else None
 

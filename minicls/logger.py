@@ -65,4 +65,4 @@ def read_metrics(run_dir: Path) -> list[dict]:
             events[event["event"], event.get("split"), event["step"]] = event
         except ValueError:
             break
-    return [*events.values()]
+    return sorted(events.values(), key=lambda event: event["step"])  # an evaluation may come long after the training

@@ -24,7 +24,7 @@ def plot_curves(run_dir: Path) -> Path:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     train = [e for e in events if e["event"] == "train"]
     for name, color, label in (("loss", "0.7", "train"), ("answer_loss", "tab:green", "train, the letter alone")):
-        if train and name in train[0] and (name == "loss" or any(e["format_loss"] for e in train)):
+        if train and name in train[0]:
             left.plot([e["step"] for e in train], [e[name] for e in train], color=color, label=label, linewidth=1)
     for split, color in (("validation", "tab:orange"), ("test", "tab:blue")):
         evals = [e for e in events if e["event"] == "eval" and e["split"] == split]

@@ -41,8 +41,9 @@ class Classifier:
         self.model.eval()
         self.label_names = [config["id2label"][str(i)] for i in range(len(config["id2label"]))]
         # As the run did it, so that its predictions come out again; a directory from elsewhere is read in full precision.
-        run_file = directory / "run.json"
-        info = json.loads(run_file.read_text(encoding="utf-8")) if run_file.is_file() else {"settings": {}}
+        places = [directory, *directory.resolve().parents[1:2]]  # a run, or its checkpoints/step-…
+        run_file = next((place / "run.json" for place in places if (place / "run.json").is_file()), None)
+        info = json.loads(run_file.read_text(encoding="utf-8")) if run_file else {"settings": {}}
         self.settings = info["settings"]
         self.max_length = self.settings.get("max_length", self.model.config.max_position_embeddings)
         self.chat = None
@@ -50,8 +51,8 @@ class Classifier:
             template = info.get("template") or make_template(self.label_names)
             self.chat = Chat(self.tokenizer, tuple(template), len(self.label_names), self.max_length)
 
-    def probabilities(self, texts: Sequence[str]) -> torch.Tensor:
-        """The probability of each class, (n, C) float64: a softmax over the head's logits or the options' scores."""
+    def scores(self, texts: Sequence[str]) -> torch.Tensor:
+        """The head's logits, or the options' scores, (n, C) float64: a softmax over them gives the probabilities."""
         if self.kind is weights.BERT:
             rows, _ = bert_rows(self.tokenizer, texts, self.max_length, self.settings.get("long_text", "head"))
         else:
@@ -61,7 +62,14 @@ class Classifier:
                 scores = score(self.model, rows, self.chat.options, self.device, self.settings.get("normalize", "mean"))
             else:
                 scores = classify_rows(self.model, rows, self.device)
-        return scores.double().softmax(1)
+        return scores.double()
+
+    def perplexities(self, scores: torch.Tensor) -> torch.Tensor | None:
+        """The perplexity of each option, (n, C), from its scores; None where there are no options."""
+        if self.kind is not weights.QWEN3:
+            return None
+        lengths = torch.tensor([len(option) if self.settings.get("normalize") == "sum" else 1 for option in self.chat.options])
+        return (-scores / lengths).exp()
 
 
 def gather_texts(inputs: Sequence[str], text_column: str) -> list[str]:
@@ -91,11 +99,15 @@ def table(texts: Sequence[str], probabilities: torch.Tensor, label_names: Sequen
     return "\n".join(lines)
 
 
-def jsonl(texts: Sequence[str], probabilities: torch.Tensor, label_names: Sequence[str]) -> str:
-    """One object a line: text, label, and the probability of every class by name."""
+def jsonl(
+    texts: Sequence[str], probabilities: torch.Tensor, label_names: Sequence[str], perplexities: torch.Tensor | None = None
+) -> str:
+    """One object a line: text, label, and by name the probability of every class, and its option's perplexity if it has one."""
     lines = []
-    for text, p in zip(texts, probabilities.tolist(), strict=True):
+    for row, (text, p) in enumerate(zip(texts, probabilities.tolist(), strict=True)):
         best = max(range(len(p)), key=p.__getitem__)
         values = {"text": text, "label": label_names[best], "probabilities": dict(zip(label_names, p, strict=True))}
+        if perplexities is not None:
+            values["perplexities"] = dict(zip(label_names, perplexities[row].tolist(), strict=True))
         lines.append(json.dumps(values, ensure_ascii=False))
     return "\n".join(lines)

@@ -33,14 +33,19 @@ def make_template(
 ) -> tuple[str, str]:
     """The user turn before and after the text: the published wording, or that of a file with {text} and {options} in it.
 
+    A file has a language and an order of its own.
+
     Raises UserError where the classes make no options or the file no template.
     """
     if len(label_names) > len(ascii_uppercase):
-        raise UserError(f"--head: options are the letters A to Z, and {len(label_names)} classes are too many; use --head linear")
+        count = len(label_names)
+        raise UserError(f"--head: options are letters, and {count} classes are too many; use --head linear on the bare text")
     names = [name.strip() for name in label_names]
     for i, name in enumerate(names):
         if not name:
             raise UserError(f"--label-names: the name of class {i} is empty, so it makes no option; name it")
+        if len(name.splitlines()) > 1:
+            raise UserError(f"--label-names: the name of class {i} has a line break, {name!r}; an option is one line")
         if name in names[:i]:
             raise UserError(f"--label-names: classes {names.index(name)} and {i} are both {name!r}; give them different names")
     published = tuple(label_names) == AG_NEWS_LABELS
@@ -95,7 +100,7 @@ class Chat:
     @cached_property
     def response_length(self) -> int:
         """The most ids that follow `assistant\\n`: think block, letter, `<|im_end|>`, newline. Seven with Qwen's tokenizer."""
-        return len(self.think) + max(map(len, self.options)) + 2
+        return len(self.think) + max(map(len, self.options)) + len(self.ending)
 
     def prompts(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
         """The ids up to `assistant\\n` of each text, leaving room for the response in `max_length`; and how many were cut.
@@ -143,9 +148,9 @@ class Chat:
         """`<|im_end|>` and the newline that closes a turn."""
         return [*self.tokenizer.control_ids(["<|im_end|>"]), *self.tokenizer.encode(["\n"])[0]]
 
-    def targets(self, label: int) -> tuple[int, int, int]:
-        """How a training row of this class ends: (tokens trained on, and of these the format's before and after the letter)."""
+    def target_counts(self, label: int) -> tuple[int, int, int]:
+        """How a training row of this class ends: tokens trained on of the format, of the letter, and of the format again."""
         if self.train_on == "letter":
-            return len(self.options[label]), 0, 0
+            return 0, len(self.options[label]), 0
         before = len(self.think) if self.think_in == "response" else 0
-        return before + len(self.options[label]) + len(self.ending), before, len(self.ending)
+        return before, len(self.options[label]), len(self.ending)

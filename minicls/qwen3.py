@@ -72,18 +72,18 @@ class KVCache:
         self.shape = (batch_size, max_length)
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys and values of a layer
         for layer, (k, v) in enumerate(prefix.layers if prefix else []):
-            for ours, theirs in zip(self._layer(layer, k), (k, v), strict=True):
+            for ours, theirs in zip(self._allocated(layer, k), (k, v), strict=True):
                 ours[:, : k.shape[1]] = theirs
 
-    def _layer(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _allocated(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if layer == len(self.layers):
             # Zeros: a masked value counts 0 times whatever it is, and 0 times the NaN of fresh memory is NaN.
-            self.layers.append(tuple(like.new_zeros(*self.shape, *like.shape[-2:]) for _ in "kv"))
+            self.layers.append(tuple(like.new_zeros(*self.shape, *like.shape[-2:]) for _ in range(2)))
         return self.layers[layer]
 
     def write(self, layer: int, rows: torch.Tensor, position_ids: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
         """Puts k, v (N, Hkv, Dh) of tokens in their places; returns all keys and values of the layer."""
-        keys, values = self._layer(layer, k)
+        keys, values = self._allocated(layer, k)
         keys[rows, position_ids], values[rows, position_ids] = k, v
         return keys, values
 
@@ -136,7 +136,7 @@ class Qwen3Attention(nn.Module):
             output = attention(q, k, v, cu_seqlens, max_seqlen, causal=True)  # (N, H, Dh)
         else:
             keys, values = cache.write(self.layer, slots[0], position_ids, k, v)  # (B, S, Hkv, Dh)
-            output = cached_attention(q, keys, values, slots, position_ids)  # (N, H, Dh)
+            output = cached_attention(q, keys, values, slots, position_ids, max_seqlen)  # (N, H, Dh)
         return self.o_proj(output.flatten(1))  # (N, D)
 
 

@@ -88,7 +88,7 @@ def steps_table(run_dir: Path) -> str:
     row to row, its loss stands apart.
     """
     events = read_metrics(run_dir)
-    names = ["loss", "answer_loss"] if any(e.get("format_loss") for e in events) else ["loss"]
+    names = ["loss", "answer_loss"] if any("answer_loss" in e for e in events) else ["loss"]
     header = ["step", "training loss", "of the letter"][: 1 + len(names)]
     header += ["test loss", "accuracy", "precision", "recall", "F1"]
     lines, trained = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)], []

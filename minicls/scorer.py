@@ -1,8 +1,8 @@
 """Option perplexity: how likely a model finds each answer to a question; the likeliest is the prediction.
 
-The perplexity of an option is exp of the mean negative log-likelihood of its tokens after the question. The scores here
-are the means themselves (`--normalize mean`; `sum` does not divide by the option's length), so a softmax over them gives
-probabilities, and exp(-score) the perplexity.
+The perplexity of an option is exp of the mean negative log-likelihood of its tokens after the question. A score is the mean
+log-likelihood: exp(-score) is the perplexity, and a softmax over the scores gives probabilities. With `--normalize sum` it
+is not divided by the option's length.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from minicls import dist
 from minicls.data import length_batches, pack
 from minicls.qwen3 import KVCache
 
-MAX_TOKENS = {"cpu": 4096, "cuda": 16_384}  # of a batch: no result depends on it, only speed and the memory of the cache
+MAX_TOKENS = {"cpu": 4096, "cuda": 16_384}  # of a batch and its cache: no result depends on it, only speed and memory
 
 
 @torch.inference_mode()
@@ -57,8 +57,9 @@ def score(
     """The score of each option after each question, (n, O) fp32 on the CPU, in the questions' order.
 
     What all questions begin with goes through the model once; the rest of each once, in batches of similar lengths of at
-    most `max_tokens` tokens; that gives every option's first token. Further tokens follow the question's cached keys and
-    values: one short pass an option, each overwriting what the option before it left there. Ranks take batches in turn.
+    most `max_tokens` tokens, cached ones included; that gives every option's first token. Further tokens follow the
+    question's cached keys and values: one short pass an option, each overwriting what the option before it left there. Ranks
+    take batches in turn.
     """
     scores = torch.zeros(len(questions), len(options), device=device)
     if not len(questions):
@@ -71,7 +72,8 @@ def score(
     rests = [question[len(prefix) :] for question in questions]
     first_tokens = torch.tensor([option[0] for option in options], device=device)
     longest_option = max(map(len, options))
-    for batch in length_batches(rests, max_tokens or MAX_TOKENS[device.type])[dist.rank() :: dist.world_size()]:
+    batches = length_batches(rests, max_tokens or MAX_TOKENS[device.type], extra=len(prefix) + longest_option - 1)
+    for batch in batches[dist.rank() :: dist.world_size()]:
         rows = [rests[row] for row in batch]
         lengths = [len(questions[row]) for row in batch]
         cache = None

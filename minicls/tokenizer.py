@@ -81,7 +81,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         raise UserError(f"{config_path}: not readable ({error}); download or save it again") from None
     template = directory / "chat_template.jinja"  # where newer directories keep what used to stand in the config
     if template.is_file():
-        config = {"chat_template": template.read_text(encoding="utf-8")} | config
+        config |= {"chat_template": template.read_text(encoding="utf-8")}
     try:
         return Tokenizer(path.read_text(encoding="utf-8"), config)
     except Exception as error:  # tokenizers raises a bare Exception for a broken file

@@ -100,7 +100,8 @@ def build_model(
 ) -> tuple[nn.Module, set[str], str]:
     """Makes a model from the values of a config.json and fills it from a directory, or, without one, at random.
 
-    Returns the model (on the device, in the dtype, which a file's tensors are converted to one by one), the names of the parameters that started fresh, and the load report.
+    Returns the model (on the device, in the dtype, which a file's tensors are converted to one by one), the names of the
+    parameters that started fresh, and the load report.
     """
     known = {field.name for field in dataclasses.fields(kind.config)}
     num_labels = {"num_labels": len(values["id2label"])} if "id2label" in values else {}

@@ -109,7 +109,7 @@ READ = [
     ("B. Sports", 1),
     ("B: Sports", 1),
     ("B) Sports", 1),
-    ("A or B", 0),
+    ("A or B", None),
     ("<think>\n\n</think>\n\nC", 2),
     ("<think>\nA is wrong, so\n</think>\n\nB", 1),
     ("<think>B</think></think>D", 3),

@@ -54,6 +54,23 @@ def test_predicts_what_the_run_predicted(run, tmp_path, capsys, request):
     np.testing.assert_allclose([list(row["probabilities"].values()) for row in rows], expected, atol=1e-6)
 
 
+def test_perplexities_are_those_of_the_options(qwen_run, bert_run, capsys):
+    """Shares of 1 / perplexity are the probabilities, where an option is one token; a linear head has none."""
+    (row,) = map(json.loads, lines(capsys, qwen_run, "Shares fell.", "--format", "jsonl"))
+    likelihoods = 1 / np.array([*row["perplexities"].values()])
+    assert likelihoods.sum() < 1  # of all tokens, the letters are some
+    np.testing.assert_allclose(likelihoods / likelihoods.sum(), [*row["probabilities"].values()], rtol=1e-5)
+    (row,) = map(json.loads, lines(capsys, bert_run, "Shares fell.", "--format", "jsonl"))
+    assert "perplexities" not in row
+
+
+@pytest.mark.parametrize("name", ["text", "prompt"])
+def test_a_checkpoint_is_asked_as_its_run(name, linear_runs, capsys):
+    run_dir = linear_runs / name
+    (*_, newest) = sorted((run_dir / "checkpoints").iterdir())
+    assert lines(capsys, newest, "Shares fell.") == lines(capsys, run_dir, "Shares fell.")
+
+
 def test_texts_files_and_standard_input_agree(bert_run, tmp_path, capsys, monkeypatch):
     texts = ["Shares fell.", "the striker, again"]
     (tmp_path / "a.csv").write_text('text,other\nShares fell.,1\n"the striker, again",2\n')

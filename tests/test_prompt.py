@@ -243,7 +243,7 @@ def test_the_published_response(qwen):
     for label, letter in enumerate([32, 33, 34, 35]):
         (row,), _ = chat.training_rows(["Stocks fell."], [label])
         assert row == [*prompt, 151667, 271, 151668, 271, letter, 151645, 198]
-        assert chat.targets(label) == (7, 4, 2)
+        assert chat.target_counts(label) == (4, 1, 2)
     assert chat.response_length == 7
 
 
@@ -260,10 +260,10 @@ def test_the_published_lengths(qwen, ag_news):
 @pytest.mark.parametrize(
     ("train_on", "think_in", "targets"),
     [
-        ("response", "response", (7, 4, 2)),
-        ("response", "prompt", (3, 0, 2)),
-        ("letter", "response", (1, 0, 0)),
-        ("letter", "prompt", (1, 0, 0)),
+        ("response", "response", (4, 1, 2)),
+        ("response", "prompt", (0, 1, 2)),
+        ("letter", "response", (0, 1, 0)),
+        ("letter", "prompt", (0, 1, 0)),
     ],
 )
 def test_what_is_trained_on(train_on, think_in, targets, qwen, texts):
@@ -276,20 +276,21 @@ def test_what_is_trained_on(train_on, think_in, targets, qwen, texts):
     ending = [] if train_on == "letter" else [151645, 198]
     assert questions == [[*prompt, 151667, 271, 151668, 271] for prompt in prompts]
     assert rows == [[*question, 32 + label, *ending] for question, label in zip(questions, labels, strict=True)] and cut == 0
-    assert {chat.targets(label) for label in range(4)} == {targets}
+    assert {chat.target_counts(label) for label in range(4)} == {targets}
     trained = {"response": ANSWER * (think_in == "response") + "B<|im_end|>\n", "letter": "B"}[train_on]
-    assert qwen.decode(rows[1][-targets[0] :]) == trained
-    count, before, after = targets
-    assert qwen.decode(rows[1][-count:][before : count - after]) == "B"
+    before, letter, _ = targets
+    assert qwen.decode(rows[1][-sum(targets) :]) == trained
+    assert qwen.decode(rows[1][-sum(targets) :][before : before + letter]) == "B"
 
 
 def test_the_tiny_tokenizer_s_targets_are_the_same_text(tiny, texts):
     """Its blank line is two tokens: the counts follow the tokens."""
     chat = make_chat(tiny)
     (row,), _ = chat.training_rows(texts[:1], [2])
-    count, before, after = chat.targets(2)
-    assert tiny.decode(row[-count:]) == ANSWER + "C<|im_end|>\n" and count == chat.response_length
-    assert tiny.decode(row[-count:][before : count - after]) == "C"
+    before, letter, after = chat.target_counts(2)
+    answer = row[-(before + letter + after) :]
+    assert tiny.decode(answer) == ANSWER + "C<|im_end|>\n" and len(answer) == chat.response_length
+    assert tiny.decode(answer[before : before + letter]) == "C"
 
 
 def with_replacement(tokenizer: Tokenizer, pattern: str, content: str) -> Tokenizer:
@@ -304,8 +305,8 @@ def test_letters_of_several_tokens(tiny):
     (long,) = tiny.encode(["ΩΩ"])
     chat = make_chat(tokenizer, 100)
     assert chat.options == [*tiny.encode(["A"]), long, *tiny.encode(["C", "D"])] and len(long) == 4
-    assert chat.targets(0) == (len(chat.think) + 1 + 2, len(chat.think), 2)
-    assert chat.targets(1) == (len(chat.think) + 4 + 2, len(chat.think), 2)
+    assert chat.target_counts(0) == (len(chat.think), 1, 2)
+    assert chat.target_counts(1) == (len(chat.think), 4, 2)
     assert chat.response_length == len(chat.think) + 4 + 2
     (a, b), cut = chat.training_rows(["long " * 99] * 2, [0, 1])
     assert len(b) == len(a) + 3 <= 100 and b[-6:] == [*long, *chat.ending] and cut == 2  # the same question for all classes

@@ -51,7 +51,9 @@ def test_commands_run_in_their_order(tmp_path):
 def test_demo(tmp_path):
     """`make demo`'s own recipe, with this interpreter: it trains, gives an interval, and says where the curves are."""
     recipe = subprocess.run(["make", "-n", "-B", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    commands = [line for line in recipe.splitlines() if line.startswith(".venv/bin/python") and " -m pip " not in line]
+    commands = [
+        line for line in recipe.replace("\\\n", " ").splitlines() if line.startswith(".venv/bin/python") and " -m pip " not in line
+    ]
     demo = re.search(r"--output-dir (\S+)/bert", recipe).group(1)
     for command in commands:
         argv = [sys.executable, *command.replace(demo, str(tmp_path)).split()[1:]]

@@ -21,6 +21,7 @@ from minicls.config import UserError
 from minicls.data import Data, Split, load_data, split_data, step_rows
 from minicls.optim import every_steps
 from minicls.prompt import Chat, make_template
+from minicls.report import steps_table
 from minicls.scorer import score_brute_force
 from minicls.tokenizer import load_tokenizer
 
@@ -34,7 +35,7 @@ def run_qwen(run_dir, *flags):
 
 
 def answers(run):
-    return [(e["step"], e["loss"], e["answer_loss"], e["format_loss"], e["grad_norm"]) for e in events(run, "train")]
+    return [(e["step"], e["loss"], e.get("answer_loss"), e.get("format_loss"), e["grad_norm"]) for e in events(run, "train")]
 
 
 def predictions(run):
@@ -48,9 +49,12 @@ def plain(tmp_path_factory):
 
 def test_the_defaults_are_the_published_steps(tmp_path, monkeypatch):
     split = Split(["news"] * 120_000, np.arange(120_000) % 4)
+    question = tmp_path / "question.txt"
+    question.write_text("{text} {options}")  # a short one: 120,000 are encoded
     monkeypatch.setattr(train_qwen, "load_data", lambda *_: Data(split, split.select(np.arange(8)), CLASSES))
     with interrupt_at(1), pytest.raises(SystemExit):
-        train_qwen.main(["--model", "tiny", "--device", "cpu", "--threads", "1", "--output-dir", str(tmp_path / "run")])
+        flags = ["--model", "tiny", "--device", "cpu", "--threads", "1", "--prompt", str(question)]
+        train_qwen.main([*flags, "--output-dir", str(tmp_path / "run")])
     info = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (info["total_steps"], info["num_train_rows"]) == (1250, 120_000)
     every = every_steps(info["settings"]["eval_every"], 1250)
@@ -98,9 +102,12 @@ def test_losses_and_gradient_against_transformers(flags, trained, letter, tmp_pa
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     ((_, loss, answer_loss, format_loss, grad_norm),) = answers(run)
     assert loss == pytest.approx(output.loss.item(), rel=1e-5)
-    assert answer_loss == pytest.approx(kept[:, letter].mean().item(), rel=1e-5)
-    others = torch.cat([kept[:, :letter], kept[:, letter + 1 :]], dim=1)
-    assert format_loss == pytest.approx(others.mean().item() if trained > 1 else 0.0, rel=1e-5)
+    if trained > 1:
+        assert answer_loss == pytest.approx(kept[:, letter].mean().item(), rel=1e-5)
+        others = torch.cat([kept[:, :letter], kept[:, letter + 1 :]], dim=1)
+        assert format_loss == pytest.approx(others.mean().item(), rel=1e-5)
+    else:  # the letter's loss is the loss
+        assert answer_loss is None and format_loss is None
     assert grad_norm == pytest.approx(norm.item(), rel=1e-4)
 
 
@@ -230,11 +237,25 @@ class TestOptions:
         (copy / "metrics.jsonl").write_text("".join(line for line in lines if '"eval"' not in line))
         train_qwen.main(["--resume", str(copy), "--eval-only"])
         assert events(copy, "eval", "test") == before and results(copy)["f1"] == results(learned)["f1"]
+        # The table is that of a run evaluated while it trained, though the evaluations stand at the end of the file now.
+        assert steps_table(copy) == steps_table(learned) and steps_table(copy).count("\n") == 6 and "| - |" not in steps_table(copy)
 
     def test_zero_shot_of_any_model(self, learned, tmp_path):
         """Trained on ants and bees, asked about news: no error, and no better than it can know."""
         run = run_qwen(tmp_path / "run", "--model", str(learned), "--max-eval-rows", "20", "--eval-only")
         assert results(run)["num_test_rows"] == 20 and results(run)["final_step"] == 0
+
+    @pytest.mark.parametrize("flags", [["--model", "tiny"], ["--model", "learned", "--init", "random"]], ids=" ".join)
+    def test_eval_only_of_random_weights(self, flags, learned, tmp_path):
+        flags = [str(learned) if flag == "learned" else flag for flag in flags]
+        run = run_qwen(tmp_path / "run", *flags, "--max-eval-rows", "20", "--eval-only", "--dtype", "fp32")
+        assert results(run)["final_step"] == 0 and results(run)["loss"] == pytest.approx(np.log(4), abs=0.2)  # it knows nothing
+
+    def test_eval_only_of_a_run_without_a_checkpoint_is_an_error(self, learned, tmp_path):
+        copy = shutil.copytree(learned, tmp_path / "run")
+        shutil.rmtree(copy / "checkpoints")
+        with pytest.raises(UserError, match=r"--eval-only: .* has no complete checkpoint"):
+            train_qwen.main(["--resume", str(copy), "--eval-only"])
 
     def test_the_template_of_the_start_counts(self, news, learned, tmp_path):
         """A resumed run asks what it asked before, though the file with the question is gone."""
