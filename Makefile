@@ -10,8 +10,8 @@ SYNTHETIC := --model tiny --data synthetic --dtype fp32 --threads 1
 
 demo: .venv/stamp  ## train both on synthetic news: no network, no GPU, two minutes
 	$(BIN)/python train_bert.py $(SYNTHETIC) --epochs 6 --learning-rate 1e-3 --output-dir $(DEMO)/bert
-	$(BIN)/python train_qwen.py $(SYNTHETIC) --epochs 3 --learning-rate 5e-3 --warmup-ratio 0.1 --global-batch-size 16 --micro-batch-size 16 \
-		--output-dir $(DEMO)/qwen
+	$(BIN)/python train_qwen.py $(SYNTHETIC) --epochs 2 --learning-rate 2e-3 --warmup-ratio 0.1 --train-on letter \
+		--global-batch-size 16 --micro-batch-size 16 --output-dir $(DEMO)/qwen
 	$(BIN)/python -m minicls report $(DEMO)/bert $(DEMO)/qwen
 
 test: .venv/stamp-dev

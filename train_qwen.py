@@ -3,7 +3,8 @@
     python train_qwen.py                                        # the published experiment: Qwen3-0.6B on AG News
     python train_qwen.py --head linear                          # the variant it left out
     python train_qwen.py --model DIR --data DIR                 # files instead of the hub
-    python train_qwen.py --model tiny --data synthetic --epochs 4 --learning-rate 3e-3      # a minute, no network, no GPU
+    python train_qwen.py --model tiny --data synthetic --train-on letter --learning-rate 2e-3 --global-batch-size 12
+                                                                # a minute, no network, no GPU
     python train_qwen.py --model DIR --data DIR --eval-only     # zero-shot: the model as it is
     torchrun --nproc-per-node 2 train_qwen.py                   # several devices, same result
     python train_qwen.py --resume runs/train_qwen-...           # go on after a stop or a crash, exactly
@@ -87,8 +88,8 @@ TINY = {
     "model_type": "qwen3",
     "hidden_size": 64,
     "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "head_dim": 32,  # the smallest that vLLM serves
     "intermediate_size": 192,
     "max_position_embeddings": 4096,

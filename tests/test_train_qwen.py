@@ -169,7 +169,7 @@ def test_same_training_another_way(variant, plain, tmp_path):
 
 # Runs.
 
-LEARN = ["--learning-rate", "5e-3", "--warmup-ratio", "0.1", "--max-train-rows", "600", "--max-eval-rows", "60", "--dtype", "fp32"]
+LEARN = ["--learning-rate", "2e-3", "--warmup-ratio", "0.1", "--max-train-rows", "600", "--max-eval-rows", "60", "--dtype", "fp32"]
 LEARN += ["--global-batch-size", "16", "--micro-batch-size", "16", "--log-every", "5", "--keep-checkpoints", "5"]
 
 
