@@ -151,7 +151,10 @@ def speed_table(benches: list[dict]) -> str:
 
 
 def results_table(folders: Sequence[Path]) -> str:
-    """Markdown of committed results, a line for each folder with a run.json and a results.json."""
+    """Markdown of committed results, a line for each folder with a run.json and a results.json.
+
+    A folder may hold a `hf_trainer.json` of the same rows and settings beside them: a line of its own.
+    """
     lines = [
         "| result | model | head | train rows | test rows | accuracy | macro F1 (95 % interval) | training, s |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -159,10 +162,14 @@ def results_table(folders: Sequence[Path]) -> str:
     for folder in folders:
         info, results = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("run.json", "results.json"))
         s = info["settings"]
-        interval = f"{results['f1']:.4f} ({results['f1_low']:.4f} to {results['f1_high']:.4f})"
-        rows = f"{info['num_train_rows']:,} | {results['num_test_rows']:,}"
-        lines.append(
-            f"| {folder.name} | {Path(s['model']).name} | {s.get('head', 'linear')} | {rows} "
-            f"| {results['accuracy']:.4f} | {interval} | {results['train_seconds']:.0f} |"
-        )
+        sides = {folder.name: results}
+        if (folder / "hf_trainer.json").is_file():
+            sides[f"{folder.name}, HF Trainer"] = json.loads((folder / "hf_trainer.json").read_text(encoding="utf-8"))
+        for name, found in sides.items():
+            interval = f"{found['f1']:.4f} ({found['f1_low']:.4f} to {found['f1_high']:.4f})"
+            rows = f"{info['num_train_rows']:,} | {found['num_test_rows']:,}"
+            lines.append(
+                f"| {name} | {Path(s['model']).name} | {s.get('head', 'linear')} | {rows} "
+                f"| {found['accuracy']:.4f} | {interval} | {found['train_seconds']:.0f} |"
+            )
     return "\n".join(lines)
