@@ -377,7 +377,7 @@ def main(argv: list[str] | None = None) -> None:
     output_dir = checkpoint.new_run_dir(s.output_dir, "bench")
     with tempfile.TemporaryDirectory() as folder:
         result = compare(with_random_weights(s, folder) if s.init == "random" else s)
-    result["settings"] = asdict(s)
+    result["settings"] = asdict(replace(s, vllm_python=None, output_dir=None))  # paths of this machine say nothing elsewhere
     checkpoint.write_json(output_dir / "bench.json", result)
     print(f"{'':14}{'samples/s':>11}{'tokens/s':>11}{'seconds':>9}{'peak memory':>14}")
     for row in result["rows"]:
