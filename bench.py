@@ -36,6 +36,7 @@ from minicls.scorer import score
 from minicls.tokenizer import bert_rows, load_tokenizer
 
 SIDES = ("minicls", "transformers", "vllm")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,11 @@ def training_rows(s: Settings, data: Data, rows: np.ndarray) -> list[list[int]]:
     if s.bert:
         return bert_rows(load_tokenizer(weights.find_model(s.bert)[0]), texts, s.max_length)[0]
     return make_chat(s, data).training_rows(texts, data.train.labels[rows])[0]
+
+
+def asked(s: Settings, chat: Chat, texts: list[str]) -> list[list[int]]:
+    """The ids an engine gets: a question ready for its option, or a prompt to be answered."""
+    return (chat.questions if s.task == "score" else chat.prompts)(texts)[0]
 
 
 def question_texts(s: Settings, data: Data) -> list[str]:
@@ -190,12 +196,11 @@ def train_transformers(s: Settings) -> dict:
 # Scoring and generation: weights in --dtype, tokenisation inside the clock.
 
 
-def ask(s: Settings, version: str, answer, device: torch.device) -> dict:
+def ask(s: Settings, data: Data, version: str, answer, device: torch.device) -> dict:
     """Times `answer(texts)` once it has warmed up; `answer` returns one prediction a text.
 
     Scoring gets all texts at once, generation one text at a time.
     """
-    data = read_data(s)
     texts = question_texts(s, data)
     at_once = len(texts) if s.task == "score" else 1
     answer(data.train.texts[: min(8, at_once)])  # other texts: engines may remember what they have seen
@@ -212,21 +217,21 @@ def ask_minicls(s: Settings) -> dict:
     """minicls' scorer, or its greedy decoding."""
     device = dist.start(s.device, s.threads)
     directory, _ = weights.find_model(s.qwen)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[s.dtype]
-    model, _, _ = weights.build_model(
-        weights.QWEN3, weights.read_config(directory, weights.QWEN3), directory, s.seed, device, dtype
-    )
-    chat = make_chat(s, read_data(s))
+    config = weights.read_config(directory, weights.QWEN3)
+    model, _, _ = weights.build_model(weights.QWEN3, config, directory, s.seed, device, DTYPES[s.dtype])
+    data = read_data(s)
+    chat = make_chat(s, data)
     model = model.eval().requires_grad_(False)
     if s.compile:
         model.compile(dynamic=True)
 
     def answer(texts: list[str]) -> list:
+        rows = asked(s, chat, texts)
         if s.task == "score":
-            return score(model, chat.questions(texts)[0], chat.options, device).argmax(1).tolist()
-        return generate(model, chat.prompts(texts)[0], s.max_new_tokens, [], device)
+            return score(model, rows, chat.options, device).argmax(1).tolist()
+        return generate(model, rows, s.max_new_tokens, [], device)
 
-    return ask(s, minicls.__version__, answer, device)
+    return ask(s, data, minicls.__version__, answer, device)
 
 
 @torch.inference_mode()
@@ -235,22 +240,22 @@ def ask_transformers(s: Settings) -> dict:
     import transformers
 
     device = dist.start(s.device, s.threads)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[s.dtype]
-    model = transformers.AutoModelForCausalLM.from_pretrained(weights.find_model(s.qwen)[0], dtype=dtype).eval().to(device)
-    chat = make_chat(s, read_data(s))
+    directory, _ = weights.find_model(s.qwen)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[s.dtype]).eval().to(device)
+    data = read_data(s)
+    chat = make_chat(s, data)
     new = {"max_new_tokens": s.max_new_tokens, "min_new_tokens": s.max_new_tokens, "do_sample": False, "pad_token_id": 0}
 
     def answer(texts: list[str]) -> list:
+        rows = [torch.tensor([ids], device=device) for ids in asked(s, chat, texts)]
         if s.task == "score":
-            rows = [torch.tensor([ids], device=device) for ids in chat.questions(texts)[0]]
             return [model(ids).logits.log_softmax(-1)[0, -1, [o[0] for o in chat.options]].argmax().item() for ids in rows]
-        rows = [torch.tensor([ids], device=device) for ids in chat.prompts(texts)[0]]
         return [
             model.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=None, **new)[0, ids.shape[1] :].tolist()
             for ids in rows
         ]
 
-    return ask(s, transformers.__version__, answer, device)
+    return ask(s, data, transformers.__version__, answer, device)
 
 
 def ask_vllm(s: Settings) -> dict:
@@ -258,9 +263,10 @@ def ask_vllm(s: Settings) -> dict:
     import vllm
 
     device = dist.start(s.device, s.threads)
-    chat = make_chat(s, read_data(s))
-    dtype = {"bf16": "bfloat16", "fp32": "float32"}[s.dtype]
-    engine = vllm.LLM(str(weights.find_model(s.qwen)[0]), dtype=dtype, max_model_len=s.max_length + 16, max_num_seqs=64)
+    data = read_data(s)
+    chat = make_chat(s, data)
+    directory, _ = weights.find_model(s.qwen)
+    engine = vllm.LLM(str(directory), dtype=DTYPES[s.dtype], max_model_len=s.max_length + 16, max_num_seqs=64)
     options = [option[0] for option in chat.options]
     if s.task == "score":
         parameters = vllm.SamplingParams(temperature=0, max_tokens=1, logprob_token_ids=options)
@@ -268,13 +274,13 @@ def ask_vllm(s: Settings) -> dict:
         parameters = vllm.SamplingParams(temperature=0, max_tokens=s.max_new_tokens, ignore_eos=True)
 
     def answer(texts: list[str]) -> list:
-        rows = chat.questions(texts)[0] if s.task == "score" else chat.prompts(texts)[0]
-        outputs = engine.generate([{"prompt_token_ids": ids} for ids in rows], parameters, use_tqdm=False)
+        prompts = [{"prompt_token_ids": ids} for ids in asked(s, chat, texts)]
+        outputs = engine.generate(prompts, parameters, use_tqdm=False)
         if s.task == "generate":
             return [list(o.outputs[0].token_ids) for o in outputs]
         return [int(np.argmax([o.outputs[0].logprobs[0][option].logprob for option in options])) for o in outputs]
 
-    return ask(s, vllm.__version__, answer, device)
+    return ask(s, data, vllm.__version__, answer, device)
 
 
 # The comparison.
@@ -311,8 +317,8 @@ def compare(s: Settings) -> dict:
         windows = [step_rows(step, len(data.train), s.global_batch_size, s.seed) for step in range(1, s.max_steps)]
         lengths = [[len(row) for row in training_rows(s, data, window)] for window in windows]
     else:
-        chat, texts = make_chat(s, data), question_texts(s, data)
-        rows = chat.questions(texts)[0] if s.task == "score" else chat.prompts(texts)[0]
+        chat = make_chat(s, data)
+        rows = asked(s, chat, question_texts(s, data))
         lengths = [[*map(len, rows)]] if s.task == "score" else [[len(row)] for row in rows]
     samples, tokens = (statistics.mean(f(part) for part in lengths) for f in (len, sum))  # of one step, or one request
     rows = []

@@ -399,6 +399,11 @@ class Batch(NamedTuple):
     cu_seqlens: torch.Tensor  # (B + 1,) int32, cumulative row lengths
     max_seqlen: int
 
+    @property
+    def last(self) -> torch.Tensor:
+        """Where each row's last token stands, (B,) int64: what a language model is asked to continue."""
+        return self.cu_seqlens[1:].long() - 1
+
 
 def pack(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", starts: Sequence[int] | None = None) -> Batch:
     """Packs rows of ids. `starts`: the position of each row's first token, where a cache holds what comes before it."""

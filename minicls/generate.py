@@ -34,7 +34,7 @@ def generate(
         packed = pack([prompts[row] for row in batch], device)
         going = np.ones(len(batch), bool)
         for new in range(max_new_tokens):
-            next_ids = model(*packed, packed.cu_seqlens[1:].long() - 1, cache).argmax(1).tolist()  # (B,)
+            next_ids = model(*packed, packed.last, cache).argmax(1).tolist()  # (B,)
             for i, token in enumerate(next_ids):
                 going[i] &= token not in stop
                 if going[i]:

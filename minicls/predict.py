@@ -33,11 +33,12 @@ class Classifier:
         config = weights.read_config(directory)
         self.tokenizer, self.device = load_tokenizer(directory), device
         self.kind = weights.ARCHITECTURES.get((config.get("architectures") or [None])[0])
+        untrained = UserError(f"{directory}: holds no trained classifier; pass a finished run of train_bert.py or train_qwen.py")
         if self.kind is None or "id2label" not in config:
-            raise UserError(f"{directory}: holds no trained classifier; pass a finished run of train_bert.py or train_qwen.py")
+            raise untrained
         self.model, fresh, _ = weights.build_model(self.kind, config, directory, 0, device)
         if fresh:
-            raise UserError(f"{directory}: holds no trained classifier; pass a finished run of train_bert.py or train_qwen.py")
+            raise untrained
         self.model.eval()
         self.label_names = [config["id2label"][str(i)] for i in range(len(config["id2label"]))]
         # As the run did it, so that its predictions come out again; a directory from elsewhere is read in full precision.

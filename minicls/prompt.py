@@ -14,16 +14,21 @@ from minicls.config import UserError
 from minicls.data import AG_NEWS_LABELS
 from minicls.tokenizer import Tokenizer
 
-# The published prompt's wording, word for word, and the same for other data and in Chinese: {noun} is what a text is called.
+# The published prompt's wording, word for word, and the same in Chinese: instruction, text, question, ending, a blank line
+# between any two. {noun} is what a text is called.
 TEMPLATES = {
-    ("en", "after"): "Please read the following {noun} and determine its category from the options below.\n\n{Title}:\n{text}\n\n"
-    "Question: What is the most appropriate category for this {noun}?\n{options}\n\nAnswer:/no_think",
-    ("en", "before"): "Please read the following {noun} and determine its category from the options below.\n\n"
-    "Question: What is the most appropriate category for this {noun}?\n{options}\n\n{Title}:\n{text}\n\nAnswer:/no_think",
-    ("zh", "after"): "请阅读下面的{noun}，并从给出的选项中判断它的类别。\n\n{Title}：\n{text}\n\n"
-    "问题：这篇{noun}最合适的类别是什么？\n{options}\n\n答案：/no_think",
-    ("zh", "before"): "请阅读下面的{noun}，并从给出的选项中判断它的类别。\n\n"
-    "问题：这篇{noun}最合适的类别是什么？\n{options}\n\n{Title}：\n{text}\n\n答案：/no_think",
+    "en": (
+        "Please read the following {noun} and determine its category from the options below.",
+        "{Title}:\n{text}",
+        "Question: What is the most appropriate category for this {noun}?\n{options}",
+        "Answer:/no_think",
+    ),
+    "zh": (
+        "请阅读下面的{noun}，并从给出的选项中判断它的类别。",
+        "{Title}：\n{text}",
+        "问题：这篇{noun}最合适的类别是什么？\n{options}",
+        "答案：/no_think",
+    ),
 }
 NOUNS = {"en": (("news article", "Article"), ("text", "Text")), "zh": (("新闻文章", "文章"), ("文本", "文本"))}  # AG News, others
 
@@ -54,7 +59,9 @@ def make_template(
     lines = "\n".join(f"{letter}. {name}" for letter, name in zip(ascii_uppercase, names, strict=False))
     if file is None:
         noun, title = NOUNS[language][0 if published else 1]
-        template = TEMPLATES[language, options].replace("{noun}", noun).replace("{Title}", title)
+        instruction, text, question, ending = TEMPLATES[language]
+        middle = (text, question) if options == "after" else (question, text)
+        template = "\n\n".join([instruction, *middle, ending]).replace("{noun}", noun).replace("{Title}", title)
     else:
         try:
             template = Path(file).read_text(encoding="utf-8-sig").removesuffix("\n")
@@ -108,14 +115,15 @@ class Chat:
         Where a row is too long, the text's end is cut, and the turn encoded again. Raises UserError where even the empty
         text does not fit.
         """
-        start, end = self.tokenizer.control_ids(["<|im_start|>", "<|im_end|>"])
-        newline, assistant = self.tokenizer.encode(["\n", "assistant\n"])
+        (start,) = self.tokenizer.control_ids(["<|im_start|>"])
+        (assistant,) = self.tokenizer.encode(["assistant\n"])
+        around = [start], [*self.ending, start, *assistant]
         before, after = self.template
 
         def turns(texts: Sequence[str]) -> list[list[int]]:
             return self.tokenizer.encode([f"user\n{before}{text}{after}" for text in texts])
 
-        room = self.max_length - self.response_length - len([start, end, *newline, start, *assistant])
+        room = self.max_length - self.response_length - sum(map(len, around))
         encoded, cut = turns(texts), 0
         for row, ids in enumerate(encoded):
             text, keep = texts[row], len(ids)
@@ -129,7 +137,7 @@ class Chat:
                 text = self.tokenizer.head(text, keep)
                 (ids,) = turns([text])
             encoded[row] = ids
-        return [[start, *ids, end, *newline, start, *assistant] for ids in encoded], cut
+        return [[*around[0], *ids, *around[1]] for ids in encoded], cut
 
     def questions(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
         """Prompts with the think block, ready for an option: what is scored; and how many were cut."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from minicls import dist, metrics
-from minicls.checkpoint import write_json
+from minicls.checkpoint import open_run, write_json
 from minicls.config import UserError
 from minicls.data import Data
 from minicls.logger import read_metrics
@@ -81,6 +81,10 @@ def summary(results: dict) -> str:
     return "\n".join(lines)
 
 
+def _f1_with_interval(results: dict) -> str:
+    return f"{results['f1']:.4f} ({results['f1_low']:.4f} to {results['f1_high']:.4f})"
+
+
 def steps_table(run_dir: Path) -> str:
     """Markdown with the published tables' columns, a line for each evaluation on the test rows.
 
@@ -112,17 +116,19 @@ def runs_table(run_dirs: Sequence[Path]) -> str:
     first = None
     for run_dir in run_dirs:
         try:
-            info, results = (json.loads((run_dir / name).read_text(encoding="utf-8")) for name in ("run.json", "results.json"))
+            run = open_run(run_dir)
         except (OSError, ValueError) as error:
             raise UserError(f"{run_dir}: no finished run ({error}); train it to the end first") from None
-        first = first or (run_dir, info)
-        if info["data_fingerprint"]["test"] != first[1]["data_fingerprint"]["test"]:
-            raise UserError(f"{run_dir}: other test rows than {first[0]}, so there is nothing to compare; test both on the same")
-        s = info["settings"]
-        interval = f"{results['f1']:.4f} ({results['f1_low']:.4f} to {results['f1_high']:.4f})"
+        if run.results is None:
+            raise UserError(f"{run_dir}: no finished run (no results.json); train it to the end first")
+        first = first or run
+        if run.info["data_fingerprint"]["test"] != first.info["data_fingerprint"]["test"]:
+            raise UserError(f"{run_dir}: other test rows than {first.dir}, so there is nothing to compare; test both on the same")
+        s, results = run.info["settings"], run.results
         lines.append(
             f"| {run_dir} | {s['model']} | {s.get('head', 'linear')} | {results['headline_step']} of {results['final_step']} "
-            f"| {results['accuracy']:.4f} | {interval} | {results['train_seconds']:.0f} | {results['eval_seconds']:.0f} |"
+            f"| {results['accuracy']:.4f} | {_f1_with_interval(results)} "
+            f"| {results['train_seconds']:.0f} | {results['eval_seconds']:.0f} |"
         )
     return "\n".join(lines)
 
@@ -160,16 +166,14 @@ def results_table(folders: Sequence[Path]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for folder in folders:
-        info, results = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("run.json", "results.json"))
-        s = info["settings"]
-        sides = {folder.name: results}
+        run = open_run(folder)
+        s, sides = run.info["settings"], {folder.name: run.results}
         if (folder / "hf_trainer.json").is_file():
             sides[f"{folder.name}, HF Trainer"] = json.loads((folder / "hf_trainer.json").read_text(encoding="utf-8"))
         for name, found in sides.items():
-            interval = f"{found['f1']:.4f} ({found['f1_low']:.4f} to {found['f1_high']:.4f})"
-            rows = f"{info['num_train_rows']:,} | {found['num_test_rows']:,}"
+            rows = f"{run.info['num_train_rows']:,} | {found['num_test_rows']:,}"
             lines.append(
                 f"| {name} | {Path(s['model']).name} | {s.get('head', 'linear')} | {rows} "
-                f"| {found['accuracy']:.4f} | {interval} | {found['train_seconds']:.0f} |"
+                f"| {found['accuracy']:.4f} | {_f1_with_interval(found)} | {found['train_seconds']:.0f} |"
             )
     return "\n".join(lines)

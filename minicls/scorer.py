@@ -80,7 +80,7 @@ def score(
         if prefix or longest_option > 1:
             cache = KVCache(len(rows), max(lengths) + longest_option - 1, prefix_cache)
         packed = pack(rows, device, [len(prefix)] * len(rows))
-        logits = model(*packed, packed.cu_seqlens[1:].long() - 1, cache)  # (B, V)
+        logits = model(*packed, packed.last, cache)  # (B, V)
         likelihoods = logits.log_softmax(1)[:, first_tokens]  # (B, O)
         for o, option in enumerate(options):
             if len(option) > 1:

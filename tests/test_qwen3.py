@@ -183,7 +183,7 @@ def test_activation_checkpointing_changes_no_gradient(kind, dtype):
     model, batch = make_model(kind).train(), pack(random_rows([9, POSITIONS, 3]))
     runs = []
     model.model.layers[0].register_forward_pre_hook(lambda *_: runs.append(1))
-    last = [batch.cu_seqlens[1:].long() - 1] if kind is Qwen3ForCausalLM else []
+    last = [batch.last] if kind is Qwen3ForCausalLM else []
 
     def loss_gradients(checkpointing):
         model.model.activation_checkpointing = checkpointing
@@ -283,7 +283,7 @@ def test_a_row_does_not_depend_on_its_batch(cached):
 def test_bf16_autocast_keeps_the_head_in_fp32():
     for kind in (Qwen3ForCausalLM, Qwen3ForSequenceClassification):
         model, batch = make_model(kind), pack(random_rows(MANY))
-        last = [batch.cu_seqlens[1:].long() - 1] if kind is Qwen3ForCausalLM else []
+        last = [batch.last] if kind is Qwen3ForCausalLM else []
         with torch.inference_mode():
             exact = model(*batch, *last)
             with torch.autocast("cpu", torch.bfloat16):
@@ -551,7 +551,7 @@ def test_the_real_size_equals_transformers(shared):
     batch = pack(rows)
     with torch.inference_mode():
         expected = torch.cat([theirs.eval()(**padded([row]), logits_to_keep=1).logits[:, 0] for row in rows])
-        logits = ours.eval()(*batch, batch.cu_seqlens[1:].long() - 1)
+        logits = ours.eval()(*batch, batch.last)
     # 28 layers hand a rounding error on to one another; logits of a fresh model spread over about 0.6.
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
     assert logits.std() > 0.1
