@@ -26,38 +26,53 @@ def classify_rows(model: nn.Module, rows: Sequence[Sequence[int]], device: torch
     return dist.all_sum(logits).cpu()  # a row is zero on all ranks but one, so the sum is exact
 
 
-class Classifier:
-    """A run directory, or any model directory that knows its classes, ready for texts."""
+class Reader:
+    """How a run directory, or any model directory that knows its classes, reads a text; its weights are not needed for that."""
 
-    def __init__(self, directory: Path, device: torch.device):
-        config = weights.read_config(directory)
-        self.tokenizer, self.device = load_tokenizer(directory), device
-        self.kind = weights.ARCHITECTURES.get((config.get("architectures") or [None])[0])
-        untrained = UserError(f"{directory}: holds no trained classifier; pass a finished run of train_bert.py or train_qwen.py")
-        if self.kind is None or "id2label" not in config:
-            raise untrained
-        self.model, fresh, _ = weights.build_model(self.kind, config, directory, 0, device)
-        if fresh:
-            raise untrained
-        self.model.eval()
-        self.label_names = [config["id2label"][str(i)] for i in range(len(config["id2label"]))]
+    def __init__(self, directory: Path, max_length: int | None = None):
+        """`max_length`: cut rows to so many tokens even where the run had more."""
+        self.config, self.tokenizer = weights.read_config(directory), load_tokenizer(directory)
+        self.kind = weights.ARCHITECTURES.get((self.config.get("architectures") or [None])[0])
+        self.untrained = UserError(
+            f"{directory}: holds no trained classifier; pass a finished run of train_bert.py or train_qwen.py"
+        )
+        if self.kind is None or "id2label" not in self.config:
+            raise self.untrained
+        self.label_names = [self.config["id2label"][str(i)] for i in range(len(self.config["id2label"]))]
         # As the run did it, so that its predictions come out again; a directory from elsewhere is read in full precision.
         places = [directory, *directory.resolve().parents[1:2]]  # a run, or its checkpoints/step-…
         run_file = next((place / "run.json" for place in places if (place / "run.json").is_file()), None)
         info = json.loads(run_file.read_text(encoding="utf-8")) if run_file else {"settings": {}}
         self.settings = info["settings"]
-        self.max_length = self.settings.get("max_length", self.model.config.max_position_embeddings)
+        positions = self.config.get("max_position_embeddings", self.kind.config.max_position_embeddings)
+        longest = self.settings.get("max_length", positions)
+        self.max_length = min(longest, max_length or longest)
         self.chat = None
         if self.kind is weights.QWEN3 or self.settings.get("linear_input") == "prompt":
             template = info.get("template") or make_template(self.label_names)
             self.chat = Chat(self.tokenizer, tuple(template), len(self.label_names), self.max_length)
 
+    def rows(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids that the head is asked about: of each text, or of the question about it."""
+        if self.kind is weights.BERT:
+            return bert_rows(self.tokenizer, texts, self.max_length, self.settings.get("long_text", "head"))[0]
+        return (self.chat.questions(texts) if self.chat else text_rows(self.tokenizer, texts, self.max_length))[0]
+
+
+class Classifier(Reader):
+    """The same with its weights, ready for texts."""
+
+    def __init__(self, directory: Path, device: torch.device):
+        super().__init__(directory)
+        self.device = device
+        self.model, fresh, _ = weights.build_model(self.kind, self.config, directory, 0, device)
+        if fresh:
+            raise self.untrained
+        self.model.eval()
+
     def scores(self, texts: Sequence[str]) -> torch.Tensor:
         """The head's logits, or the options' scores, (n, C) float64: a softmax over them gives the probabilities."""
-        if self.kind is weights.BERT:
-            rows, _ = bert_rows(self.tokenizer, texts, self.max_length, self.settings.get("long_text", "head"))
-        else:
-            rows, _ = self.chat.questions(texts) if self.chat else text_rows(self.tokenizer, texts, self.max_length)
+        rows = self.rows(texts)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.get("dtype") == "bf16"):
             if self.kind is weights.QWEN3:
                 scores = score(self.model, rows, self.chat.options, self.device, self.settings.get("normalize", "mean"))
