@@ -88,27 +88,37 @@ def padded_attention(q, k, v, cu_seqlens, max_seqlen, causal=False, dropout_p=0.
     return torch.empty_like(q).index_copy(0, torch.cat(sources), torch.cat(outputs))  # (N, H, Dh)
 
 
+def cache_slots(
+    position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, S: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where the tokens of a packed batch belong beside a cache of S positions a row; the same for every layer.
+
+    position_ids: (N,); cu_seqlens: (B + 1,). Returns each token's row and its column (N,) in a padded layout (B, T), T being
+    max_seqlen, and the mask (B, 1, T, S): a query at position p sees the keys 0 to p of its row. `is_causal` would line the
+    first query up with the first key, which is wrong as soon as the cache is not empty.
+    """
+    N = len(position_ids)
+    rows = torch.repeat_interleave(cu_seqlens.diff(), output_size=N)  # (N,)
+    columns = torch.arange(N, device=rows.device) - cu_seqlens[rows]  # (N,)
+    last = position_ids.new_zeros(len(cu_seqlens) - 1, max_seqlen).index_put((rows, columns), position_ids)  # (B, T)
+    return rows, columns, torch.arange(S, device=rows.device) <= last[:, None, :, None]
+
+
 def cached_attention(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    slots: tuple[torch.Tensor, torch.Tensor],
-    position_ids: torch.Tensor,
-    max_seqlen: int,
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
     """Causal attention of new tokens, one or several a row, over a cache that holds their own keys and values already.
 
-    q: (N, H, Dh) packed; keys, values: (B, S, Hkv, Dh); slots: row and column (N,) of each token in a padded layout (B, T);
-    position_ids: (N,); max_seqlen: T, the most new tokens of a row. Returns (N, H, Dh). The mask comes from positions: a
-    query at position p sees the keys 0 to p of its row. `is_causal` would line the first query up with the first key, which
-    is wrong as soon as the cache is not empty.
+    q: (N, H, Dh) packed; keys, values: (B, S, Hkv, Dh); the rest comes from `cache_slots`. Returns (N, H, Dh).
     """
-    rows, columns = slots
-    (B, S), T = keys.shape[:2], max_seqlen
-    padded = q.new_zeros(B, T, *q.shape[1:]).index_put((rows, columns), q).transpose(1, 2)  # (B, H, T, Dh)
-    last = position_ids.new_zeros(B, T).index_put((rows, columns), position_ids)  # (B, T)
-    mask = torch.arange(S, device=q.device) <= last[:, None, :, None]  # (B, 1, T, S)
+    B, _, T, _ = mask.shape
+    full = len(q) == B * T  # as in decoding: every row has T tokens, and the packed layout is the padded one
+    padded = q.view(B, T, *q.shape[1:]) if full else q.new_zeros(B, T, *q.shape[1:]).index_put((rows, columns), q)
     output = F.scaled_dot_product_attention(
-        padded, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask, enable_gqa=keys.shape[2] != q.shape[1]
-    )  # (B, H, T, Dh)
-    return output.transpose(1, 2)[rows, columns]  # (N, H, Dh)
+        padded.transpose(1, 2),  # (B, H, T, Dh)
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        attn_mask=mask,
+        enable_gqa=keys.shape[2] != q.shape[1],
+    ).transpose(1, 2)  # (B, T, H, Dh)
+    return output.flatten(0, 1) if full else output[rows, columns]  # (N, H, Dh)

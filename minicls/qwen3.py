@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from minicls.attention import attention, cached_attention
+from minicls.attention import attention, cache_slots, cached_attention
 
 
 @dataclass
@@ -88,6 +88,26 @@ class KVCache:
         return keys, values
 
 
+class _RMSNorm(torch.autograd.Function):
+    """The norm with its gradient by hand. What CUDA's fused kernel does for `F.rms_norm`; a CPU has none, and autograd would
+    keep three fp32 copies of x for the backward pass where x itself and one number a vector are enough."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32) ** 2 / x.shape[-1] + eps).rsqrt()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        normed = x * scale  # fp32, as scale is
+        weight_grad = (grad * normed).flatten(0, -2).sum(0)
+        grad = grad * weight.float()
+        grad = (grad - normed * (grad * normed).mean(-1, keepdim=True)) * scale
+        return grad.to(x.dtype), weight_grad.to(weight.dtype), None
+
+
 class Qwen3RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) * weight over the last dimension (arXiv 1910.07467), in fp32 whatever x is."""
 
@@ -97,25 +117,33 @@ class Qwen3RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        if x.is_cuda:
+            return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+def as_products_want(x: torch.Tensor) -> torch.Tensor:
+    """x in autocast's dtype, where it is on: one copy for several products, which would make and keep one each."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def rope_tables(position_ids: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines (N, 1, Dh) fp32 of rotary position embedding (RoFormer, arXiv 2104.09864, section 3.4.2).
+    """Cosines and signed sines (N, 1, Dh) fp32 of rotary position embedding (RoFormer, arXiv 2104.09864, section 3.4.2).
 
     Pair i of a head's dimensions turns by position * theta^(-2i / Dh). As in Llama's and Qwen's weights, the pair is made of
-    dimensions i and i + Dh / 2, not of neighbours as in the paper.
+    dimensions i and i + Dh / 2, not of neighbours as in the paper. The sine of the first has a minus: (a, b) turns into
+    (a cos - b sin, b cos + a sin).
     """
     powers = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim  # (Dh / 2,)
-    angles = position_ids[:, None].float() / theta**powers  # (N, Dh / 2)
-    angles = torch.cat([angles, angles], dim=1)[:, None]  # (N, 1, Dh)
-    return angles.cos(), angles.sin()
+    angles = position_ids[:, None, None].float() / theta**powers  # (N, 1, Dh / 2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)  # (N, 1, Dh) each
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns q or k (N, heads, Dh) by their positions' angles, in fp32."""
-    first, second = x.float().chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    """Turns q or k (N, heads, Dh) by their positions' angles, in fp32. A roll by Dh / 2 gives each dimension its partner."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class Qwen3Attention(nn.Module):
@@ -129,15 +157,16 @@ class Qwen3Attention(nn.Module):
         self.q_norm = Qwen3RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = Qwen3RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x, position_ids, cu_seqlens, max_seqlen, rope, cache, slots) -> torch.Tensor:
+    def forward(self, x, at, position_ids, cu_seqlens, max_seqlen, rope, cache, slots) -> torch.Tensor:
+        x = as_products_want(x)
         q, k, v = (f(x).unflatten(1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))  # (N, heads, Dh)
         q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)  # each head is normalised by itself, then turned
         if cache is None:
             output = attention(q, k, v, cu_seqlens, max_seqlen, causal=True)  # (N, H, Dh)
         else:
             keys, values = cache.write(self.layer, slots[0], position_ids, k, v)  # (B, S, Hkv, Dh)
-            output = cached_attention(q, keys, values, slots, position_ids, max_seqlen)  # (N, H, Dh)
-        return self.o_proj(output.flatten(1))  # (N, D)
+            output = cached_attention(q, keys, values, *slots)  # (N, H, Dh)
+        return self.o_proj(output.flatten(1) if at is None else output.flatten(1)[at])  # (N or n, D)
 
 
 class Qwen3MLP(nn.Module):
@@ -150,6 +179,7 @@ class Qwen3MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = as_products_want(x)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (N, D)
 
 
@@ -161,9 +191,11 @@ class Qwen3DecoderLayer(nn.Module):
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor, *where) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), *where)  # (N, D)
-        return x + self.mlp(self.post_attention_layernorm(x))  # (N, D)
+    def forward(self, x: torch.Tensor, at: torch.Tensor | None, *where) -> torch.Tensor:
+        """x: (N, D). `at` (n,): the tokens that are asked for, where no layer follows that needs the others."""
+        attended = self.self_attn(self.input_layernorm(x), at, *where)  # (N or n, D)
+        x = (x if at is None else x[at]) + attended
+        return x + self.mlp(self.post_attention_layernorm(x))  # (N or n, D)
 
 
 class Qwen3Model(nn.Module):
@@ -187,17 +219,15 @@ class Qwen3Model(nn.Module):
         """Returns the hidden states (n, D) of the tokens asked for, by their indices in the packed batch: at (n,) int64."""
         x = self.embed_tokens(input_ids)  # (N, D)
         rope = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta)
-        slots = None
-        if cache is not None:
-            rows = torch.repeat_interleave(cu_seqlens.diff(), output_size=len(x))  # (N,) row of each token
-            slots = rows, torch.arange(len(x), device=x.device) - cu_seqlens[rows]
+        slots = cache_slots(position_ids, cu_seqlens, max_seqlen, cache.shape[1]) if cache is not None else None
         where = position_ids, cu_seqlens, max_seqlen, rope, cache, slots
         for layer in self.layers:
+            wanted = at if layer is self.layers[-1] else None
             if self.activation_checkpointing and self.training:
-                x = checkpoint(layer, x, *where, use_reentrant=False)
+                x = checkpoint(layer, x, wanted, *where, use_reentrant=False)
             else:
-                x = layer(x, *where)
-        return self.norm(x[at])
+                x = layer(x, wanted, *where)
+        return self.norm(x)  # (n, D)
 
 
 class Qwen3ForCausalLM(nn.Module):
