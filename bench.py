@@ -1,22 +1,28 @@
-"""Measure speed and memory: minicls against its peers, each in processes of its own, started in turn on the same machine.
+"""Requests per second of minicls, transformers and vLLM on the same rows and weights; and training beside the HF Trainer.
 
+    python bench.py --bert RUN --qwen RUN --qwen-linear RUN --data DIR  # trained runs: answers are compared, too
+    python bench.py --model-size real --data synthetic                  # BERT-base and Qwen3-0.6B with random weights: no files
+    python bench.py --init random --qwen DIR ...                        # DIR gives config and tokenizer, and needs no weights
+    python bench.py --mode server --rate 4 --slo-ms 500 ...             # requests at random moments rather than in turn
     python bench.py --task train --bert DIR --data DIR                  # training steps beside the HF Trainer's
     python bench.py --task train --qwen DIR --data DIR                  # SFT steps, likewise
-    python bench.py --task score --qwen DIR --data DIR                  # options scored beside transformers, and vLLM if named
-    python bench.py --task generate --qwen DIR --data DIR               # greedy decoding, one request at a time
-    python bench.py ... --init random                                   # DIR needs no weights: time does not depend on them
+    python bench.py --task score --qwen DIR --data DIR                  # options scored beside the brute force of a harness
 
-Prints a table, writes bench.json, and ends with the same as one JSON line. Nothing here is a test: a shared machine is
-noisy, so read the ratio, and its spread over the rounds.
+Each engine runs in processes of its own, started in turn on the same machine. Prints a table, writes bench.json (and rps.png), and
+ends with the same as one JSON line. Nothing here is a test: a shared machine is noisy, so read ratios, and their spread over
+the rounds.
 """
 
+import itertools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,33 +33,74 @@ from torch.nn.utils.rnn import pad_sequence
 import minicls
 import train_bert
 import train_qwen
-from minicls import checkpoint, dist, weights
+from minicls import checkpoint, dist, engines, plots, weights
 from minicls.config import UserError, parse, run, setting
 from minicls.data import Data, load_data, step_rows, stratified_rows
-from minicls.generate import generate, read_answers
+from minicls.generate import read_answers
+from minicls.predict import Reader
 from minicls.prompt import Chat, make_template
-from minicls.scorer import score
-from minicls.tokenizer import bert_rows, load_tokenizer
+from minicls.tokenizer import QWEN_CONTROL_TOKENS, bert_rows, load_tokenizer, train_bert_tokenizer, train_qwen_tokenizer
 
 SIDES = ("minicls", "transformers", "vllm")
+MODES = ("single", "offline", "server")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+KINDS = {"bert": weights.BERT, "qwen": weights.QWEN3, "qwen_linear": weights.QWEN3_LINEAR}
+METHODS = {"bert": ("classify",), "qwen": ("generate", "score"), "qwen_linear": ("classify",)}
+ROW = "ROW "  # begins the lines of a process that are rows: engines print, too
+MARGIN = 0.05  # nats between the two best options, from where on an answer must be the same
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}  # nats, of a log-probability from random weights
+BATCH_TOKENS, BATCH_WAIT = 2048, 0.005  # of a batch in mode server, and seconds that it waits for more requests
+COLUMNS = ("model", "engine", "engine_version", "method", "mode", "dtype", "threads", "device", "requests_per_second")
+COLUMNS += ("latency_p50_ms", "latency_p90_ms", "latency_p99_ms", "input_tokens_per_second", "peak_memory_bytes")
+COLUMNS += ("accuracy", "agreement", "num_requests", "status", "reason")
+SHARES = {"accuracy": 10, "agreement": 11}  # widths in the table
+# What differs from the configs' defaults in google-bert/bert-base-cased and Qwen/Qwen3-0.6B.
+PUBLISHED = {
+    "bert": ("bert-base-cased", {"model_type": "bert", "vocab_size": 28996}),
+    "qwen3": (
+        "Qwen3-0.6B",
+        {
+            "model_type": "qwen3",
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 40960,
+            "rope_theta": 1_000_000.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Settings:
     """All sides get the same rows, and the settings of train_bert.py and train_qwen.py where none is named here."""
 
-    task: str = setting("train", "what to measure", choices=("train", "score", "generate"))
-    bert: str | None = setting(None, "hub id or directory, for --task train")
-    qwen: str | None = setting(None, "hub id or directory")
+    task: str = setting("rps", "what to measure", choices=("rps", "train", "score"))
+    bert: str | None = setting(None, "finished run, directory or hub id; not for --task score")
+    qwen: str | None = setting(None, "likewise, of train_qwen.py")
+    qwen_linear: str | None = setting(None, "likewise, with --head linear; for --task rps")
     init: str = setting("pretrained", "random needs no weights in the directory", choices=("pretrained", "random"))
+    model_size: str = setting(
+        "given", "real: --init random; models not named are of the published sizes", choices=("given", "real")
+    )
     data: str = setting("fancyzhx/ag_news", "hub id, directory, or synthetic")
     text_column: str = setting("text", "column of the texts")
     label_column: str = setting("label", "column of the labels")
     max_steps: int = setting(5, "training steps of one process; the first is not counted", minimum=2)
-    num_questions: int = setting(64, "test rows of one process, to score or to generate for", minimum=1)
-    max_new_tokens: int = setting(8, "generated for each request; no answer stops before", minimum=1)
-    rounds: int = setting(3, "processes of each side", minimum=1)
+    num_questions: int = setting(64, "test rows of one process of --task score", minimum=1)
+    engines: tuple[str, ...] = setting(SIDES, "for --task rps", choices=SIDES)
+    mode: tuple[str, ...] = setting(
+        ("single", "offline"), "one request at a time, all at once, as they arrive; for --task rps", choices=MODES
+    )
+    num_requests: int = setting(64, "least requests of a row, each a test row of its own while there are more", minimum=1)
+    min_seconds: float = setting(10.0, "least seconds of a row, in the modes single and offline", minimum=0)
+    rate: float = setting(2.0, "requests a second that arrive in mode server", minimum=1e-3)
+    slo_ms: float = setting(1000.0, "latency that a request of mode server should keep within", minimum=0)
+    max_new_tokens: int = setting(8, "most tokens of a generated answer", minimum=1)
+    rounds: int = setting(3, "processes of each side, in turn; figures are the median", minimum=1)
     global_batch_size: int | None = setting(None, "rows of a training step; off: 64 for BERT, 12 for Qwen3", minimum=1)
     max_length: int = setting(512, "tokens of a row", minimum=3)
     dtype: str = setting("bf16", "training: bf16 is autocast over fp32 weights; else: of the weights", choices=("bf16", "fp32"))
@@ -61,7 +108,7 @@ class Settings:
     threads: int | None = setting(None, "CPU threads of each side; off: torch's choice", minimum=1)
     compile: bool = setting(False, "torch.compile minicls' model")
     seed: int = setting(42, "of the order of rows", minimum=0)
-    vllm_python: str | None = setting(None, "interpreter of an environment with vLLM, for --task score and generate; off: no vLLM")
+    vllm_python: str | None = setting(None, "interpreter of an environment with vLLM; off: this one, and for --task score no vLLM")
     output_dir: str | None = setting(None, "for bench.json, new or empty; off: runs/bench-<time>")
     side: str | None = setting(None, "measure this side alone, in this process (what the comparison starts)", choices=SIDES)
 
@@ -74,7 +121,7 @@ def command_line(settings: dict) -> list[str]:
         if isinstance(value, bool):
             flags += [flag] if value else []
         elif value is not None:
-            flags += [flag, str(value)]
+            flags += [flag, *map(str, value if isinstance(value, tuple) else [value])]
     return flags
 
 
@@ -94,13 +141,14 @@ def training_rows(s: Settings, data: Data, rows: np.ndarray) -> list[list[int]]:
     return make_chat(s, data).training_rows(texts, data.train.labels[rows])[0]
 
 
-def asked(s: Settings, chat: Chat, texts: list[str]) -> list[list[int]]:
-    """The ids an engine gets: a question ready for its option, or a prompt to be answered."""
-    return (chat.questions if s.task == "score" else chat.prompts)(texts)[0]
+def question_rows(s: Settings, data: Data) -> np.ndarray:
+    """The test rows that are asked about."""
+    wanted = s.num_requests if s.task == "rps" else s.num_questions
+    return stratified_rows(data.test, min(wanted, len(data.test)))
 
 
 def question_texts(s: Settings, data: Data) -> list[str]:
-    return data.test.select(stratified_rows(data.test, min(s.num_questions, len(data.test)))).texts
+    return data.test.select(question_rows(s, data)).texts
 
 
 # Training.
@@ -193,112 +241,65 @@ def train_transformers(s: Settings) -> dict:
     }
 
 
-# Scoring and generation: weights in --dtype, tokenisation inside the clock.
+# Options scored, all questions at once: weights in --dtype, tokenisation inside the clock.
 
 
-def ask(s: Settings, data: Data, version: str, answer, device: torch.device) -> dict:
-    """Times `answer(texts)` once it has warmed up; `answer` returns one prediction a text.
+def make_engine(s: Settings, directory: Path, device: torch.device, max_length: int, **how):
+    """The engine that --side names; `how` is for transformers alone. Raises UserError where it is not installed."""
+    dtype = DTYPES[s.dtype]
+    try:
+        if s.side == "minicls":
+            return engines.Minicls(directory, dtype, device, s.compile)
+        if s.side == "transformers":
+            return engines.Transformers(directory, dtype, device, **how)
+        vllm = engines.VLLMServer if s.mode == ("server",) else engines.VLLM
+        return vllm(directory, dtype, device, max_length)
+    except ImportError as error:
+        raise UserError(f"{s.side} does not import ({error}); install it, or leave it out") from None
 
-    Scoring gets all texts at once, generation one text at a time.
-    """
+
+def ask(s: Settings) -> dict:
+    """minicls' scorer, vLLM's one token with the options' log-probabilities, or transformers as lm-evaluation-harness uses it:
+    a pass a question that gives the logits of all positions."""
+    device = dist.start(s.device, s.threads)
+    data = read_data(s)
+    chat = make_chat(s, data)
+    engine = make_engine(s, weights.find_model(s.qwen)[0], device, s.max_length + 1, batch_size=1, logits_to_keep=0)
     texts = question_texts(s, data)
-    at_once = len(texts) if s.task == "score" else 1
-    answer(data.train.texts[: min(8, at_once)])  # other texts: engines may remember what they have seen
-    seconds, predictions = [], []
-    for start in range(0, len(texts), at_once):
-        begin = time.perf_counter()
-        predictions += answer(texts[start : start + at_once])
-        seconds.append(time.perf_counter() - begin)
-    memory = dist.peak_memory_bytes(device)
-    return {"seconds": seconds, "predictions": predictions, "peak_memory_bytes": memory, "version": version}
+
+    def answer(texts: list[str]) -> list[int]:
+        return engine.score(chat.questions(texts)[0], chat.options).argmax(1).tolist()
+
+    answer(data.train.texts[: min(8, len(texts))])  # other texts: engines may remember what they have seen
+    begin = time.perf_counter()
+    predictions = answer(texts)
+    seconds = [time.perf_counter() - begin]
+    memory = engine.peak_memory_bytes
+    return {"seconds": seconds, "predictions": predictions, "peak_memory_bytes": memory, "version": engine.version}
 
 
-def ask_minicls(s: Settings) -> dict:
-    """minicls' scorer, or its greedy decoding."""
-    device = dist.start(s.device, s.threads)
-    directory, _ = weights.find_model(s.qwen)
-    config = weights.read_config(directory, weights.QWEN3)
-    model, _, _ = weights.build_model(weights.QWEN3, config, directory, s.seed, device, DTYPES[s.dtype])
-    data = read_data(s)
-    chat = make_chat(s, data)
-    model = model.eval().requires_grad_(False)
-    if s.compile:
-        model.compile(dynamic=True)
-
-    def answer(texts: list[str]) -> list:
-        rows = asked(s, chat, texts)
-        if s.task == "score":
-            return score(model, rows, chat.options, device).argmax(1).tolist()
-        return generate(model, rows, s.max_new_tokens, [], device)
-
-    return ask(s, data, minicls.__version__, answer, device)
+# Training and scoring: the comparison.
 
 
-@torch.inference_mode()
-def ask_transformers(s: Settings) -> dict:
-    """One forward pass a question that gives the logits of all positions, as lm-evaluation-harness does; or `generate`."""
-    import transformers
-
-    device = dist.start(s.device, s.threads)
-    directory, _ = weights.find_model(s.qwen)
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[s.dtype]).eval().to(device)
-    data = read_data(s)
-    chat = make_chat(s, data)
-    new = {"max_new_tokens": s.max_new_tokens, "min_new_tokens": s.max_new_tokens, "do_sample": False, "pad_token_id": 0}
-
-    def answer(texts: list[str]) -> list:
-        rows = [torch.tensor([ids], device=device) for ids in asked(s, chat, texts)]
-        if s.task == "score":
-            return [model(ids).logits.log_softmax(-1)[0, -1, [o[0] for o in chat.options]].argmax().item() for ids in rows]
-        return [
-            model.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=None, **new)[0, ids.shape[1] :].tolist()
-            for ids in rows
-        ]
-
-    return ask(s, data, transformers.__version__, answer, device)
+def side_process(s: Settings, side: str) -> tuple[list[str], dict[str, str]]:
+    """The command line and the environment of a process that measures one side."""
+    python, env = sys.executable, dict(os.environ)
+    if side == "vllm":
+        python = s.vllm_python or python
+        env |= engines.vllm_environment(s.threads or os.cpu_count())
+    return [python, __file__, *command_line(asdict(replace(s, side=side, output_dir=None, vllm_python=None)))], env
 
 
-def ask_vllm(s: Settings) -> dict:
-    """vLLM's engine in this process: one token with the options' log-probabilities, or greedy decoding."""
-    import vllm
-
-    device = dist.start(s.device, s.threads)
-    data = read_data(s)
-    chat = make_chat(s, data)
-    directory, _ = weights.find_model(s.qwen)
-    engine = vllm.LLM(str(directory), dtype=DTYPES[s.dtype], max_model_len=s.max_length + 16, max_num_seqs=64)
-    options = [option[0] for option in chat.options]
-    if s.task == "score":
-        parameters = vllm.SamplingParams(temperature=0, max_tokens=1, logprob_token_ids=options)
-    else:
-        parameters = vllm.SamplingParams(temperature=0, max_tokens=s.max_new_tokens, ignore_eos=True)
-
-    def answer(texts: list[str]) -> list:
-        prompts = [{"prompt_token_ids": ids} for ids in asked(s, chat, texts)]
-        outputs = engine.generate(prompts, parameters, use_tqdm=False)
-        if s.task == "generate":
-            return [list(o.outputs[0].token_ids) for o in outputs]
-        return [int(np.argmax([o.outputs[0].logprobs[0][option].logprob for option in options])) for o in outputs]
-
-    return ask(s, data, vllm.__version__, answer, device)
-
-
-# The comparison.
+def last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")[:300]
 
 
 def measure(s: Settings, side: str) -> dict:
     """Runs one side in a process of its own; returns what it measured."""
-    python, env = sys.executable, dict(os.environ)
-    if side == "vllm":
-        python = s.vllm_python
-        # Both cores, a small cache, the engine in its own process' memory: without these, a CPU's figures are halved.
-        cores = f"0-{(s.threads or os.cpu_count()) - 1}"
-        env |= {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
-        env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    flags = command_line(asdict(replace(s, side=side, output_dir=None, vllm_python=None)))
-    done = subprocess.run([python, __file__, *flags], capture_output=True, text=True, check=False, env=env)
+    command, env = side_process(s, side)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     if done.returncode:
-        raise UserError(f"--side {side}: failed ({(done.stderr.strip().splitlines() or ['no message'])[-1][:300]}); run it alone")
+        raise UserError(f"--side {side}: failed ({last_line(done.stderr)}); run it alone")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -317,10 +318,8 @@ def compare(s: Settings) -> dict:
         windows = [step_rows(step, len(data.train), s.global_batch_size, s.seed) for step in range(1, s.max_steps)]
         lengths = [[len(row) for row in training_rows(s, data, window)] for window in windows]
     else:
-        chat = make_chat(s, data)
-        rows = asked(s, chat, question_texts(s, data))
-        lengths = [[*map(len, rows)]] if s.task == "score" else [[len(row)] for row in rows]
-    samples, tokens = (statistics.mean(f(part) for part in lengths) for f in (len, sum))  # of one step, or one request
+        lengths = [[len(row) for row in make_chat(s, data).questions(question_texts(s, data))[0]]]
+    samples, tokens = (statistics.mean(f(part) for part in lengths) for f in (len, sum))  # of one step, or of all questions
     rows = []
     for side in sides:
         seconds = statistics.median(value for one in runs[side] for value in one["seconds"])
@@ -332,8 +331,6 @@ def compare(s: Settings) -> dict:
         else:
             pairs = zip(runs["minicls"][0]["predictions"], runs[side][0]["predictions"], strict=True)
             row["agreement"] = statistics.mean(a == b for a, b in pairs)  # with minicls, prediction by prediction
-        if s.task == "generate":
-            _, row["unreadable"] = read_answers(chat.tokenizer, runs[side][0]["predictions"], chat.num_options)
         rows.append(row)
     ratios = {
         side: [
@@ -355,41 +352,337 @@ def compare(s: Settings) -> dict:
     }
 
 
+# Requests per second: what the process of one model and one engine measures.
+
+
+def method_calls(s: Settings, reader: Reader, engine, method: str) -> tuple[Callable, Callable]:
+    """The two halves of a request, both inside the clock: texts -> rows of ids, and rows -> an answer each.
+
+    An answer is a list of log-probabilities, or of generated ids. Answers stop at the end of a turn, but random weights know no
+    end. A model that learned the letter alone is asked for no more, after the think block that is given to it.
+    """
+    if method != "generate":
+        options = [reader.chat.options] if method == "score" else []
+        return reader.rows, lambda rows: getattr(engine, method)(rows, *options).tolist()
+    letter_alone = reader.settings.get("train_on") == "letter"
+    think_given = letter_alone or reader.settings.get("think_in") == "prompt"
+    longest = min(s.max_new_tokens, max(map(len, reader.chat.options))) if letter_alone else s.max_new_tokens
+    stop_ids = [] if s.init == "random" else reader.tokenizer.control_ids(["<|im_end|>", "<|endoftext|>"])
+    ask = reader.chat.questions if think_given else reader.chat.prompts
+    return lambda texts: ask(texts)[0], lambda rows: engine.generate(rows, longest, stop_ids)
+
+
+def warm_up(window: Callable[[], None], clock: Callable[[], float] = time.perf_counter) -> int:
+    """Runs windows until two in a row take equally long, within a tenth, or ten have run; returns how many."""
+    seconds: list[float] = []
+    while len(seconds) < 10 and not (len(seconds) > 1 and abs(seconds[-1] / seconds[-2] - 1) < 0.1):
+        begin = clock()
+        window()
+        seconds.append(clock() - begin)
+    return len(seconds)
+
+
+def closed_loop(
+    texts: list[str],
+    at_once: int,
+    answer: Callable[[list[str]], list],
+    forget: Callable[[], None],
+    num_requests: int,
+    min_seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[list[float], int, list]:
+    """Asks `at_once` texts at a time, the next when these are answered, in whole passes until both minima are reached.
+
+    Returns the seconds of each call, the number of requests, and the answers of the first pass.
+    """
+    seconds, passes, answers = [], 0, []
+    while passes * len(texts) < num_requests or sum(seconds) < min_seconds:
+        forget()
+        for start in range(0, len(texts), at_once):
+            begin = clock()
+            found = answer(texts[start : start + at_once])
+            seconds.append(clock() - begin)
+            answers += found if passes == 0 else []
+        passes += 1
+    return seconds, passes * len(texts), answers
+
+
+def figures(latencies: list[float], seconds: float, requests: int, tokens: float) -> dict:
+    """What a row says of its clock: latencies and seconds of the whole, requests answered in them, input tokens of each."""
+    p50, p90, p99 = (1000 * np.percentile(latencies, [50, 90, 99])).tolist()
+    return {
+        "requests_per_second": requests / seconds,
+        "latency_p50_ms": p50,
+        "latency_p90_ms": p90,
+        "latency_p99_ms": p99,
+        "input_tokens_per_second": tokens * requests / seconds,
+        "num_requests": requests,
+    }
+
+
+def measure_row(s: Settings, reader: Reader, engine, method: str, mode: str, texts: list[str], others: list[str]) -> dict:
+    """One method in one mode over the test texts, warmed up on others, as an engine may remember what it has seen.
+
+    A latency is that of one request; of all at once, each waits for the whole call.
+    """
+    encode, answer = method_calls(s, reader, engine, method)
+    at_once = 1 if mode == "single" else len(texts)
+
+    def window() -> None:
+        engine.forget()
+        for start in range(0, 16, 16 if at_once > 1 else 4):
+            answer(encode(others[start : start + min(at_once, 16)]))
+
+    warm_up(window)
+    tokens = statistics.mean(map(len, encode(texts)))
+    if mode == "server":
+        engine.forget()
+        due = engines.arrivals(s.rate, len(texts), s.seed).tolist()
+        if isinstance(engine, engines.VLLMServer):
+            latencies, answers = engines.serve_each(due, lambda i: answer(encode([texts[i]]))[0])
+        else:
+            feed = engines.Feed(due, lambda i: encode([texts[i]])[0])
+            latencies, answers = engines.serve_batches(due, feed, answer, BATCH_TOKENS, BATCH_WAIT)
+        ended = max(moment + latency for moment, latency in zip(due, latencies, strict=True))
+        row = figures(latencies, ended, len(texts), tokens)
+        row["goodput"] = statistics.mean(latency * 1000 <= s.slo_ms for latency in latencies)
+    else:
+        how = (lambda texts: answer(encode(texts))), engine.forget, s.num_requests, s.min_seconds
+        latencies, requests, answers = closed_loop(texts, at_once, *how)
+        row = figures(latencies, sum(latencies), requests, tokens)
+    if method == "generate":
+        predictions, log_probabilities = read_answers(reader.tokenizer, answers, len(reader.label_names))[0], None
+    else:
+        predictions, log_probabilities = [int(np.argmax(values)) for values in answers], answers
+    row |= {"peak_memory_bytes": engine.peak_memory_bytes, "engine_version": engine.version}
+    return row | {"predictions": predictions, "log_probabilities": log_probabilities}
+
+
+def rps_side(s: Settings) -> None:
+    """Loads the one model that is named into the engine of --side, and prints a line for each method and mode."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through `finally`: a server must not outlive this process
+    device = dist.start(s.device, s.threads)
+    data = read_data(s)
+    ((role, directory),) = models(s).items()
+    reader = Reader(directory, s.max_length)
+    engine = make_engine(s, directory, device, reader.max_length + (s.max_new_tokens if role == "qwen" else 0))
+    try:
+        for mode, method in itertools.product(s.mode, METHODS[role]):
+            row = {"method": method, "mode": mode}
+            try:
+                row |= measure_row(s, reader, engine, method, mode, question_texts(s, data), data.train.texts)
+            except Exception as error:  # whatever an engine cannot do; the next method may go
+                row["failed"] = f"{type(error).__name__}: {error}"
+            print(ROW + json.dumps(row), flush=True)
+    finally:
+        engine.close()
+
+
+# Requests per second: the table out of all processes.
+
+
+def models(s: Settings) -> dict[str, Path]:
+    return {role: weights.find_model(getattr(s, role))[0] for role in METHODS if getattr(s, role)}
+
+
+def start_side(s: Settings, engine: str) -> Iterator[dict]:
+    """Yields the rows of one process as they come; raises UserError with the last it said where it fails."""
+    command, env = side_process(s, engine)
+    try:
+        with (
+            tempfile.TemporaryFile("w+") as said,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=env) as side,
+        ):
+            try:
+                yield from (json.loads(line.removeprefix(ROW)) for line in side.stdout if line.startswith(ROW))
+            except BaseException:  # interrupted, here or where the rows are used
+                side.terminate()
+                raise
+            if side.wait():
+                said.seek(0)
+                raise UserError(last_line(said.read()))
+    except OSError as error:
+        raise UserError(f"{command[0]} does not start ({error.strerror})") from None
+
+
+def reference(s: Settings, role: str, reader: Reader, directory: Path, device: torch.device, texts: list[str]) -> np.ndarray:
+    """The log-probabilities (n, C) of classes or options by minicls in fp32, which all engines are held to."""
+    engine = engines.Minicls(directory, torch.float32, device)
+    answers = method_calls(s, reader, engine, METHODS[role][-1])[1](reader.rows(texts))
+    return np.array(answers)
+
+
+def judge(row: dict, expected: np.ndarray, labels: np.ndarray, s: Settings) -> dict:
+    """What a row says of its answers: accuracy, agreement with the reference (n, C), status and reason.
+
+    Trained weights: invalid where a prediction differs on a text whose two best are more than MARGIN apart; an answer that
+    names no option differs. Random weights: invalid where a log-probability is off by more than its dtype's TOLERANCE.
+    """
+    predictions, found = row["predictions"], row["log_probabilities"]
+    equal = np.array([a == b for a, b in zip(predictions, expected.argmax(1), strict=True)])
+    if s.init == "random":
+        nothing = {"accuracy": None, "agreement": None, "status": "ok", "reason": "random weights: timed, not compared"}
+        if found is None:
+            return nothing
+        gap = float(np.abs(np.array(found) - expected).max())
+        status = "ok" if gap <= TOLERANCE[s.dtype] else "invalid"
+        reason = f"random weights: log-probabilities off by {gap:.1e} at most, {TOLERANCE[s.dtype]} allowed"
+        return nothing | {"agreement": float(equal.mean()), "status": status, "reason": reason}
+    first, second = np.sort(expected, axis=1)[:, :-3:-1].T
+    wrong = int((~equal & (first - second > MARGIN)).sum())
+    unread = predictions.count(None)
+    reason = f"{wrong} of {len(equal)} answers differ from minicls in fp32" if wrong else None
+    reason = f"{reason}, {unread} name no option" if wrong and unread else reason
+    accuracy = float(np.mean([p == label for p, label in zip(predictions, labels, strict=True)]))
+    return {"accuracy": accuracy, "agreement": float(equal.mean()), "status": "invalid" if wrong else "ok", "reason": reason}
+
+
+def median_row(rows: list[dict]) -> dict:
+    """One row out of the same row of each round: the median of its figures, and its worst status."""
+    worst = max(rows, key=lambda row: ("ok", "invalid", "failed").index(row["status"]))
+    merged = dict(worst)
+    for name in worst:
+        values = [row[name] for row in rows if row["status"] != "failed" and not isinstance(row[name], (str, type(None)))]
+        if values and name != "threads":
+            merged[name] = statistics.median(values)
+    return merged
+
+
+def rps(s: Settings) -> tuple[list[dict], Path]:
+    """Every engine with every model, in processes of their own: the rows, and the directory of bench.json.
+
+    That file holds what is done so far at any moment.
+    """
+    device = dist.start(s.device, s.threads)
+    data = read_data(s)
+    test = data.test.select(question_rows(s, data))
+    readers = {role: Reader(directory, s.max_length) for role, directory in models(s).items()}
+    for role, reader in readers.items():
+        flag = f"--{role.replace('_', '-')}: {getattr(s, role)}"
+        if reader.kind is not KINDS[role]:
+            raise UserError(f"{flag} is a {reader.kind.model.__name__}; pass a {KINDS[role].model.__name__}")
+        if tuple(reader.label_names) != tuple(data.label_names):
+            raise UserError(f"{flag} was trained on other classes than --data has ({', '.join(data.label_names)[:80]})")
+    output_dir = checkpoint.new_run_dir(s.output_dir, "bench")
+    file = output_dir / "bench.json"
+    checkpoint.write_json(file, [])
+    expected = {
+        role: reference(s, role, reader, directory, device, test.texts)
+        for (role, reader), directory in zip(readers.items(), models(s).values(), strict=True)
+    }
+    about = {"dtype": s.dtype, "threads": torch.get_num_threads(), "device": dist.device_name(device)}
+    measured: dict[tuple, list[dict]] = {}
+
+    def note(role: str, engine: str, row: dict) -> None:
+        name = f"{role.replace('_', '-')}: {models(s)[role].name}"
+        verdict = {"accuracy": None, "agreement": None, "status": "failed", "reason": row.get("failed")}
+        if "failed" not in row:
+            verdict = judge(row, expected[role], test.labels, s)
+        values = {"model": name, "engine": engine, "mode": row["mode"]} | about | row | verdict
+        names = COLUMNS + (("goodput",) if row["mode"] == "server" else ())
+        measured.setdefault((role, engine, row["method"], row["mode"]), []).append({name: values.get(name) for name in names})
+        checkpoint.write_json(file, [median_row(rounds) for rounds in measured.values()])
+        print(f"{name}, {engine}, {row['method']}, {row['mode']}: {verdict['status']}", file=sys.stderr)
+
+    for _, role, engine in itertools.product(range(s.rounds), readers, s.engines):
+        # vLLM's server is a process of its own, beside which another copy of the model would only take memory.
+        parts = [s.mode]
+        if engine == "vllm" and "server" in s.mode:
+            parts = [part for part in (tuple(mode for mode in s.mode if mode != "server"), ("server",)) if part]
+        for modes in parts:
+            alone = replace(s, mode=modes, **{other: None for other in METHODS if other != role})
+            missing = dict.fromkeys(itertools.product(METHODS[role], modes))
+            try:
+                for row in start_side(alone, engine):
+                    missing.pop((row["method"], row["mode"]))
+                    note(role, engine, row)
+            except UserError as error:
+                for method, mode in missing:
+                    note(role, engine, {"method": method, "mode": mode, "failed": str(error)})
+    return [median_row(rounds) for rounds in measured.values()], output_dir
+
+
+def rps_table(rows: list[dict]) -> str:
+    header = f"{'model':26}{'engine':22}{'method':10}{'mode':9}{'requests/s':>11}{'p50':>8}{'p90':>8}{'p99 ms':>8}{'tokens/s':>10}"
+    lines = [header + f"{'GiB':>7}{'accuracy':>10}{'agreement':>11}  status"]
+    for row in rows:
+        line = f"{row['model']:26}{row['engine']} {row['engine_version'] or '':{21 - len(row['engine'])}}"
+        line += f"{row['method']:10}{row['mode']:9}"
+        if row["status"] != "failed":
+            line += f"{row['requests_per_second']:11.2f}" + "".join(f"{row[f'latency_p{p}_ms']:8.0f}" for p in (50, 90, 99))
+            line += f"{row['input_tokens_per_second']:10.0f}{row['peak_memory_bytes'] / 2**30:7.2f}"
+            line += "".join(f"{row[name]:{w}.4f}" if row[name] is not None else f"{'-':>{w}}" for name, w in SHARES.items())
+        good = f", {row['goodput']:.1%} in time" if row.get("goodput") is not None else ""
+        lines.append(f"{line}  {row['status']}{good}" + (f" ({row['reason']})" if row["reason"] else ""))
+    return "\n".join(lines)
+
+
 def with_random_weights(s: Settings, folder: str) -> Settings:
-    """The settings with a model directory of the same size and random weights, the same ones for every side."""
-    directory, _ = weights.find_model(s.bert or s.qwen)
-    tokenizer, data = load_tokenizer(directory), read_data(s)
-    kind, dtype = (weights.BERT, torch.float32) if s.bert else (weights.QWEN3, torch.bfloat16)
-    config = weights.read_config(directory, kind) | weights.label_config(data.label_names)
-    model, _, _ = weights.build_model(kind, config, None, s.seed, torch.device("cpu"), dtype)
-    made = Path(folder) / directory.name
-    weights.save_model(model, config, tokenizer, made)
-    return replace(s, **{"bert" if s.bert else "qwen": str(made)})
+    """The settings with model directories of the same size and random weights, the same ones for every side.
+
+    A directory gives config and tokenizer. For a published size without one, the tokenizer is learned from the data.
+    """
+    data = read_data(s)
+    made = {}
+    for role, kind in KINDS.items():
+        if getattr(s, role):
+            directory = weights.find_model(getattr(s, role))[0]
+            tokenizer, config, name = load_tokenizer(directory), weights.read_config(directory, kind), directory.name
+        elif s.model_size == "real" and not (s.bert or s.qwen or s.qwen_linear):
+            name, config = PUBLISHED[kind.model_type]
+            texts = data.train.texts[:20_000]
+            before, after = make_template(data.label_names)
+            turns = [before + text + after for text in texts]
+            tokenizer = train_bert_tokenizer(texts, 20_000) if role == "bert" else train_qwen_tokenizer(turns, 20_000)
+        else:
+            continue
+        config = config | weights.label_config(data.label_names)
+        if role != "bert":
+            pad, _, end, *_ = tokenizer.control_ids(QWEN_CONTROL_TOKENS)
+            config |= {"pad_token_id": pad, "eos_token_id": end}
+        dtype = torch.float32 if role == "bert" else torch.bfloat16
+        model, _, _ = weights.build_model(kind, config, None, s.seed, torch.device("cpu"), dtype)
+        made[role] = str(Path(folder) / role / name)
+        weights.save_model(model, config, tokenizer, Path(made[role]))
+    return replace(s, **made)
 
 
 def main(argv: list[str] | None = None) -> None:
     s = parse(Settings, argv, __doc__)
-    if bool(s.bert) == bool(s.qwen) or (s.bert and s.task != "train"):
+    named = bool(s.bert) + bool(s.qwen) + bool(s.qwen_linear)
+    if s.task == "rps" and not named and s.model_size == "given":
+        raise UserError("--task rps: name a model, --bert RUN, --qwen RUN or --qwen-linear RUN, or --model-size real")
+    if s.task != "rps" and (named != 1 or s.qwen_linear or (s.bert and s.task != "train")):
         raise UserError(f"--task {s.task}: name one model, --qwen DIR" + (" or --bert DIR" if s.task == "train" else ""))
+    if s.model_size == "real":
+        s = replace(s, init="random")
     s = replace(s, global_batch_size=s.global_batch_size or (64 if s.bert else 12))
+    if s.side and s.task == "rps":
+        rps_side(s)
+        return
     if s.side:
-        sides = {"minicls": ask_minicls, "transformers": ask_transformers, "vllm": ask_vllm}
-        if s.task == "train":
-            sides = {"minicls": train_minicls, "transformers": train_transformers}
-        print(json.dumps(sides[s.side](s)))
+        training = {"minicls": train_minicls, "transformers": train_transformers}
+        print(json.dumps(training[s.side](s) if s.task == "train" else ask(s)))
         return
     if s.vllm_python and s.task == "train":
         raise UserError("--vllm-python: vLLM does not train; leave it out")
-    output_dir = checkpoint.new_run_dir(s.output_dir, "bench")
+    checkpoint.check_output_dir(s.output_dir)
     with tempfile.TemporaryDirectory() as folder:
-        result = compare(with_random_weights(s, folder) if s.init == "random" else s)
+        same = with_random_weights(s, folder) if s.init == "random" else s
+        if s.task == "rps":
+            rows, output_dir = rps(same)
+            print(rps_table(rows))
+            print(f"{output_dir / 'bench.json'}, {plots.plot_rps(rows, output_dir)}")
+            print(json.dumps(rows))
+            return
+        output_dir = checkpoint.new_run_dir(s.output_dir, "bench")
+        result = compare(same)
     result["settings"] = asdict(replace(s, vllm_python=None, output_dir=None))  # paths of this machine say nothing elsewhere
     checkpoint.write_json(output_dir / "bench.json", result)
     print(f"{'':14}{'samples/s':>11}{'tokens/s':>11}{'seconds':>9}{'peak memory':>14}")
     for row in result["rows"]:
         rates = f"{row['samples_per_second']:11.2f}{row['tokens_per_second']:11.0f}{row['seconds']:9.2f}"
         agreement = f", {row['agreement']:.1%} of answers as minicls'" if "agreement" in row else ""
-        agreement += f", {row['unreadable']:.1%} name no option" if "unreadable" in row else ""
         print(f"{row['side']:14}{rates}{row['peak_memory_bytes'] / 2**30:10.2f} GiB   {row['version']}{agreement}")
     for side, ratios in result["speedup_of_each_round"].items():
         spread = f"{min(ratios):.2f} to {max(ratios):.2f} over {s.rounds} rounds"

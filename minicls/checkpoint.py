@@ -70,7 +70,7 @@ def open_run(run_dir: Path) -> Run:
     return Run(run_dir, info, results, saved[max(saved)] if saved else None)
 
 
-def write_json(path: Path, values: dict) -> None:
+def write_json(path: Path, values: dict | list) -> None:
     """Written aside and renamed: the file is whole or the one before."""
     aside = path.with_name(f".{path.name}.tmp")
     aside.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

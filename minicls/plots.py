@@ -1,10 +1,11 @@
-"""Pictures of a run: loss and accuracy curves, the confusion matrix."""
+"""Pictures of a run, loss and accuracy curves and the confusion matrix, and of several side by side."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from minicls import metrics
 from minicls.logger import read_metrics
 
 
@@ -64,3 +65,78 @@ def plot_confusion(confusion: Sequence[Sequence[int]], label_names: Sequence[str
     figure.savefig(run_dir / "confusion.png", dpi=120)
     plt.close(figure)
     return run_dir / "confusion.png"
+
+
+def plot_rps(rows: Sequence[dict], output_dir: Path) -> Path:
+    """rps.png: requests per second of bench.json's valid rows as bars, a panel for each mode, a colour for each engine."""
+    plt = _pyplot()
+    rows = [row for row in rows if row["status"] == "ok"]
+    modes, engines = (list(dict.fromkeys(row[key] for row in rows)) for key in ("mode", "engine"))
+    tallest = max([sum(row["mode"] == mode for row in rows) for mode in modes], default=1)
+    size = (5.5 * max(1, len(modes)), 1.5 + 0.4 * tallest)
+    figure, panels = plt.subplots(1, max(1, len(modes)), figsize=size, layout="constrained", squeeze=False)
+    for axes, mode in zip(panels[0], modes, strict=False):
+        shown = [row for row in rows if row["mode"] == mode][::-1]  # the first on top
+        rates = [row["requests_per_second"] for row in shown]
+        bars = axes.barh(range(len(shown)), rates, color=[f"C{engines.index(row['engine'])}" for row in shown])
+        axes.bar_label(bars, [f"{rate:.3g}" for rate in rates], padding=3, fontsize=8)
+        names = [f"{row['model']}, {row['engine']}, {row['method']}" for row in shown]
+        axes.set_yticks(range(len(shown)), names, fontsize=8)
+        axes.set(xlabel="requests per second", title=mode)
+        axes.margins(x=0.15)
+    figure.savefig(output_dir / "rps.png", dpi=120)
+    plt.close(figure)
+    return output_dir / "rps.png"
+
+
+def plot_learning_curves(curves: dict[str, Sequence[tuple[int, float, float, float]]], file: Path) -> None:
+    """Macro F1 over training rows: of each name, points (rows, F1, low, high) and a line through the means of equal rows."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, points in curves.items():
+        rows, f1, low, high = np.array(points, float).T
+        sizes = np.unique(rows)
+        (line,) = axes.plot(sizes, [f1[rows == size].mean() for size in sizes], label=name)
+        bars = np.maximum(0, [f1 - low, high - f1])  # a percentile interval need not hold the figure of a few rows
+        axes.errorbar(rows, f1, bars, fmt="o", color=line.get_color(), markersize=4, capsize=3)
+    axes.set(xscale="log", xlabel="training rows", ylabel="macro F1 on test, 95 % interval", title="What more labels buy")
+    ticks = []
+    for size in sorted({point[0] for points in curves.values() for point in points}):
+        ticks += [size] if not ticks or size > 1.4 * ticks[-1] else []  # labels of nearer ones would overlap
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def plot_deploy(rows: Sequence[dict], file: Path) -> None:
+    """Accuracy over requests per second of bench.json's valid rows: a panel for each mode, a colour for each model."""
+    plt = _pyplot()
+    rows = [row for row in rows if row["status"] == "ok" and row.get("accuracy") is not None]
+    models, modes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "mode"))
+    size = (max(7.0, 5.0 * len(modes)), 6.0)
+    figure, panels = plt.subplots(1, max(1, len(modes)), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for axes, mode in zip(panels[0], modes or [""], strict=True):
+        for row in (row for row in rows if row["mode"] == mode):
+            x, y, color = row["requests_per_second"], row["accuracy"], f"C{models.index(row['model'])}"
+            low, high = metrics.accuracy_interval(y, row["num_requests"]) if row.get("num_requests") else (y, y)
+            axes.errorbar(x, y, [[y - low], [high - y]], fmt="o", color=color, capsize=3)
+            name = f"{row['engine']}, {row['method']}"
+            style = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 8, "color": color}
+            axes.annotate(name, (x, high), xytext=(0, 5), textcoords="offset points", **style)
+        axes.set(xscale="log", xlabel="requests per second", title=mode)
+        axes.xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+        axes.margins(x=0.15)
+        axes.grid(alpha=0.3)
+    bottom, top = panels[0, 0].get_ylim()
+    panels[0, 0].set(ylabel="accuracy, 95 % interval", ylim=(bottom, top + 0.5 * (top - bottom)))  # room for the names
+    for i, model in enumerate(models):
+        panels[0, 0].plot([], [], "o", color=f"C{i}", label=model)
+    if models:
+        panels[0, 0].legend(loc="upper left")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
