@@ -12,7 +12,7 @@ demo: .venv/stamp  ## train both on synthetic news: no network, no GPU, two minu
 	$(BIN)/python train_bert.py $(SYNTHETIC) --epochs 6 --learning-rate 1e-3 --output-dir $(DEMO)/bert
 	$(BIN)/python train_qwen.py $(SYNTHETIC) --epochs 2 --learning-rate 2e-3 --warmup-ratio 0.1 --train-on letter \
 		--global-batch-size 16 --micro-batch-size 16 --output-dir $(DEMO)/qwen
-	$(BIN)/python -m minicls report $(DEMO)/bert $(DEMO)/qwen
+	$(BIN)/python -m minicls report $(DEMO)/bert $(DEMO)/qwen --out $(DEMO)/report
 
 test: .venv/stamp-dev
 	$(BIN)/python -m pytest -m "not slow"

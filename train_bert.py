@@ -158,6 +158,8 @@ def main(argv: list[str] | None = None) -> None:
             )
 
     # 4. Evaluation.
+    evaluated = [*splits][1:]  # validation, if any, then test
+
     def logits_of(rows: list[list[int]]) -> torch.Tensor:
         """The logits (n, C) fp32 of tokenized rows, on every rank's CPU."""
         model.eval()
@@ -166,12 +168,12 @@ def main(argv: list[str] | None = None) -> None:
         model.train()
         return logits
 
-    def evaluate() -> torch.Tensor:
-        """Evaluates all splits, logs them, keeps the best steps in `state`; returns the test logits."""
-        started = time.perf_counter()
-        for name in [*splits][1:]:  # validation, if any, then test
-            logits = logits_of(tokenized[name][0])
-            scores, _ = report.evaluate_logits(logits, splits[name].labels)
+    def evaluate() -> dict[str, torch.Tensor]:
+        """Evaluates all splits, logs them, keeps the best steps in `state`; returns the logits of each."""
+        started, logits = time.perf_counter(), {}
+        for name in evaluated:
+            logits[name] = logits_of(tokenized[name][0])
+            scores, _ = report.evaluate_logits(logits[name], splits[name].labels)
             check_finite(scores["loss"], f"{name} loss", state["step"])
             logger.event("eval", state["step"], split=name, **scores)
             logger.print(f"step {state['step']} {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
@@ -186,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 5. The loop: lr -> micro-batches -> clip -> step -> log -> evaluate and save at intervals.
     model.train()
-    test_logits = None
+    logits = None
     with checkpoint.stop_on_signal() as stop:
         started, logged = time.perf_counter(), dict(state)
         for step in range(state["step"], 0 if s.eval_only else total_steps):
@@ -225,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
                 logged = dict(state)
             last, interrupted = state["step"] == total_steps, dist.any_rank(stop.is_set(), device)
             if last or (eval_every and state["step"] % eval_every == 0):
-                test_logits = evaluate()
+                logits = evaluate()
             best_step = state["best_on_validation"][0] if state["best_on_validation"] else None
             due = last or interrupted or best_step == state["step"] or (save_every and state["step"] % save_every == 0)
             if due and dist.is_first():
@@ -244,21 +246,21 @@ def main(argv: list[str] | None = None) -> None:
             if checkpoint_dir:
                 weights.load_weights(model, checkpoint_dir, weights.BERT)
             state["step"] = step
-            test_logits = evaluate()
+            logits = evaluate()
     headline_step = state["best_on_validation"][0] if state["best_on_validation"] else state["step"]
     if headline_step != state["step"]:
         if dist.is_first():
             weights.load_weights(model, checkpoint.checkpoints(run_dir)[headline_step], weights.BERT)
         dist.broadcast_model(model)
-        test_logits = None
-    if test_logits is None:
+        logits = None
+    if logits is None:
         started = time.perf_counter()
-        test_logits = logits_of(tokenized["test"][0])
+        logits = {name: logits_of(tokenized[name][0]) for name in evaluated}
         state["eval_seconds"] += time.perf_counter() - started
     logger.close()
     if dist.is_first():
         save(run_dir)
-        results = report.write_results(run_dir, data, test_logits, state, headline_step, device)
+        results = report.write_results(run_dir, data, validation, tokenizer, logits, state, headline_step, device)
         logger.print(report.steps_table(run_dir))
         logger.print(report.summary(results))
         logger.print(f"curves: {plots.plot_curves(run_dir)}")

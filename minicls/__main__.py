@@ -3,16 +3,18 @@
 python -m minicls predict RUN "Stocks fell after the report."     # texts, or files: .csv .jsonl .parquet .txt
 python -m minicls predict RUN news.csv --format jsonl
 cat texts.txt | python -m minicls predict RUN
-python -m minicls report RUN RUN ...                              # finished runs side by side
+python -m minicls report RUN RUN ...                              # finished runs side by side: report.md and its pictures
+python -m minicls report results/a results/b --bench bench.json   # what is kept of runs will do; requests/s beside accuracy
 """
 
 import sys
+import time
 from pathlib import Path
 
 from minicls import dist
+from minicls.comparison import open_runs, read_bench, runs_table, write_report
 from minicls.config import Parser, UserError, run
 from minicls.predict import Classifier, gather_texts, jsonl, table
-from minicls.report import runs_table
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,9 +29,16 @@ def main(argv: list[str] | None = None) -> None:
     predict.add_argument("--threads", type=int, metavar="INT", help="CPU threads (default: torch's choice)")
     compare = commands.add_parser("report", help="finished runs side by side")
     compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories with results")
+    compare.add_argument("--bench", type=Path, metavar="FILE", help="a bench.json of bench.py --task rps")
+    compare.add_argument("--out", type=Path, metavar="DIR", help="new or empty directory (default: runs/report-<time>)")
     args = parser.parse_args(argv)
     if args.command == "report":
-        print(runs_table(args.runs))
+        out = args.out or Path(f"runs/report-{time.strftime('%Y%m%d-%H%M%S')}")
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise UserError(f"--out: {out} is not empty; name a new directory")
+        runs, bench = open_runs(args.runs), read_bench(args.bench) if args.bench else []
+        file = write_report(runs, bench, out)
+        print(f"{runs_table(runs)}\nreport: {file}")
         return
     if not args.run.is_dir():
         raise UserError(f"{args.run}: no such run directory; check the path")

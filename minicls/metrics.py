@@ -49,6 +49,13 @@ def f1_interval(confusion: np.ndarray, resamples: int = 10_000, seed: int = 0) -
     return float(low), float(high)
 
 
+def accuracy_interval(accuracy: float, n: int) -> tuple[float, float]:
+    """95 % interval of an accuracy over n rows (Wilson 1927): unlike +-1.96 standard errors it stays within [0, 1]."""
+    z2 = 1.959963984540054**2
+    middle, half = accuracy + z2 / (2 * n), math.sqrt(z2 * (accuracy * (1 - accuracy) / n + z2 / (4 * n * n)))
+    return (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
+
+
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
     """Expected calibration error (Guo et al. 2017, arXiv 1706.04599): |confidence - accuracy| over equal-width bins.
 
@@ -59,6 +66,25 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int =
     index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     gaps = np.bincount(index, weights=confidence, minlength=bins) - np.bincount(index, weights=right, minlength=bins)
     return float(np.abs(gaps).sum() / len(labels))
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The T > 0 of the lowest cross-entropy of softmax(logits / T) (Guo et al. 2017, section 4.2), in [0.01, 100].
+
+    logits: (n, C); labels: (n,). To be fitted on rows that are not tested on. Where no finite T is the best, on rows that are
+    all right for one, it is the nearer bound.
+    """
+    logits = logits - logits.max(1, keepdims=True)
+    low, high = math.log(0.01), math.log(100)  # of 1 / T: the cross-entropy is convex in it, so its slope changes sign once
+    for _ in range(50):
+        middle = (low + high) / 2
+        weights = np.exp(math.exp(middle) * logits)
+        expected = (weights * logits).sum(1) / weights.sum(1)  # (n,)
+        if (expected - logits[np.arange(len(labels)), labels]).mean() < 0:
+            low = middle
+        else:
+            high = middle
+    return math.exp(-(low + high) / 2)
 
 
 def mcnemar(labels: np.ndarray, predictions_a: np.ndarray, predictions_b: np.ndarray) -> tuple[int, int, float]:
@@ -72,3 +98,33 @@ def mcnemar(labels: np.ndarray, predictions_a: np.ndarray, predictions_b: np.nda
     # Exact in integers: the sum can have thousands of digits, the quotient is an ordinary float.
     tail = sum(math.comb(n, i) for i in range(k + 1))
     return only_a, only_b, min(1.0, 2 * tail / 2**n)
+
+
+def paired_bootstrap(
+    labels: np.ndarray,
+    predictions_a: np.ndarray,
+    predictions_b: np.ndarray,
+    num_labels: int,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> dict[str, tuple[float, float, float]]:
+    """Differences a - b of two classifiers on the same rows: {"accuracy" and "f1": (difference, low, high)}, 95 % intervals.
+
+    Both are scored on the same resampled rows, so that rows hard for both move neither bound (Efron & Tibshirani 1993). As in
+    `f1_interval`, rows that agree in label and both predictions are drawn together.
+    """
+    cells, counts = np.unique(np.stack([labels, predictions_a, predictions_b]), axis=1, return_counts=True)
+    label, *predicted = np.eye(num_labels)[cells]  # (cells, C) each
+
+    def scores(draws: np.ndarray) -> np.ndarray:
+        """(2, R): the differences in accuracy and macro F1 of R draws, (R, cells) counts."""
+        hits = [draws @ (label * p) for p in predicted]  # (R, C) each
+        f1 = [2 * h / np.maximum(draws @ (label + p), 1) for h, p in zip(hits, predicted, strict=True)]
+        return np.stack([(hits[0] - hits[1]).sum(1) / len(labels), (f1[0] - f1[1]).mean(1)])
+
+    rng = np.random.default_rng(seed)
+    sizes = [min(500, resamples - start) for start in range(0, resamples, 500)]
+    drawn = [scores(rng.multinomial(len(labels), counts / len(labels), size=size).astype(np.float64)) for size in sizes]
+    low, high = np.quantile(np.concatenate(drawn, axis=1), [0.025, 0.975], axis=1)
+    differences = scores(counts[None].astype(np.float64))[:, 0]
+    return {name: (float(differences[i]), float(low[i]), float(high[i])) for i, name in enumerate(("accuracy", "f1"))}

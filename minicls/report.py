@@ -1,17 +1,18 @@
-"""A run's result files: results.json and predictions.parquet out of the test logits; and runs side by side."""
+"""Result files: what a run writes at its end, results.json and predictions.parquet, and tables out of such files."""
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from minicls import dist, metrics
-from minicls.checkpoint import open_run, write_json
-from minicls.config import UserError
-from minicls.data import Data
+from minicls.checkpoint import Run, open_run, write_json
+from minicls.data import Data, Split
 from minicls.logger import read_metrics
+from minicls.tokenizer import Tokenizer
 
 
 def evaluate_logits(logits: torch.Tensor, labels: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
@@ -21,27 +22,42 @@ def evaluate_logits(logits: torch.Tensor, labels: np.ndarray) -> tuple[dict[str,
     return {"loss": loss} | metrics.classification_metrics(confusion), confusion
 
 
-def write_results(run_dir: Path, data: Data, logits: torch.Tensor, state: dict, headline_step: int, device: torch.device) -> dict:
+def write_results(
+    run_dir: Path,
+    data: Data,
+    validation: Split | None,
+    tokenizer: Tokenizer,
+    logits: dict[str, torch.Tensor],
+    state: dict,
+    headline_step: int,
+    device: torch.device,
+) -> dict:
     """Writes predictions.parquet and, last, results.json; returns what the latter holds.
 
-    logits: (n, C) fp32 of the headline model on the test rows, in their order; state: the run's clocks and best steps.
+    logits: the headline model's on the rows of "test" and, if held out, "validation", (n, C) fp32 in their order; state: the
+    run's clocks and best steps. `num_tokens` of a row is its whole text's, before any cut and with nothing around it.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    labels = data.test.labels
-    probabilities = logits.double().softmax(1).numpy()  # (n, C)
-    scores, confusion = evaluate_logits(logits, labels)
+    labels, test_logits = data.test.labels, logits["test"].double()
+    probabilities = test_logits.softmax(1).numpy()  # (n, C)
+    scores, confusion = evaluate_logits(test_logits, labels)
     precision, recall, f1 = metrics.per_class(confusion)
     low, high = metrics.f1_interval(confusion)
-    columns = {"row": np.arange(len(labels)), "label": labels, "prediction": logits.argmax(1).numpy()}
+    columns = {"row": np.arange(len(labels)), "label": labels, "prediction": test_logits.argmax(1).numpy()}
+    columns["num_tokens"] = np.array([len(ids) for ids in tokenizer.encode(data.test.texts)])
     columns |= {f"probability_{c}": probabilities[:, c].astype(np.float32) for c in range(len(data.label_names))}
+    temperature = metrics.fit_temperature(logits["validation"].double().numpy(), validation.labels) if validation else None
+    scaled = (test_logits / temperature).softmax(1).numpy() if validation else None
     pq.write_table(pa.table(columns), run_dir / "predictions.parquet")
     results = scores | {
         "f1_low": low,
         "f1_high": high,
         "num_test_rows": len(labels),
         "calibration_error": metrics.calibration_error(probabilities, labels),
+        "temperature": temperature,  # fitted on the validation rows; null without
+        "calibration_error_scaled": metrics.calibration_error(scaled, labels) if validation else None,
         "per_class": {
             name: {"precision": p, "recall": r, "f1": f}
             for name, p, r, f in zip(data.label_names, precision.tolist(), recall.tolist(), f1.tolist(), strict=True)
@@ -81,8 +97,46 @@ def summary(results: dict) -> str:
     return "\n".join(lines)
 
 
-def _f1_with_interval(results: dict) -> str:
-    return f"{results['f1']:.4f} ({results['f1_low']:.4f} to {results['f1_high']:.4f})"
+def markdown(header: Sequence[str], rows: Iterable[Sequence]) -> str:
+    """A Markdown table. None is shown as -, a float with four decimals, anything else as it is."""
+
+    def cell(value) -> str:
+        return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value).replace("|", r"\|")
+
+    return "\n".join("| " + " | ".join(map(cell, row)) + " |" for row in (header, ["---"] * len(header), *rows))
+
+
+def interval(value: float, low: float, high: float) -> str:
+    """A figure and its 95 % interval."""
+    return f"{value:.4f} ({low:.4f} to {high:.4f})"
+
+
+def f1_with_interval(results: dict) -> str:
+    """Macro F1 of a results.json."""
+    return interval(results["f1"], results["f1_low"], results["f1_high"])
+
+
+def spread(values: Sequence[float], digits: int = 4) -> str:
+    """A value, or the mean of several ± their standard deviation."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def steps(run_dir: Path) -> tuple[list[str], list[tuple[int, list]]]:
+    """The published tables' columns, and for each evaluation on the test rows its step and a line of them."""
+    events = read_metrics(run_dir)
+    names = ["loss", "answer_loss"] if any("answer_loss" in e for e in events) else ["loss"]
+    lines, trained = [], []
+    for event in events:
+        if event["event"] == "train":
+            trained.append([event[name] for name in names])
+        elif event["split"] == "test":
+            losses = np.mean(trained, axis=0).tolist() if trained else [None] * len(names)
+            scores = [event[name] for name in ("loss", "accuracy", "precision", "recall", "f1")]
+            lines.append((event["step"], [event["step"], *losses, *scores]))
+            trained = []
+    header = ["step", "training loss", "of the letter"][: 1 + len(names)]
+    return [*header, "test loss", "accuracy", "precision", "recall", "F1"], lines
 
 
 def steps_table(run_dir: Path) -> str:
@@ -91,89 +145,72 @@ def steps_table(run_dir: Path) -> str:
     The training loss is the mean over the steps logged since the line before; where only the answer's letter differs from
     row to row, its loss stands apart.
     """
-    events = read_metrics(run_dir)
-    names = ["loss", "answer_loss"] if any("answer_loss" in e for e in events) else ["loss"]
-    header = ["step", "training loss", "of the letter"][: 1 + len(names)]
-    header += ["test loss", "accuracy", "precision", "recall", "F1"]
-    lines, trained = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)], []
-    for event in events:
-        if event["event"] == "train":
-            trained.append([event[name] for name in names])
-        elif event["split"] == "test":
-            losses = [f"{value:.4f}" for value in np.mean(trained, axis=0)] if trained else ["-"] * len(names)
-            scores = [f"{event[name]:.4f}" for name in ("loss", "accuracy", "precision", "recall", "f1")]
-            lines.append("| " + " | ".join([str(event["step"]), *losses, *scores]) + " |")
-            trained = []
-    return "\n".join(lines)
+    header, lines = steps(run_dir)
+    return markdown(header, [values for _, values in lines])
 
 
-def runs_table(run_dirs: Sequence[Path]) -> str:
-    """Markdown of finished runs side by side, a line each. Raises UserError where their test rows differ: no comparison."""
-    lines = [
-        "| run | model | head | steps | accuracy | macro F1 (95 % interval) | training, s | evaluation, s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    first = None
-    for run_dir in run_dirs:
-        try:
-            run = open_run(run_dir)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{run_dir}: no finished run ({error}); train it to the end first") from None
-        if run.results is None:
-            raise UserError(f"{run_dir}: no finished run (no results.json); train it to the end first")
-        first = first or run
-        if run.info["data_fingerprint"]["test"] != first.info["data_fingerprint"]["test"]:
-            raise UserError(f"{run_dir}: other test rows than {first.dir}, so there is nothing to compare; test both on the same")
-        s, results = run.info["settings"], run.results
-        lines.append(
-            f"| {run_dir} | {s['model']} | {s.get('head', 'linear')} | {results['headline_step']} of {results['final_step']} "
-            f"| {results['accuracy']:.4f} | {_f1_with_interval(results)} "
-            f"| {results['train_seconds']:.0f} | {results['eval_seconds']:.0f} |"
-        )
-    return "\n".join(lines)
+def short_names(run_dirs: Sequence[Path]) -> list[str]:
+    """The directories' paths from the deepest folder that holds them all."""
+    paths = [path.absolute() for path in run_dirs]
+    common = os.path.commonpath([path.parent for path in paths])
+    return [path.relative_to(common).as_posix() for path in paths]
+
+
+def fold(runs: Iterable[Run]) -> list[list[Run]]:
+    """The runs of one setting together: those that differ in seed and place alone."""
+    groups = {}
+    for run in runs:
+        setting = {name: value for name, value in run.info["settings"].items() if name not in ("seed", "output_dir")}
+        groups.setdefault(json.dumps([setting, run.info["data_fingerprint"]], sort_keys=True), []).append(run)
+    return [*groups.values()]
+
+
+def kind(run: Run) -> tuple[str, str, str]:
+    """What a run is a run of: BERT or Qwen3, the model's name, its head."""
+    s = run.info["settings"]
+    return "Qwen3" if "head" in s else "BERT", Path(s["model"]).name, s.get("head", "linear")
+
+
+def folded(group: Sequence[Run], names: Sequence[str]) -> tuple[str, str, str]:
+    """Of runs of one setting: name, accuracy, macro F1 with its interval."""
+    name = names[0] if len(group) == 1 else f"{os.path.commonprefix([*names])}* ({len(group)} runs)"  # noqa: RUF071
+    accuracy, f1, low, high = ([run.results[key] for run in group] for key in ("accuracy", "f1", "f1_low", "f1_high"))
+    return name, spread(accuracy), f"{spread(f1)} ({np.mean(low):.4f} to {np.mean(high):.4f})"
 
 
 def speed_table(benches: list[dict]) -> str:
     """Markdown of bench.json files, a line for each peer: rates, the ratio with its spread over rounds, and peak memory."""
-    lines = [
-        "| what | model | beside | minicls, rows/s | peer, rows/s | times as fast | peak memory, GiB |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    header = ["what", "model", "beside", "minicls, rows/s", "peer, rows/s", "times as fast", "peak memory, GiB"]
     peers = {"train": "HF Trainer", "score": "transformers, a pass a question", "generate": "transformers' generate"}
+    rows = []
     for bench in benches:
         ours, *others = bench["rows"]
         s = bench["settings"]
         for theirs in others:
             ratios = bench["speedup_of_each_round"][theirs["side"]]
-            spread, rounds = f"{min(ratios):.2f} to {max(ratios):.2f}", len(ratios)
+            extremes, rounds = f"{min(ratios):.2f} to {max(ratios):.2f}", len(ratios)
             peer = "vLLM" if theirs["side"] == "vllm" else peers[bench["task"]]
-            lines.append(
-                f"| {bench['task']}, {s['dtype']} | {Path(s['bert'] or s['qwen']).name} | {peer} {theirs['version']} "
-                f"| {ours['samples_per_second']:.2f} | {theirs['samples_per_second']:.2f} "
-                f"| **{bench['speedup'][theirs['side']]:.2f}** ({spread}, {rounds} round{'s' * (rounds > 1)}) "
-                f"| {ours['peak_memory_bytes'] / 2**30:.1f} against {theirs['peak_memory_bytes'] / 2**30:.1f} |"
-            )
-    return "\n".join(lines)
+            row = [f"{bench['task']}, {s['dtype']}", Path(s["bert"] or s["qwen"]).name, f"{peer} {theirs['version']}"]
+            row += [f"{side['samples_per_second']:.2f}" for side in (ours, theirs)]
+            row.append(f"**{bench['speedup'][theirs['side']]:.2f}** ({extremes}, {rounds} round{'s' * (rounds > 1)})")
+            rows.append([*row, " against ".join(f"{side['peak_memory_bytes'] / 2**30:.1f}" for side in (ours, theirs))])
+    return markdown(header, rows)
 
 
 def results_table(folders: Sequence[Path]) -> str:
-    """Markdown of committed results, a line for each folder with a run.json and a results.json.
+    """Markdown of committed results, a line for each folder with a run.json and a results.json; seeds are folded.
 
     A folder may hold a `hf_trainer.json` of the same rows and settings beside them: a line of its own.
     """
-    lines = [
-        "| result | model | head | train rows | test rows | accuracy | macro F1 (95 % interval) | training, s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for folder in folders:
-        run = open_run(folder)
-        s, sides = run.info["settings"], {folder.name: run.results}
-        if (folder / "hf_trainer.json").is_file():
-            sides[f"{folder.name}, HF Trainer"] = json.loads((folder / "hf_trainer.json").read_text(encoding="utf-8"))
-        for name, found in sides.items():
-            rows = f"{run.info['num_train_rows']:,} | {found['num_test_rows']:,}"
-            lines.append(
-                f"| {name} | {Path(s['model']).name} | {s.get('head', 'linear')} | {rows} "
-                f"| {found['accuracy']:.4f} | {_f1_with_interval(found)} | {found['train_seconds']:.0f} |"
-            )
-    return "\n".join(lines)
+    header = ["result", "model", "head", "train rows", "test rows", "accuracy", "macro F1 (95 % interval)", "training, s"]
+    rows, names = [], dict(zip(folders, short_names(folders), strict=True))
+    for group in fold(map(open_run, folders)):
+        info, (name, *scores) = group[0].info, folded(group, [names[run.dir] for run in group])
+        row = [*kind(group[0])[1:], f"{info['num_train_rows']:,}", f"{group[0].results['num_test_rows']:,}"]
+        rows.append([name, *row, *scores, spread([run.results["train_seconds"] for run in group], 0)])
+        for run in group:
+            if (run.dir / "hf_trainer.json").is_file():
+                found = json.loads((run.dir / "hf_trainer.json").read_text(encoding="utf-8"))
+                scores = [found["accuracy"], f1_with_interval(found), f"{found['train_seconds']:.0f}"]
+                rows.append([f"{names[run.dir]}, HF Trainer", *row, *scores])
+    return markdown(header, rows)

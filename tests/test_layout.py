@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom to the top: a module imports only what stands before it. A new module gets its place here; some wait to
 # be written.
 ORDER = ["__init__", "config", "attention", "bert", "qwen3", "optim", "metrics", "dist", "tokenizer", "data", "prompt", "weights"]
-ORDER += ["logger", "checkpoint", "scorer", "generate", "predict", "engines", "report", "plots", "__main__"]
+ORDER += ["logger", "checkpoint", "scorer", "generate", "predict", "engines", "report", "plots", "comparison", "__main__"]
 ORDER += ["train_bert", "train_qwen", "bench"]
 MODELS = ["bert", "qwen3"]
 OPTIONAL = {"transformers", "vllm", "matplotlib", "tensorboard", "accelerate"}

@@ -9,10 +9,22 @@ everything is seeded, so nothing fails by chance.
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
 from scipy.stats import binomtest
 from sklearn import metrics as sklearn_metrics
 
-from minicls.metrics import calibration_error, classification_metrics, confusion_matrix, f1_interval, mcnemar, per_class
+from minicls.metrics import (
+    accuracy_interval,
+    calibration_error,
+    classification_metrics,
+    confusion_matrix,
+    f1_interval,
+    fit_temperature,
+    mcnemar,
+    paired_bootstrap,
+    per_class,
+)
 
 CLOSE = {"rtol": 0, "atol": 1e-12}
 
@@ -148,6 +160,66 @@ def test_mcnemar_equals_the_binomial_test(n, right_a, right_b):
     assert p == pytest.approx(binomtest(only_a, only_a + only_b, 0.5).pvalue, rel=1e-9, abs=1e-300)
 
 
+@pytest.mark.parametrize(("right", "n"), [(7181, 7600), (0, 5), (5, 5), (1, 2), (60, 100)])
+def test_accuracy_interval_equals_wilson(right, n):
+    reference = binomtest(right, n).proportion_ci(method="wilson")
+    assert accuracy_interval(right / n, n) == pytest.approx((reference.low, reference.high), abs=1e-12)
+
+
+@pytest.mark.parametrize(("sharpness", "C"), [(0.3, 3), (1.0, 4), (5.0, 77)])
+def test_temperature_is_the_minimum_that_scipy_finds(sharpness, C):
+    rng = np.random.default_rng(0)
+    logits = 2 * rng.normal(size=(2000, C))
+    labels = np.array([rng.choice(C, p=np.exp(row)) for row in log_softmax(logits, axis=1)])  # calibrated as they are
+    logits = sharpness * logits + 700  # a constant moves no softmax, and must not overflow
+    nll = lambda T: -log_softmax(logits / T, axis=1)[np.arange(2000), labels].mean()  # noqa: E731
+    found = fit_temperature(logits, labels)
+    assert found == pytest.approx(minimize_scalar(nll, bounds=(0.01, 100), method="bounded", options={"xatol": 1e-9}).x, rel=1e-6)
+    assert found == pytest.approx(sharpness, rel=0.1)  # 2,000 rows tell it to about three percent
+
+
+def test_temperature_where_no_finite_one_is_the_best():
+    logits = np.array([[2.0, 1.0], [0.0, 3.0]])
+    assert fit_temperature(logits, np.array([0, 1])) == pytest.approx(0.01)  # all right: the sharper, the better
+    assert fit_temperature(logits, np.array([1, 0])) == pytest.approx(100)  # all wrong: the flatter, the better
+
+
+def test_paired_bootstrap_of_accuracy_counted_by_hand():
+    """100 rows, 20 of them right for a alone and 10 for b alone: the difference of a row is 1, -1 or 0, with variance
+    0.3 - 0.1**2 = 0.29. The mean of 100 has a standard error of 0.0539, and 1.96 of them are the interval, but for the grid
+    of 1/100 that the mean moves on."""
+    labels = np.zeros(100, int)
+    a, b = np.array([0] * 20 + [1] * 10 + [0] * 70), np.array([1] * 20 + [0] * 10 + [0] * 70)
+    difference, low, high = paired_bootstrap(labels, a, b, 2)["accuracy"]
+    assert difference == pytest.approx(0.1, abs=1e-12)
+    assert (low, high) == pytest.approx((0.1 - 1.96 * 0.0539, 0.1 + 1.96 * 0.0539), abs=0.011)
+    assert paired_bootstrap(labels, a, a, 2) == {"accuracy": (0, 0, 0), "f1": (0, 0, 0)}
+
+
+@pytest.mark.parametrize(("n", "C"), [(300, 3), (500, 20)])
+def test_paired_bootstrap_equals_one_over_rows(n, C):
+    labels, a = random_rows(n, C, 0.8)
+    b = np.where(np.random.default_rng(5).random(n) < 0.7, a, random_rows(n, C, 0.5, seed=9)[1])
+    found = paired_bootstrap(labels, a, b, C)
+    assert found == paired_bootstrap(labels, a, b, C) != paired_bootstrap(labels, a, b, C, seed=1)
+    scores = [classification_metrics(confusion_matrix(labels, predictions, C)) for predictions in (a, b)]
+    rng = np.random.default_rng(1)
+    resampled = {"accuracy": [], "f1": []}
+    for _ in range(2000):
+        rows = rng.integers(0, n, n)
+        one, two = (classification_metrics(confusion_matrix(labels[rows], p[rows], C)) for p in (a, b))
+        for name, values in resampled.items():
+            values.append(one[name] - two[name])
+    for name, values in resampled.items():
+        difference, low, high = found[name]
+        assert difference == pytest.approx(scores[0][name] - scores[1][name], abs=1e-12)
+        # As above, a quarter of a sigma; and accuracies lie on a grid of 1 / n.
+        tolerance = 0.26 * np.std(values) + (name == "accuracy") / n
+        assert abs(low - np.quantile(values, 0.025)) < tolerance and abs(high - np.quantile(values, 0.975)) < tolerance
+    mirrored = paired_bootstrap(labels, b, a, C)
+    assert mirrored["f1"][0] == pytest.approx(-found["f1"][0], abs=1e-12)
+
+
 def test_published_predictions_reproduce_their_authors_figures(shared):
     table = pq.read_table(shared / "data" / "ag_news" / "published_test_predictions.parquet")
     labels, *models = (table[name].to_numpy() for name in ("label", "distilbert", "linear_svc", "llama31_8b_sft"))
@@ -157,3 +229,19 @@ def test_published_predictions_reproduce_their_authors_figures(shared):
     only_a, only_b, p = mcnemar(labels, models[0], models[2])
     assert only_b - only_a == round(7600 * (accuracies[2] - accuracies[0]))
     assert p == pytest.approx(binomtest(only_a, only_a + only_b).pvalue, rel=1e-9)
+
+
+def test_published_predictions_side_by_side(shared):
+    """The 8B model beats DistilBERT by 1.21 points, and both beat the linear one, far outside the error bar."""
+    table = pq.read_table(shared / "data" / "ag_news" / "published_test_predictions.parquet")
+    labels, bert, svc, llama = (table[name].to_numpy() for name in ("label", "distilbert", "linear_svc", "llama31_8b_sft"))
+    for a, b, points in ((llama, bert, 0.0121), (bert, svc, 0.0188), (llama, svc, 0.0309)):
+        only_a, only_b, p = mcnemar(labels, a, b)
+        difference, low, high = paired_bootstrap(labels, a, b, 4)["accuracy"]
+        assert difference == pytest.approx((only_a - only_b) / 7600, abs=1e-12) and round(difference, 4) == points
+        # McNemar's variance: that of a row's difference, 1 or -1 where one alone is right.
+        half = 1.96 * np.sqrt(((only_a + only_b) / 7600 - difference**2) / 7600)
+        assert (low, high) == pytest.approx((difference - half, difference + half), abs=3e-4)  # 0.1 standard errors
+        assert p < 1e-4 and p == pytest.approx(binomtest(only_a, only_a + only_b).pvalue, rel=1e-9) and low > 0
+        _, f1_low, f1_high = paired_bootstrap(labels, a, b, 4)["f1"]
+        assert (f1_low, f1_high) == pytest.approx((low, high), abs=1e-3)  # balanced classes: F1 and accuracy hardly differ

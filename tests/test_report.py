@@ -1,56 +1,105 @@
 """Tables out of result files.   python -m pytest tests/test_report.py      (a run's own files: tests/test_train.py)
 
-Figures are those of the files, digit by digit.
+Figures are those of the files, digit by digit; comparisons are reckoned again, with scipy where it has them.
 """
 
 import json
+import re
 import shutil
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
+from scipy.stats import binomtest
 
+from minicls import metrics
 from minicls.__main__ import main
+from minicls.comparison import PUBLISHED
 from minicls.config import UserError
+from minicls.data import AG_NEWS_LABELS, Data, Split
 from minicls.logger import read_metrics
-from minicls.report import results_table, steps_table
+from minicls.report import results_table, steps_table, write_results
 
 
 def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_runs_side_by_side(bert_run, qwen_run, capsys):
-    main(["report", str(bert_run), str(qwen_run)])
-    header, _, *lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2
-    for run, line, head in zip((bert_run, qwen_run), lines, ("linear", "options"), strict=True):
-        row, found = dict(zip(cells(header), cells(line), strict=True)), json.loads((run / "results.json").read_text())
-        assert (row["run"], row["model"], row["head"], row["steps"]) == (str(run), "tiny", head, "16 of 16")
-        assert row["macro F1 (95 % interval)"] == f"{found['f1']:.4f} ({found['f1_low']:.4f} to {found['f1_high']:.4f})"
-        assert row["accuracy"] == f"{found['accuracy']:.4f}"
-        assert [row["training, s"], row["evaluation, s"]] == [f"{found[f'{what}_seconds']:.0f}" for what in ("train", "eval")]
+def read_table(text: str) -> list[dict[str, str]]:
+    """The first Markdown table of a text."""
+    header, _, *lines = (line for line in re.search(r"(?:^\|.*\n?)+", text, re.MULTILINE).group().splitlines())
+    return [dict(zip(cells(header), cells(line), strict=True)) for line in lines]
 
 
-def test_other_test_rows_are_no_comparison(bert_run, tmp_path):
-    other = shutil.copytree(bert_run, tmp_path / "other")
-    info = json.loads((other / "run.json").read_text())
-    info["data_fingerprint"]["test"] = "0" * 64
-    (other / "run.json").write_text(json.dumps(info))
-    with pytest.raises(UserError, match=f"{other}: other test rows than {bert_run}"):
-        main(["report", str(bert_run), str(other)])
+def read_sections(file: Path) -> dict[str, str]:
+    """The sections of a report.md by their titles."""
+    _, *parts = re.split(r"^## ", file.read_text(), flags=re.MULTILINE)
+    return dict(part.split("\n", 1) for part in parts)
 
 
-def test_an_unfinished_run_is_named(bert_run, tmp_path):
-    copy = shutil.copytree(bert_run, tmp_path / "copy")
-    (copy / "results.json").unlink()
-    with pytest.raises(UserError, match=f"{copy}: no finished run"):
-        main(["report", str(bert_run), str(copy)])
+def report(out: Path, *args) -> dict[str, str]:
+    main(["report", *map(str, args), "--out", str(out)])
+    return read_sections(out / "report.md")
+
+
+def found(run: Path) -> dict:
+    return json.loads((run / "results.json").read_text())
+
+
+def columns(run: Path) -> dict[str, np.ndarray]:
+    table = pq.read_table(run / "predictions.parquet")
+    return {name: table[name].to_numpy().copy() for name in table.column_names}  # ours to change
+
+
+def copy_run(run: Path, folder: Path, results: dict | None = None, num_train_rows: int | None = None, **settings) -> Path:
+    """What is kept of a run, under other settings and with other results."""
+    folder.mkdir(parents=True)
+    for name in ("run.json", "results.json", "metrics.jsonl", "predictions.parquet"):
+        shutil.copy(run / name, folder)
+    info = json.loads((folder / "run.json").read_text())
+    info["settings"] |= settings
+    info["num_train_rows"] = num_train_rows or info["num_train_rows"]
+    (folder / "run.json").write_text(json.dumps(info))
+    (folder / "results.json").write_text(json.dumps(found(folder) | (results or {})))
+    return folder
+
+
+# A run's own files.
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_temperature_is_fitted_on_validation_and_used_on_test(held_out, tmp_path):
+    rng = np.random.default_rng(0)
+    splits = [Split(["a b c"] * n, rng.integers(0, 3, n)) for n in (300, 200)]
+    logits = [torch.from_numpy(8 * (np.eye(3)[s.labels] * 0.5 + rng.normal(size=(len(s), 3)))).float() for s in splits]
+    data, validation = Data(splits[1], splits[0], ("x", "y", "z")), splits[1] if held_out else None
+
+    class Words:
+        def encode(self, texts):
+            return [text.split() for text in texts]
+
+    state = {"step": 4, "train_seconds": 0.0, "eval_seconds": 0.0, "samples": 0, "tokens": 0}
+    state |= {"best_on_validation": None, "best_on_test": None}
+    of_splits = {"test": logits[0]} | ({"validation": logits[1]} if held_out else {})
+    results = write_results(tmp_path, data, validation, Words(), of_splits, state, 4, torch.device("cpu"))
+    assert results == found(tmp_path) and columns(tmp_path)["num_tokens"].tolist() == [3] * 300
+    if not held_out:
+        assert results["temperature"] is results["calibration_error_scaled"] is None
+        return
+    temperature = metrics.fit_temperature(logits[1].double().numpy(), splits[1].labels)
+    probabilities = (logits[0].double() / temperature).softmax(1).numpy()
+    assert results["temperature"] == temperature > 2
+    assert results["calibration_error_scaled"] == metrics.calibration_error(probabilities, splits[0].labels)
+    assert results["calibration_error_scaled"] < 0.5 * results["calibration_error"]  # these logits are far too sure
 
 
 @pytest.mark.parametrize("name", ["bert_run", "qwen_run"])
 def test_steps_have_the_published_columns(name, request):
     run = request.getfixturevalue(name)
-    header, _, *lines = steps_table(run).splitlines()
-    rows = [dict(zip(cells(header), cells(line), strict=True)) for line in lines]
+    rows = read_table(steps_table(run))
     tests = [e for e in read_metrics(run) if e["event"] == "eval"]
     train = [e for e in read_metrics(run) if e["event"] == "train"]
     assert [e["step"] for e in train] == [10, 16]
@@ -64,6 +113,219 @@ def test_steps_have_the_published_columns(name, request):
         assert rows[1]["of the letter"] == f"{(train[0]['answer_loss'] + train[1]['answer_loss']) / 2:.4f}"
 
 
+# The report.
+
+
+def test_two_runs_and_all_their_figures(bert_run, qwen_run, tmp_path, capsys):
+    sections = report(tmp_path / "out", bert_run, qwen_run)
+    printed = capsys.readouterr().out
+    assert printed.endswith(f"report: {tmp_path / 'out' / 'report.md'}\n")
+    assert read_table(printed) == read_table(sections["Headlines"])
+    runs, tables = (bert_run, qwen_run), {title: body and read_table(body) for title, body in sections.items()}
+    for i, (run, head) in enumerate(zip(runs, ("linear", "options"), strict=True)):
+        row, of_run = tables["Headlines"][i], found(run)
+        assert (row["run"], row["model"], row["head"], row["steps"]) == (str(run), "tiny", head, "16 of 16")
+        interval = f"{of_run['f1']:.4f} ({of_run['f1_low']:.4f} to {of_run['f1_high']:.4f})"
+        assert row["macro F1 (95 % interval)"] == interval
+        assert row["accuracy"] == f"{of_run['accuracy']:.4f}"
+        assert [row["training, s"], row["evaluation, s"]] == [f"{of_run[f'{what}_seconds']:.0f}" for what in ("train", "eval")]
+        row = tables["How the step was chosen"][i]
+        assert (row["headline"], row["step"], row["macro F1 (95 % interval)"]) == ("last step", "16", interval)
+        wilson = binomtest(round(100 * of_run["accuracy"]), 100).proportion_ci(method="wilson")
+        assert row["accuracy (95 % interval)"] == f"{of_run['accuracy']:.4f} ({wilson.low:.4f} to {wilson.high:.4f})"
+        best = max((e["f1"], -e["step"]) for e in read_metrics(run) if e["event"] == "eval")
+        assert (row["best on test: step"], row["macro F1"]) == (str(-best[1]), f"{best[0]:.4f}")
+        row = tables["What was run"][i]
+        assert (row["data"], row["training rows"], row["test rows"], row["dtype"]) == ("synthetic", "256", "100", "fp32")
+        name = row["run"]
+        assert str(run).endswith(name)
+        assert [row[name] for row in tables["Classes"]] == [f"{c['f1']:.4f}" for c in of_run["per_class"].values()]
+        confusion = read_table(sections["Confusion"].split(f"### {name}\n")[1])
+        assert [[int(row[c]) for c in AG_NEWS_LABELS] for row in confusion] == of_run["confusion"]
+        row = tables["Calibration"][i]
+        assert [*row.values()] == [name, f"{of_run['calibration_error']:.4f}", "-", "-"]  # no validation rows were held out
+        row = tables["Cost"][i]
+        assert float(row["s each"]) == pytest.approx(of_run["eval_seconds"] / 2, abs=0.06)
+    ratio = cells(sections["Cost"].strip().splitlines()[-1])[3]
+    assert ratio == f"{found(qwen_run)['train_seconds'] / found(bert_run)['train_seconds']:.2f}"
+
+    (row,) = tables["Two by two"]
+    left, right = columns(bert_run), columns(qwen_run)
+    a, b = left["label"] == left["prediction"], right["label"] == right["prediction"]
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    assert (row["only a right"], row["only b right"]) == (str(only_a), str(only_b))
+    assert row["McNemar's p"] == f"{binomtest(only_a, only_a + only_b).pvalue:.2g}"
+    assert row["accuracy, a - b"].startswith(f"{a.mean() - b.mean():+.4f} (")
+    assert row["macro F1, a - b"].startswith(f"{found(bert_run)['f1'] - found(qwen_run)['f1']:+.4f} (")
+
+    assert sum(int(row["rows"]) for row in tables["Length"]) == 100
+    for row in tables["Length"]:
+        low, high = map(int, row["tokens"].split(" to "))
+        inside = (left["num_tokens"] >= low) & (left["num_tokens"] <= high)
+        assert inside.sum() == int(row["rows"])
+        for cell, right_ones in zip([*row.values()][2:], (a, b), strict=True):
+            assert cell.startswith(f"{right_ones[inside].mean():.4f} (")
+    # Synthetic texts are not AG News; neither model was tried twice; nothing was served.
+    assert sections.keys().isdisjoint({"Beside the published tables", "Settings and seeds", "Training rows", "Which one to deploy"})
+
+
+def test_real_predictions_beside_the_published_tables(bert_run, qwen_run, shared, tmp_path):
+    """Three models of the outside world on AG News' test rows, as if they were runs of ours."""
+    table = pq.read_table(shared / "data" / "ag_news" / "published_test_predictions.parquet")
+    labels = table["label"].to_numpy()
+    for name, like in (("distilbert", bert_run), ("linear_svc", bert_run), ("llama31_8b_sft", qwen_run)):
+        confusion = metrics.confusion_matrix(labels, table[name].to_numpy(), 4)
+        low, high = metrics.f1_interval(confusion, resamples=500)
+        results = metrics.classification_metrics(confusion) | {"f1_low": low, "f1_high": high, "num_test_rows": 7600}
+        run = copy_run(like, tmp_path / name, results | {"confusion": confusion.tolist()}, data="fancyzhx/ag_news", model=name)
+        pq.write_table(pa.table({"row": range(7600), "label": labels, "prediction": table[name]}), run / "predictions.parquet")
+    names = ("distilbert", "linear_svc", "llama31_8b_sft")
+    sections = report(tmp_path / "out", *(tmp_path / name for name in names))
+    assert [row["accuracy"] for row in read_table(sections["Headlines"])] == ["0.9422", "0.9234", "0.9543"]
+    pairs = {(row["a"], row["b"]): row for row in read_table(sections["Two by two"])}
+    better = {pair: row["better"] for pair, row in pairs.items()}
+    assert better == {names[:2]: names[0], (names[0], names[2]): names[2], names[1:]: names[2]}
+    assert pairs[names[:2]]["accuracy, a - b"].startswith("+0.0188 (+0.01")
+    assert "Length" not in sections  # these files have no num_tokens
+    chosen = read_table(sections["How the step was chosen"])
+    assert [row["run"] for row in chosen] == [*names, "published BERT", "published Qwen3"]
+    assert (chosen[3]["accuracy (95 % interval)"], chosen[3]["best on test: step"]) == ("0.9442 (0.9388 to 0.9491)", "3752")
+    for name, kind in zip(names, ("BERT", "BERT", "Qwen3"), strict=True):
+        rows = read_table(sections["Beside the published tables"].split(f"### {name}\n")[1])
+        published = [row for row in rows if row["published step"] != "-"]
+        for column, values in PUBLISHED[kind].items():
+            assert [float(row[f"published {column}"]) for row in published] == [*values]
+        # Ours were evaluated in the middle and at the end; BERT's published table ends before the end.
+        ours = [(row["share"], row["step"], row["published step"]) for row in rows if row["step"] != "-"]
+        middle = "4690" if kind == "BERT" else "-"
+        assert ours == [("0.50", "8", middle), ("1.00", "16", "-" if kind == "BERT" else "1250")]
+
+
+def test_equal_and_hardly_different_predictions_have_no_winner(bert_run, tmp_path):
+    twin, near = (copy_run(bert_run, tmp_path / name) for name in ("twin", "near"))
+    table = columns(near)
+    wrong = np.flatnonzero(table["label"] != table["prediction"])[:3]  # three rows better: p is 0.25
+    table["prediction"][wrong] = table["label"][wrong]
+    pq.write_table(pa.table(table), near / "predictions.parquet")
+    rows = read_table(report(tmp_path / "out", bert_run, twin, near)["Two by two"])
+    assert [(row["McNemar's p"], row["better"]) for row in rows] == [("1", "neither"), ("0.25", "neither"), ("0.25", "neither")]
+
+
+def test_seeds_are_folded_and_every_cell_is_told(bert_run, tmp_path):
+    """Two learning rates by three seeds; the better one on validation is the worse one on test."""
+    f1 = {"1e-4": (0.80, 0.81, 0.85), "3e-4": (0.70, 0.72, 0.71)}
+    validation = {"1e-4": (0.6, 0.7, 0.8), "3e-4": (0.8, 0.9, 0.7)}
+    for rate, values in f1.items():
+        for seed, value in enumerate(values):
+            scores = {"f1": value, "accuracy": value, "f1_low": value - 0.01, "f1_high": value + 0.02}
+            run = copy_run(bert_run, tmp_path / "grid" / f"lr{rate}-seed{seed}", scores, learning_rate=float(rate), seed=seed)
+            event = {"event": "eval", "split": "validation", "step": 16, "f1": validation[rate][seed]}
+            with (run / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(event) + "\n")
+    runs = sorted((tmp_path / "grid").iterdir())
+    sections = report(tmp_path / "out", *runs, runs[0])  # one of them named twice
+    rows = read_table(sections["Headlines"])
+    assert [row["run"] for row in rows] == [f"{tmp_path}/grid/lr{rate}-seed* (3 runs)" for rate in f1]
+    spread = [f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" for values in f1.values()]
+    assert spread[1] == "0.7100 ± 0.0100" and [row["accuracy"] for row in rows] == spread
+    assert rows[1]["macro F1 (95 % interval)"] == "0.7100 ± 0.0100 (0.7000 to 0.7300)"
+    grid = read_table(sections["Settings and seeds"])
+    assert [row["learning_rate"] for row in grid] == ["0.0001", "0.0003"]
+    for row, rate in zip(grid, f1, strict=True):
+        cells_of_row = [row[f"seed {seed}: validation / test"] for seed in range(3)]
+        assert cells_of_row == [f"{v:.4f} / {t:.4f}" for v, t in zip(validation[rate], f1[rate], strict=True)]
+    assert [(row["validation"], row["test"]) for row in grid] == [("0.7000 ± 0.1000", spread[0]), ("0.8000 ± 0.1000", spread[1])]
+    assert [row[""] for row in grid] == ["", "chosen"]
+    assert len(read_table(sections["Two by two"])) == 15
+    _, _, *lines = results_table(runs).splitlines()
+    assert [cells(line)[0] for line in lines] == ["lr1e-4-seed* (3 runs)", "lr3e-4-seed* (3 runs)"]
+    assert not (tmp_path / "out" / "rows.png").exists()
+
+
+def test_a_curve_over_training_rows(bert_run, qwen_run, tmp_path):
+    runs = [bert_run, copy_run(bert_run, tmp_path / "less", {"f1": 0.4}, 64, max_train_rows=64), qwen_run]
+    sections = report(tmp_path / "out", *runs)
+    assert "(rows.png)" in sections["Training rows"] and (tmp_path / "out" / "rows.png").stat().st_size > 5000
+    grid = read_table(sections["Settings and seeds"])
+    assert sections["Settings and seeds"].count("BERT (tiny), linear") == 1 and "Qwen3" not in sections["Settings and seeds"]
+    assert [(row["max_train_rows"], row["seed 42: validation / test"]) for row in grid][1] == ("64", "- / 0.4000")
+
+
+BENCH = {"model": "bert", "engine": "minicls", "engine_version": "0.1.0", "method": "classify", "mode": "offline", "dtype": "fp32"}
+BENCH |= {"device": "cpu", "requests_per_second": 61.234, "latency_p50_ms": 15.5, "num_requests": 100, "accuracy": 0.9}
+BENCH |= {"agreement": 1.0, "status": "ok", "reason": None}
+LACKING = {"requests_per_second": None, "latency_p50_ms": None, "accuracy": None, "status": "not run", "reason": "no vllm"}
+
+
+@pytest.mark.parametrize("bench", [[BENCH, BENCH | LACKING], {"rows": [BENCH, BENCH | LACKING]}], ids=["list", "dictionary"])
+def test_requests_beside_accuracy(bench, bert_run, tmp_path):
+    (tmp_path / "bench.json").write_text(json.dumps(bench))
+    first, second = read_table(report(tmp_path / "out", bert_run, "--bench", tmp_path / "bench.json")["Which one to deploy"])
+    assert (first["engine"], first["requests/s"], first["accuracy"], first["status"]) == ("minicls 0.1.0", "61.23", "0.9000", "ok")
+    assert (second["requests/s"], second["status"]) == ("-", "not run: no vllm")
+    assert (tmp_path / "out" / "deploy.png").stat().st_size > 5000
+
+
+def test_what_is_kept_of_runs_will_do(bert_run, qwen_run, tmp_path):
+    """Without predictions and metrics, all that results.json holds is told, and what is left out."""
+    runs = [copy_run(run, tmp_path / name, data="ag_news") for run, name in ((bert_run, "bert"), (qwen_run, "qwen"))]
+    for run in runs:
+        (run / "predictions.parquet").unlink()
+        (run / "metrics.jsonl").unlink()
+        old = found(run)
+        del old["temperature"], old["calibration_error_scaled"]  # of before they were kept
+        (run / "results.json").write_text(json.dumps(old))
+    sections = report(tmp_path / "out", *runs)
+    assert "Left out, without predictions.parquet: bert, qwen." in sections["Two by two"]
+    assert len(read_table(sections["Headlines"])) == 2 and "Length" not in sections
+    assert [row["temperature"] for row in read_table(sections["Calibration"])] == ["-", "-"]
+
+
+# Mistakes.
+
+
+def test_other_test_rows_are_no_comparison(bert_run, tmp_path):
+    other = copy_run(bert_run, tmp_path / "other")
+    info = json.loads((other / "run.json").read_text())
+    info["data_fingerprint"]["test"] = "0" * 64
+    (other / "run.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=f"{other}: other test rows than {bert_run}"):
+        report(tmp_path / "out", bert_run, other)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_class_names_are_no_comparison(bert_run, tmp_path):
+    other = copy_run(bert_run, tmp_path / "other", {"per_class": {name: {"f1": 1.0} for name in "abcd"}})
+    with pytest.raises(UserError, match=f"{other}: other class names than {bert_run}"):
+        report(tmp_path / "out", bert_run, other)
+
+
+def test_an_unfinished_run_is_named(bert_run, tmp_path):
+    copy = copy_run(bert_run, tmp_path / "copy")
+    (copy / "results.json").unlink()
+    with pytest.raises(UserError, match=f"{copy}: no finished run"):
+        report(tmp_path / "out", bert_run, copy)
+    with pytest.raises(UserError, match=f"{tmp_path / 'none'}: no finished run"):
+        report(tmp_path / "out", tmp_path / "none")
+
+
+def test_files_in_the_way_or_broken(bert_run, tmp_path):
+    with pytest.raises(UserError, match=f"--out: {bert_run} is not empty"):
+        report(bert_run, bert_run)
+    broken = copy_run(bert_run, tmp_path / "broken")
+    (broken / "predictions.parquet").write_text("PAR1")
+    with pytest.raises(UserError, match=r"predictions.parquet: not a readable parquet file"):
+        report(tmp_path / "out", bert_run, broken)
+    for text in ("{", "[1]", '{"task": "score"}', '[{"model": "bert"}]'):
+        (tmp_path / "bench.json").write_text(text)
+        with pytest.raises(UserError, match=r"--bench: .*bench.json is no result of bench.py --task rps"):
+            report(tmp_path / "out", bert_run, "--bench", tmp_path / "bench.json")
+    assert not (tmp_path / "out").exists()
+
+
+# Tables of the README.
+
+
 def test_committed_results_with_a_peer_beside_them(bert_run, tmp_path):
     folder = tmp_path / "some-run"
     folder.mkdir()
@@ -74,3 +336,10 @@ def test_committed_results_with_a_peer_beside_them(bert_run, tmp_path):
     _, _, ours, theirs = results_table([folder]).splitlines()
     assert cells(ours)[:5] == ["some-run", "tiny", "linear", "256", "100"]
     assert cells(theirs) == ["some-run, HF Trainer", "tiny", "linear", "256", "100", "0.5000", "0.4000 (0.3000 to 0.4500)", "7"]
+
+
+def test_committed_results_in_groups(bert_run, qwen_run, tmp_path):
+    seeds = [copy_run(bert_run, tmp_path / "grid" / f"seed{seed}", {"f1": 0.5 + seed / 10}, seed=seed) for seed in (1, 2)]
+    rows = read_table(results_table([copy_run(qwen_run, tmp_path / "alone"), *seeds]))
+    assert [row["result"] for row in rows] == ["alone", "grid/seed* (2 runs)"]
+    assert rows[1]["macro F1 (95 % interval)"].startswith("0.6500 ± 0.0707 (")

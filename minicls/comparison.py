@@ -1,0 +1,363 @@
+"""Finished runs side by side: `python -m minicls report`.
+
+A run is a run directory or what is kept of one: run.json, results.json, metrics.jsonl and, for comparisons row by row,
+predictions.parquet. A table is a function from runs, by their names, to Markdown.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from minicls import metrics, plots
+from minicls.checkpoint import Run, open_run
+from minicls.config import UserError
+from minicls.data import AG_NEWS_LABELS
+from minicls.logger import read_metrics
+from minicls.report import f1_with_interval, fold, folded, interval, kind, markdown, short_names, spread, steps
+
+# The published experiment on AG News, one RTX 3090: steps of the whole run, columns of its table, best on test (step, F1).
+PUBLISHED_STEPS = {"BERT": 9375, "Qwen3": 1250}
+PUBLISHED = {
+    "BERT": {
+        "step": (938, 1876, 2814, 3752, 4690, 5628, 6566, 7504, 8442),
+        "test loss": (0.1956, 0.1795, 0.1864, 0.1690, 0.1769, 0.1773, 0.1946, 0.1914, 0.1944),
+        "accuracy": (0.9347, 0.9383, 0.9367, 0.9455, 0.9454, 0.9457, 0.9428, 0.9441, 0.9442),
+        "F1": (0.9348, 0.9384, 0.9367, 0.9456, 0.9454, 0.9456, 0.9428, 0.9441, 0.9442),
+    },
+    "Qwen3": {
+        "step": (250, 500, 750, 1000, 1250),
+        "training loss": (0.026, 0.027, 0.022, 0.022, 0.023),
+        "accuracy": (0.912, 0.924, 0.937, 0.941, 0.940),
+    },
+}
+PUBLISHED_BEST = {"BERT": (3752, 0.945572), "Qwen3": (1000, 0.941)}
+
+
+def open_runs(run_dirs: Sequence[Path]) -> dict[str, Run]:
+    """Finished runs by their short names. Raises UserError where one is not, or where test rows differ: no comparison."""
+    run_dirs = [*{path.resolve(): path for path in run_dirs}.values()]  # named twice, it is not two seeds
+    runs = {}
+    for name, run_dir in zip(short_names(run_dirs), run_dirs, strict=True):
+        try:
+            run = runs[name] = open_run(run_dir)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{run_dir}: no finished run ({error}); train it to the end first") from None
+        if run.results is None:
+            raise UserError(f"{run_dir}: no finished run (no results.json); train it to the end first")
+        first = next(iter(runs.values()))
+        if run.info["data_fingerprint"]["test"] != first.info["data_fingerprint"]["test"]:
+            raise UserError(f"{run_dir}: other test rows than {first.dir}, so there is nothing to compare; test both on the same")
+        if [*run.results["per_class"]] != [*first.results["per_class"]]:
+            raise UserError(f"{run_dir}: other class names than {first.dir}; give both the same --label-names")
+    return runs
+
+
+def predictions(run: Run) -> dict[str, np.ndarray] | None:
+    """The columns of predictions.parquet, (n,) each; None where it was not kept."""
+    import pyarrow.parquet as pq
+
+    file = run.dir / "predictions.parquet"
+    try:
+        table = pq.read_table(file)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not a readable parquet file ({error}); run --eval-only --resume {run.dir} again") from None
+    return {name: table[name].to_numpy() for name in table.column_names}
+
+
+def validation_f1(run: Run) -> float | None:
+    """Macro F1 of the headline step on the validation rows."""
+    step = run.results["headline_step"]
+    found = [e["f1"] for e in read_metrics(run.dir) if e.get("split") == "validation" and e["step"] == step]
+    return found[0] if found else None
+
+
+def published_kind(run: Run) -> str | None:
+    """Which published table a run stands beside; None where it was not on AG News."""
+    if tuple(run.results["per_class"]) != AG_NEWS_LABELS or run.info["settings"]["data"] == "synthetic":
+        return None
+    return kind(run)[0]
+
+
+def published_table(run: Run) -> str | None:
+    """The published table beside a run's own, line by line where the same share of the training is done."""
+    if (published := published_kind(run)) is None:
+        return None
+    columns, (header, ours) = PUBLISHED[published], steps(run.dir)
+    theirs = [(values[0], values) for values in zip(*columns.values(), strict=True)]
+    shares: dict[float, tuple[list, list]] = {}
+    for side, (total, lines) in enumerate([(PUBLISHED_STEPS[published], theirs), (run.info["total_steps"], ours)]):
+        for step, values in lines:
+            shares.setdefault(round(step / max(1, total), 2), ([], []))[side].append(values)
+    empty = [None] * len(columns), [None] * len(header)
+    rows = [
+        [f"{share:.2f}", *(left or empty[0]), *(right or empty[1])]
+        for share, sides in sorted(shares.items())
+        for left, right in itertools.zip_longest(*sides)
+    ]
+    return markdown(["share", *(f"published {name}" for name in columns), *header], rows)
+
+
+def confusion_table(run: Run) -> str:
+    """True class down, predicted class across; of more than 20 classes, the ten commonest mistakes."""
+    names, confusion = [*run.results["per_class"]], np.array(run.results["confusion"])
+    if len(names) <= 20:
+        return markdown(["true \\ predicted", *names], [[name, *row] for name, row in zip(names, confusion.tolist(), strict=True)])
+    mistakes = confusion - np.diag(confusion.diagonal())
+    pairs = [divmod(cell, len(names)) for cell in np.argsort(-mistakes.flatten(), kind="stable")[:10]]
+    return markdown(["true", "predicted", "rows"], [[names[i], names[j], confusion[i, j]] for i, j in pairs])
+
+
+def runs_table(runs: dict[str, Run]) -> str:
+    """The headlines, a line for each run, the seeds of a setting folded into one."""
+    header = ["run", "model", "head", "steps", "accuracy", "macro F1 (95 % interval)", "training, s", "evaluation, s"]
+    rows = []
+    for group in fold(runs.values()):
+        name, accuracy, f1 = folded(group, [str(run.dir) for run in group])
+        reached = " ".join(dict.fromkeys(f"{run.results['headline_step']} of {run.results['final_step']}" for run in group))
+        seconds = [spread([run.results[f"{what}_seconds"] for run in group], 0) for what in ("train", "eval")]
+        s = group[0].info["settings"]
+        rows.append([name, s["model"], s.get("head", "linear"), reached, accuracy, f1, *seconds])
+    return markdown(header, rows)
+
+
+def about_table(runs: dict[str, Run]) -> str:
+    header = ["run", "data", "training rows", "test rows", "dtype", "seed", "hardware", "minicls", "torch"]
+    rows = []
+    for name, run in runs.items():
+        s, versions = run.info["settings"], run.info["versions"]
+        counts = f"{run.info['num_train_rows']:,}", f"{run.results['num_test_rows']:,}"
+        rows.append(
+            [name, s["data"], *counts, s["dtype"], s["seed"], run.results["device"], versions["minicls"], versions["torch"]]
+        )
+    return markdown(header, rows)
+
+
+def selection_table(runs: dict[str, Run]) -> str:
+    """What no look at the test rows has chosen, and beside it the published protocol: the best of the steps on the test rows."""
+    header = ["run", "headline", "step", "accuracy (95 % interval)", "macro F1 (95 % interval)", "best on test: step", "macro F1"]
+    rows, published = [], set()
+    for name, run in runs.items():
+        found = run.results
+        chosen = "last step" if found["best_step_on_validation"] is None else "best on validation"
+        accuracy = interval(found["accuracy"], *metrics.accuracy_interval(found["accuracy"], found["num_test_rows"]))
+        best = found["best_step_on_test"], found["best_f1_on_test"]
+        rows.append([name, chosen, found["headline_step"], accuracy, f1_with_interval(found), *best])
+        published |= {published_kind(run)} - {None}
+    for name in sorted(published):
+        last = {column: values[-1] for column, values in PUBLISHED[name].items()}
+        accuracy = interval(last["accuracy"], *metrics.accuracy_interval(last["accuracy"], 7600))
+        rows.append([f"published {name}", "last of its table", last["step"], accuracy, last.get("F1"), *PUBLISHED_BEST[name]])
+    return markdown(header, rows)
+
+
+def comparison_table(runs: dict[str, Run]) -> str:
+    """Every two runs, row by row. One is called better where McNemar's test and both intervals of a - b agree on it."""
+    header = ["a", "b", "only a right", "only b right", "McNemar's p", "accuracy, a - b", "macro F1, a - b", "better"]
+    rows = []
+    found = {name: columns for name, run in runs.items() if (columns := predictions(run))}
+    for (a, left), (b, right) in itertools.combinations(found.items(), 2):
+        labels, both = left["label"], (left["prediction"], right["prediction"])
+        only_a, only_b, p = metrics.mcnemar(labels, *both)
+        differences = metrics.paired_bootstrap(labels, *both, len(runs[a].results["per_class"])).values()
+        signs = {np.sign(low) if low * high > 0 else 0 for _, low, high in differences}
+        better = {1: a, -1: b}.get(*signs) if p < 0.05 and len(signs) == 1 else None
+        intervals = [f"{value:+.4f} ({low:+.4f} to {high:+.4f})" for value, low, high in differences]
+        rows.append([a, b, only_a, only_b, f"{p:.2g}", *intervals, better or "neither"])
+    return markdown(header, rows) if rows else "No two of these runs have a predictions.parquet to compare."
+
+
+def per_class_table(runs: dict[str, Run]) -> str:
+    classes = next(iter(runs.values())).results["per_class"]
+    return markdown(
+        ["F1 of", *runs], [[name, *(run.results["per_class"][name]["f1"] for run in runs.values())] for name in classes]
+    )
+
+
+def calibration_table(runs: dict[str, Run]) -> str:
+    keys = ("calibration_error", "temperature", "calibration_error_scaled")
+    header = ["run", "calibration error", "temperature", "calibration error at it"]
+    return markdown(header, [[name, *(run.results.get(key) for key in keys)] for name, run in runs.items()])
+
+
+def cost_table(runs: dict[str, Run]) -> str:
+    """Training and scoring apart; the ratios are to the first run's times."""
+    header = ["run", "hardware", "training, s", "ratio", "rows/s", "evaluations", "s each", "ratio", "memory, GiB"]
+    rows, first = [], None
+    for name, run in runs.items():
+        found = run.results
+        tests = [e for e in read_metrics(run.dir) if e.get("split") == "test"]
+        evaluations = len(tests) + (found["headline_step"] != found["final_step"])  # the headline step is scored once more
+        each = found["eval_seconds"] / max(1, evaluations)
+        first = first or (found["train_seconds"], each)
+        ratios = [
+            f"{value / base:.2f}" if base else None for value, base in zip((found["train_seconds"], each), first, strict=True)
+        ]
+        rate, memory = found["samples_per_second"], found["peak_memory_bytes"]
+        rows.append([name, found["device"], f"{found['train_seconds']:.0f}", ratios[0], rate and f"{rate:.1f}", evaluations])
+        rows[-1] += [f"{each:.1f}", ratios[1], memory and f"{memory / 2**30:.1f}"]
+    return markdown(header, rows)
+
+
+def _label(kind: tuple[str, str, str]) -> str:
+    return "{} ({}), {}".format(*kind)
+
+
+def grid_tables(runs: dict[str, Run]) -> list[str]:
+    """For each model and head that was tried more than once: every setting by every seed, and what validation chooses."""
+    tables = []
+    for tried in dict.fromkeys(map(kind, runs.values())):
+        groups = fold(run for run in runs.values() if kind(run) == tried)
+        if sum(map(len, groups)) < 2:
+            continue
+        settings = [group[0].info["settings"] for group in groups]
+        names = (name for name in settings[0] if name not in ("seed", "output_dir"))
+        varied = [name for name in names if len({str(s.get(name)) for s in settings}) > 1]
+        seeds = sorted({run.info["settings"]["seed"] for group in groups for run in group})
+        scores = [[validation_f1(run) for run in group] for group in groups]
+        means = [None if None in values else float(np.mean(values)) for values in scores]
+        chosen = max(means) if None not in means and len(groups) > 1 else None
+        rows = []
+        for group, s, values, mean in zip(groups, settings, scores, means, strict=True):
+            cells = {seed: [] for seed in seeds}
+            for run, value in zip(group, values, strict=True):
+                cells[run.info["settings"]["seed"]].append(f"{'-' if value is None else f'{value:.4f}'} / {run.results['f1']:.4f}")
+            row = [str(s.get(name)) for name in varied] + ["; ".join(cell) or None for cell in cells.values()]
+            row += [None if mean is None else spread(values), spread([run.results["f1"] for run in group])]
+            rows.append([*row, "chosen" if mean is not None and mean == chosen else ""])
+        header = [*varied, *(f"seed {seed}: validation / test" for seed in seeds), "validation", "test", ""]
+        tables.append(f"{_label(tried)}:\n\n{markdown(header, rows)}")
+    return tables
+
+
+def length_table(runs: dict[str, Run]) -> str | None:
+    """Accuracy by length of the text; all runs in the buckets of the first, whose tokens are counted."""
+    found = {name: columns for name, run in runs.items() if (columns := predictions(run))}
+    lengths = next((columns["num_tokens"] for columns in found.values() if "num_tokens" in columns), None)
+    if lengths is None:
+        return None
+    buckets = np.ceil(np.log2(np.maximum(lengths, 16))).astype(int)  # (2^(k-1), 2^k]; all up to 16 together
+    rows = []
+    for k in np.unique(buckets):
+        inside = buckets == k
+        right = [(columns["label"] == columns["prediction"])[inside].mean() for columns in found.values()]
+        cells = [interval(accuracy, *metrics.accuracy_interval(accuracy, inside.sum())) for accuracy in right]
+        rows.append([f"{2 ** (k - 1) + 1 if k > 4 else 0} to {2**k}", inside.sum(), *cells])
+    return markdown(["tokens", "rows", *found], rows)
+
+
+def learning_curves(runs: dict[str, Run]) -> dict[str, list[tuple[int, float, float, float]]]:
+    """(training rows, macro F1, low, high) of all runs of a model and head that were trained on different numbers of rows."""
+    curves = {}
+    for run in runs.values():
+        point = run.info["num_train_rows"], *(run.results[key] for key in ("f1", "f1_low", "f1_high"))
+        curves.setdefault(_label(kind(run)), []).append(point)
+    return {name: sorted(points) for name, points in curves.items() if len({point[0] for point in points}) > 1}
+
+
+def read_bench(file: Path) -> list[dict]:
+    """The rows of a bench.json of `bench.py --task rps`."""
+    try:
+        bench = json.loads(file.read_text(encoding="utf-8"))
+        rows = bench["rows"] if isinstance(bench, dict) else bench
+        _ = [row[key] for row in rows for key in ("model", "engine", "method", "mode", "status")]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--bench: {file} is no result of bench.py --task rps ({error}); pass its bench.json") from None
+    return rows
+
+
+def bench_table(rows: Sequence[dict]) -> str:
+    header = ["model", "engine", "method", "mode", "dtype", "hardware", "requests/s", "p50, ms", "requests", "accuracy"]
+    lines = []
+    for row in rows:
+        engine = f"{row['engine']} {row.get('engine_version') or ''}".strip()
+        rates = [row.get(key) and f"{row[key]:.2f}" for key in ("requests_per_second", "latency_p50_ms")]
+        what = [row["model"], engine, row["method"], row["mode"], row.get("dtype"), row.get("device"), *rates]
+        status = f"{row['status']}: {row['reason']}" if row.get("reason") else row["status"]
+        lines.append([*what, *(row.get(key) for key in ("num_requests", "accuracy", "agreement")), status])
+    return markdown([*header, "agreement", "status"], lines)
+
+
+def write_report(runs: dict[str, Run], bench: Sequence[dict], out: Path) -> Path:
+    """Writes report.md and its pictures into the new or empty directory `out`; returns the former's path."""
+    published = [f"### {name}\n\n{table}" for name, run in runs.items() if (table := published_table(run))]
+    left_out = [name for name, run in runs.items() if not (run.dir / "predictions.parquet").is_file()]
+    curves = learning_curves(runs)
+    pairs = math.comb(len(runs) - len(left_out), 2)
+    sections = [
+        (
+            "Headlines",
+            "Scores on the test rows; runs that differ in their seed alone are one line, mean ± standard deviation, and the "
+            "interval is then the mean of theirs: more seeds do not make the test rows more.",
+            runs_table(runs),
+        ),
+        ("What was run", "", about_table(runs)),
+        (
+            "How the step was chosen",
+            "The headline is free of selection on the test rows: the last step's, or with validation rows the step's best on "
+            "those. The best step on test, the published protocol, is chosen on the rows it is scored on: not an estimate of anything.",
+            selection_table(runs),
+        ),
+        (
+            "Beside the published tables",
+            "One RTX 3090, AG News' 120,000 training and 7,600 test rows; what BERT's table calls validation are the test rows. "
+            "Lines meet where the same share of the training is done; our training loss is the mean of the steps logged since "
+            "the line before.",
+            "\n\n".join(published),
+        ),
+        (
+            "Two by two",
+            "The same test rows, paired: exact McNemar test, and 95 % intervals of the difference from 10,000 resamples of the rows "
+            "(seeded). Better is said where all three agree."
+            + f" Of {pairs} pairs that are equal, one in twenty would look so by chance." * (pairs > 5)
+            + f" Left out, without predictions.parquet: {', '.join(left_out)}." * bool(left_out),
+            comparison_table(runs),
+        ),
+        (
+            "Settings and seeds",
+            "Macro F1 on the validation rows and on the test rows, of every run; chosen is the best mean on validation.",
+            "\n\n".join(grid_tables(runs)),
+        ),
+        ("Training rows", "Macro F1 on test with its 95 % interval.", "![F1 over training rows](rows.png)" if curves else ""),
+        (
+            "Length",
+            "Accuracy by length of the text, with 95 % intervals (Wilson), in tokens of the first run that has them, before any cut.",
+            length_table(runs),
+        ),
+        ("Classes", "", per_class_table(runs)),
+        (
+            "Confusion",
+            "True class down, predicted class across.",
+            "\n\n".join(f"### {name}\n\n{confusion_table(run)}" for name, run in runs.items()),
+        ),
+        (
+            "Calibration",
+            "Expected calibration error over 15 bins, as the run is and with all logits divided by the temperature that fits "
+            "its validation rows best; no validation rows, no temperature.",
+            calibration_table(runs),
+        ),
+        (
+            "Cost",
+            "Training and scoring apart; an evaluation scores the test rows, and the validation rows where there are any. "
+            "Times compare only where the hardware is the same and nothing else ran on it.",
+            cost_table(runs),
+        ),
+        (
+            "Which one to deploy",
+            "Requests per second beside accuracy on the same requests, with its 95 % interval (Wilson); up and to the right is better.",
+            bench and f"{bench_table(bench)}\n\n![accuracy over requests per second](deploy.png)",
+        ),
+    ]
+    parts = [part for title, note, body in sections if body for part in (f"## {title}", note, body) if part]
+    out.mkdir(parents=True, exist_ok=True)
+    if curves:
+        plots.plot_learning_curves(curves, out / "rows.png")
+    if bench:
+        plots.plot_deploy(bench, out / "deploy.png")
+    (out / "report.md").write_text("\n\n".join(["# Report", *parts]) + "\n", encoding="utf-8")
+    return out / "report.md"
