@@ -63,29 +63,25 @@ def padded_attention(q, k, v, cu_seqlens, max_seqlen, causal=False, dropout_p=0.
     else:
         order = lengths.argsort(stable=True)
         groups = [(rows, int(lengths[rows[-1]])) for rows in order.split(ROWS_PER_GROUP)]
-    outputs, sources = [], []
+    columns = torch.arange(max_seqlen, device=q.device)
+    outputs, places, offset = [], cu_seqlens.new_empty(len(q)), 0
     for rows, S in groups:
-        real = torch.arange(S, device=q.device) < lengths[rows, None]  # (rows, S)
-        slots = real.flatten().nonzero()[:, 0]  # where the group's tokens lie in the padded layout
-        source = (cu_seqlens[rows, None] + torch.arange(S, device=q.device))[real]  # and where in the packed one
-        padded = [  # (rows, heads, S, Dh) each
-            x.new_zeros(real.numel(), *x.shape[1:])
-            .index_copy(0, slots, x.index_select(0, source))
-            .unflatten(0, real.shape)
-            .transpose(1, 2)
-            for x in (q, k, v)
-        ]
+        real = columns[:S] < lengths[rows, None]  # (rows, S)
+        # Padding repeats a row's first token, so that one gather makes the layout, and autograd keeps nothing but indices.
+        source = cu_seqlens[rows, None] + columns[:S] * real  # (rows, S)
+        padded = [x.index_select(0, source.flatten()).unflatten(0, real.shape).transpose(1, 2) for x in (q, k, v)]
         # Padding is on the right, so a causal mask already hides it from every real query.
         output = F.scaled_dot_product_attention(
-            *padded,
+            *padded,  # (rows, heads, S, Dh) each
             attn_mask=None if causal else real[:, None, None],  # (rows, 1, 1, S)
             dropout_p=dropout_p,
             is_causal=causal,
             enable_gqa=k.shape[1] != q.shape[1],
         )  # (rows, H, S, Dh)
-        outputs.append(output.transpose(1, 2).flatten(0, 1).index_select(0, slots))  # (tokens of the group, H, Dh)
-        sources.append(source)
-    return torch.empty_like(q).index_copy(0, torch.cat(sources), torch.cat(outputs))  # (N, H, Dh)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))  # (rows * S, H, Dh)
+        places[source[real]] = offset + real.flatten().nonzero()[:, 0].to(places.dtype)  # where the real tokens lie in it
+        offset += real.numel()
+    return torch.cat(outputs).index_select(0, places)  # (N, H, Dh)
 
 
 def cache_slots(

@@ -143,7 +143,7 @@ def rope_tables(position_ids: torch.Tensor, head_dim: int, theta: float) -> tupl
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turns q or k (N, heads, Dh) by their positions' angles, in fp32. A roll by Dh / 2 gives each dimension its partner."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
 class Qwen3Attention(nn.Module):
