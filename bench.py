@@ -420,6 +420,11 @@ def figures(latencies: list[float], seconds: float, requests: int, tokens: float
     }
 
 
+def goodput(latencies: list[float], slo_ms: float) -> float:
+    """The share of requests that were answered in time."""
+    return float(np.mean([1000 * latency <= slo_ms for latency in latencies]))
+
+
 def measure_row(s: Settings, reader: Reader, engine, method: str, mode: str, texts: list[str], others: list[str]) -> dict:
     """One method in one mode over the test texts, warmed up on others, as an engine may remember what it has seen.
 
@@ -444,8 +449,7 @@ def measure_row(s: Settings, reader: Reader, engine, method: str, mode: str, tex
             feed = engines.Feed(due, lambda i: encode([texts[i]])[0])
             latencies, answers = engines.serve_batches(due, feed, answer, BATCH_TOKENS, BATCH_WAIT)
         ended = max(moment + latency for moment, latency in zip(due, latencies, strict=True))
-        row = figures(latencies, ended, len(texts), tokens)
-        row["goodput"] = statistics.mean(latency * 1000 <= s.slo_ms for latency in latencies)
+        row = figures(latencies, ended, len(texts), tokens) | {"goodput": goodput(latencies, s.slo_ms)}
     else:
         how = (lambda texts: answer(encode(texts))), engine.forget, s.num_requests, s.min_seconds
         latencies, requests, answers = closed_loop(texts, at_once, *how)

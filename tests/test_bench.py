@@ -1,17 +1,21 @@
-"""bench.py's arithmetic on sides whose times are known; its real sides run in the README's commands (slow tier).
+"""bench.py's arithmetic on sides whose times are known; its processes run in the README's commands (slow tier).
 
     python -m pytest tests/test_bench.py
 
 Nothing here looks at a clock: figures are exact.
 """
 
+import importlib.util
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import bench
+from minicls import config
 from minicls.config import UserError, parse
+from minicls.predict import Reader
 
 
 def fake_measure(seconds, predictions=None):
@@ -49,24 +53,20 @@ def test_training(bert_run, tmp_path, capsys, monkeypatch):
     assert "minicls is 2.75 times as fast as transformers (1.50 to 4.00 over 2 rounds)" in printed
 
 
-@pytest.mark.parametrize(("task", "seconds", "rate"), [("score", [[2.0]], 2.0), ("generate", [[1.0, 2.0, 3.0, 9.0]], 0.4)])
-def test_asking(task, seconds, rate, qwen_run, tmp_path, capsys, monkeypatch):
+def test_scoring(qwen_run, tmp_path, capsys, monkeypatch):
     answers = {"minicls": [0, 1, 2, 3], "transformers": [0, 1, 2, 0], "vllm": [0, 1, 2, 3]}
-    if task == "generate":  # "A" and "?" in the tiny tokenizer's bytes
-        from minicls.tokenizer import load_tokenizer
+    monkeypatch.setattr(bench, "measure", fake_measure({"minicls": [[2.0]], "transformers": [[10.0]], "vllm": [[1.0]]}, answers))
+    flags = ["--task", "score", "--qwen", str(qwen_run), "--num-questions", "4", "--rounds", "1", "--vllm-python", "python"]
+    result, _ = run(capsys, tmp_path, *flags)
+    assert result["rows"][0]["samples_per_second"] == 2.0
+    assert [row["agreement"] for row in result["rows"]] == [1, 0.75, 1] and result["speedup"] == {"transformers": 5, "vllm": 0.5}
 
-        (letter,), (other,) = load_tokenizer(qwen_run).encode(["A", "?"])
-        answers = {side: [[letter]] * 3 + [[letter if side == "vllm" else other]] for side in answers}
-    times = {"minicls": seconds, "transformers": [[10.0] * len(seconds[0])], "vllm": [[1.0] * len(seconds[0])]}
-    monkeypatch.setattr(bench, "measure", fake_measure(times, answers))
-    flags = ["--task", task, "--qwen", str(qwen_run), "--num-questions", "4", "--rounds", "1", "--vllm-python", "python"]
-    result, printed = run(capsys, tmp_path, *flags)
-    ours, _, vllm = result["rows"]
-    assert ours["samples_per_second"] == pytest.approx(rate)
-    expected = [1, 0.75, 1] if task == "score" else [1, 1, 0.75]
-    assert [row["agreement"] for row in result["rows"]] == expected and [*result["speedup"]] == ["transformers", "vllm"]
-    if task == "generate":
-        assert (ours["unreadable"], vllm["unreadable"]) == (0.25, 0.0) and "25.0% name no option" in printed
+
+@pytest.mark.parametrize("side", ["minicls", "transformers"])
+def test_a_side_scores(side, qwen_run, capsys):
+    bench.main(["--task", "score", "--qwen", str(qwen_run), "--data", "synthetic", "--num-questions", "4", "--side", side])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(result["seconds"]) == 1 and len(result["predictions"]) == 4 and result["peak_memory_bytes"] > 0
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,10 @@ def test_asking(task, seconds, rate, qwen_run, tmp_path, capsys, monkeypatch):
         (["--task", "score", "--bert", "a"], ["--task score", "--qwen DIR"]),
         (["--task", "train", "--qwen", "a", "--vllm-python", "python"], ["--vllm-python", "does not train"]),
         (["--qwen", "a", "--rounds", "0"], ["--rounds", "at least 1"]),
+        ([], ["--task rps", "--bert RUN", "--qwen-linear RUN"]),
+        (["--task", "score", "--qwen-linear", "a"], ["--task score", "name one model"]),
+        (["--bert", "a", "--engines", "tensorflow"], ["--engines", "tensorflow"]),
+        (["--bert", "a", "--mode", "batch"], ["--mode", "batch"]),
     ],
 )
 def test_mistakes(flags, parts, tmp_path):
@@ -89,3 +93,225 @@ def test_a_side_that_fails_is_named(qwen_run, tmp_path):
     flags = ["--task", "score", "--qwen", str(qwen_run), "--data", "synthetic", "--rounds", "1", "--device", "cuda:99"]
     with pytest.raises(UserError, match=r"--side minicls: failed .*cuda:99"):
         bench.main([*flags, "--output-dir", str(tmp_path / "out")])
+
+
+# Requests per second.
+
+
+class Clock:
+    """It stands still until somebody moves it."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_closed_loop_goes_on_until_both_minima_in_whole_passes():
+    clock, passes = Clock(), []
+
+    def answer(texts):
+        clock.now += len(texts)
+        return [text.upper() for text in texts]
+
+    def forget():
+        clock.now += 100  # no part of any latency
+        passes.append(clock.now)
+
+    loop = (["a", "b", "c"], 1, answer, forget)
+    assert bench.closed_loop(*loop, 1, 0.0, clock) == ([1.0] * 3, 3, ["A", "B", "C"]) and len(passes) == 1
+    assert bench.closed_loop(*loop, 4, 0.0, clock) == ([1.0] * 6, 6, ["A", "B", "C"])
+    assert bench.closed_loop(*loop, 1, 7.0, clock)[:2] == ([1.0] * 9, 9)
+    assert bench.closed_loop(["a", "b", "c"], 3, answer, forget, 4, 0.0, clock) == ([3.0, 3.0], 6, ["A", "B", "C"])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "windows"), [([5, 1, 1.05], 3), ([1, 1], 2), ([9, 4, 2, 1.95], 4), ([2.0**i for i in range(12)], 10)]
+)
+def test_warm_up(seconds, windows):
+    clock, left = Clock(), iter(seconds)
+
+    def window():
+        clock.now += next(left)
+
+    assert bench.warm_up(window, clock) == windows
+
+
+def test_figures():
+    row = bench.figures([0.1 * i for i in range(1, 102)], seconds=50.0, requests=101, tokens=10)
+    assert (row["requests_per_second"], row["input_tokens_per_second"], row["num_requests"]) == (2.02, 20.2, 101)
+    assert [row[f"latency_p{p}_ms"] for p in (50, 90, 99)] == pytest.approx([5100, 9100, 10000])
+
+
+# Log-probabilities of two options: rows 0 and 1 are clear, row 2 is nearly even.
+EXPECTED = np.log([[0.9, 0.1], [0.2, 0.8], [0.505, 0.495]])
+
+
+@pytest.mark.parametrize(
+    ("predictions", "agreement", "status", "reason"),
+    [
+        ([0, 1, 0], 1.0, "ok", None),
+        ([0, 1, 1], 2 / 3, "ok", None),  # 0.02 nats apart: rounding may decide
+        ([0, 0, 0], 2 / 3, "invalid", "1 of 3 answers differ from minicls in fp32"),
+        ([0, None, None], 1 / 3, "invalid", "1 of 3 answers differ from minicls in fp32, 2 name no option"),
+    ],
+)
+def test_trained_weights_are_judged_by_their_answers(predictions, agreement, status, reason):
+    row = {"predictions": predictions, "log_probabilities": None}
+    verdict = bench.judge(row, EXPECTED, np.array([0, 0, 0]), bench.Settings())
+    accuracy = sum(p == 0 for p in predictions) / 3
+    assert verdict == {"accuracy": accuracy, "agreement": agreement, "status": status, "reason": reason}
+
+
+def test_random_weights_are_judged_by_their_log_probabilities():
+    s = bench.Settings(init="random", dtype="fp32")
+    for off, status in ((1e-4, "ok"), (0.01, "invalid"), (float("nan"), "invalid")):
+        row = {"predictions": [0, 1, 0], "log_probabilities": (EXPECTED + [[0, 0], [0, off], [0, 0]]).tolist()}
+        verdict = bench.judge(row, EXPECTED, np.array([0, 0, 0]), s)
+        assert (verdict["accuracy"], verdict["status"]) == (None, status) and "random weights" in verdict["reason"]
+    verdict = bench.judge({"predictions": [None] * 3, "log_probabilities": None}, EXPECTED, np.array([0, 0, 0]), s)
+    assert verdict == {"accuracy": None, "agreement": None, "status": "ok", "reason": "random weights: timed, not compared"}
+
+
+def fake_start(rates, broken=(), interrupt_after=None):
+    """A `start_side` whose engines answer as the reference does: {engine: requests a second, an item a round}."""
+    rates = {engine: iter(values) for engine, values in rates.items()}
+    yielded = []
+
+    def start(s, engine):
+        rate = next(rates[engine])
+        ((role, _),) = bench.models(s).items()
+        for mode in s.mode:
+            for method in bench.METHODS[role]:
+                if len(yielded) == interrupt_after:
+                    raise KeyboardInterrupt
+                if engine in broken and method != "score":
+                    raise UserError(f"{engine} broke")
+                yielded.append(engine)
+                row = {"method": method, "mode": mode, "engine_version": "1", "peak_memory_bytes": 2**30}
+                row |= bench.figures([1 / rate], 1 / rate, 1, 10.0) | ({"goodput": 0.5} if mode == "server" else {})
+                yield row | {"predictions": [0] * 4, "log_probabilities": [[0.0, -9.0, -9.0, -9.0]] * 4}
+
+    return start
+
+
+def rps(monkeypatch, tmp_path, start, *flags):
+    monkeypatch.setattr(bench, "start_side", start)
+    monkeypatch.setattr(bench, "reference", lambda *args: np.array([[0.0, -9.0, -9.0, -9.0]] * 4))
+    flags = [*flags, "--data", "synthetic", "--threads", "1", "--num-requests", "4", "--output-dir", str(tmp_path / "out")]
+    bench.main(flags)
+
+
+def read_rows(tmp_path):
+    return json.loads((tmp_path / "out" / "bench.json").read_text())
+
+
+KEYS = """model engine engine_version method mode dtype threads device requests_per_second latency_p50_ms latency_p90_ms
+latency_p99_ms input_tokens_per_second peak_memory_bytes accuracy agreement num_requests status reason""".split()
+
+
+def test_table_plot_and_json_line(bert_run, qwen_run, tmp_path, capsys, monkeypatch):
+    start = fake_start({"minicls": [30.0, 3.0, 10.0, 5.0, 20.0, 4.0], "vllm": [7.0] * 12}, broken=("vllm",))
+    models = ["--bert", str(bert_run), "--qwen", str(qwen_run), "--engines", "minicls", "vllm"]
+    rps(monkeypatch, tmp_path, start, *models, "--mode", "single", "server", "--rounds", "3")
+    rows, printed = read_rows(tmp_path), capsys.readouterr().out
+    assert json.loads(printed.splitlines()[-1]) == rows and (tmp_path / "out" / "rps.png").stat().st_size > 0
+    assert all([*row] == KEYS + ["goodput"] * (row["mode"] == "server") for row in rows)
+    assert {(r["model"].split(":")[0], r["engine"], r["method"], r["mode"]) for r in rows} == {
+        (model, engine, method, mode)
+        for model, methods in (("bert", ["classify"]), ("qwen", ["generate", "score"]))
+        for engine in ("minicls", "vllm")
+        for method in methods
+        for mode in ("single", "server")
+    }
+    assert len(rows) == 12
+    ours, *_ = rows
+    assert (ours["requests_per_second"], ours["latency_p99_ms"], ours["status"]) == (20.0, 50.0, "ok")  # the median of 3 rounds
+    assert ours["agreement"] == 1 and ours["dtype"] == "bf16" and ours["threads"] == 1
+    theirs = next(row for row in rows if row["engine"] == "vllm")
+    assert (theirs["status"], theirs["reason"], theirs["requests_per_second"]) == ("failed", "vllm broke", None)
+    assert "failed (vllm broke)" in printed and "50.0% in time" in printed
+
+
+def test_interruption_leaves_the_rows_done(qwen_run, tmp_path, capsys, monkeypatch):
+    start = fake_start({"minicls": [1.0], "transformers": [1.0]}, interrupt_after=3)
+    with pytest.raises(SystemExit) as ended:
+        flags = ["--qwen", str(qwen_run), "--engines", "minicls", "transformers", "--mode", "single", "--rounds", "1"]
+        config.run(lambda _: rps(monkeypatch, tmp_path, start, *flags))
+    assert ended.value.code == 130 and capsys.readouterr().err.endswith("interrupted\n")
+    rows = read_rows(tmp_path)
+    done = [("minicls", "generate"), ("minicls", "score"), ("transformers", "generate")]
+    assert [(row["engine"], row["method"]) for row in rows] == done and not [*(tmp_path / "out").glob(".*")]
+
+
+def test_an_engine_that_cannot_start_is_rows_that_say_why(bert_run, tmp_path, capsys):
+    """Really started: there is no such interpreter."""
+    flags = ["--bert", str(bert_run), "--engines", "vllm", "--vllm-python", str(tmp_path / "python"), "--rounds", "1"]
+    flags += ["--data", "synthetic", "--num-requests", "4", "--threads", "1"]
+    bench.main([*flags, "--output-dir", str(tmp_path / "out")])
+    assert [(row["mode"], row["status"]) for row in read_rows(tmp_path)] == [("single", "failed"), ("offline", "failed")]
+    assert all("does not start (No such file" in row["reason"] for row in read_rows(tmp_path))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
+def test_an_engine_that_is_not_installed_says_so(bert_run, monkeypatch):
+    monkeypatch.setattr(bench.signal, "signal", lambda *args: None)
+    with pytest.raises(UserError, match="vllm does not import"):
+        bench.main(["--bert", str(bert_run), "--data", "synthetic", "--threads", "1", "--side", "vllm"])
+
+
+def test_a_process_measures_every_method_and_mode(qwen_run, capsys, monkeypatch):
+    """What such a process prints, from the real engine: the answers are minicls' own; and it is told what was asked."""
+    monkeypatch.setattr(bench.signal, "signal", lambda *args: None)
+    s = bench.Settings(qwen=str(qwen_run), data="synthetic", mode=("single", "offline", "server"), dtype="fp32", threads=1)
+    s = replace(s, num_requests=8, min_seconds=0.0, rate=1e6, global_batch_size=12)
+    command, env = bench.side_process(replace(s, threads=2), "vllm")
+    assert parse(bench.Settings, command[2:]) == replace(s, threads=2, side="vllm") and env["VLLM_CPU_OMP_THREADS_BIND"] == "0-1"
+    bench.main(bench.side_process(s, "minicls")[0][2:])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(bench.ROW)]
+    rows = [json.loads(line.removeprefix(bench.ROW)) for line in lines]
+    assert [(row["mode"], row["method"]) for row in rows] == [(mode, m) for mode in s.mode for m in ("generate", "score")]
+    data = bench.read_data(s)
+    expected = bench.reference(s, "qwen", Reader(qwen_run), qwen_run, bench.torch.device("cpu"), bench.question_texts(s, data))
+    for row in rows:
+        assert "failed" not in row and row["num_requests"] == 8 and ("goodput" in row) == (row["mode"] == "server")
+        if row["method"] == "score":
+            np.testing.assert_allclose(row["log_probabilities"], expected, atol=1e-4)
+            assert row["predictions"] == expected.argmax(1).tolist()
+
+
+def test_what_an_engine_cannot_do_is_a_failed_row(qwen_run, capsys, monkeypatch):
+    monkeypatch.setattr(bench.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(bench.engines.Minicls, "generate", lambda *args: 1 / 0)
+    flags = ["--qwen", str(qwen_run), "--data", "synthetic", "--threads", "1", "--num-requests", "2", "--min-seconds", "0"]
+    bench.main([*flags, "--mode", "single", "--side", "minicls"])
+    generated, scored = (json.loads(line.removeprefix(bench.ROW)) for line in capsys.readouterr().out.splitlines())
+    assert generated["failed"].startswith("ZeroDivisionError") and "failed" not in scored
+
+
+def test_real_size_needs_no_files(tmp_path, monkeypatch):
+    """Random weights of the published sizes (smaller here), a tokenizer learned from the data, and the classes."""
+    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes = {kind: (name, values | tiny) for kind, (name, values) in bench.PUBLISHED.items()}
+    sizes["qwen3"][1].update(num_key_value_heads=1, head_dim=8)
+    monkeypatch.setattr(bench, "PUBLISHED", sizes)
+    s = bench.with_random_weights(bench.Settings(model_size="real", init="random", data="synthetic"), str(tmp_path))
+    for role, directory in bench.models(s).items():
+        reader = Reader(directory)
+        assert reader.kind is bench.KINDS[role] and reader.label_names == ["World", "Sports", "Business", "Sci/Tech"]
+        assert all(max(row) < reader.config["vocab_size"] for row in reader.rows(["Shares fell.", ""]))
+    assert [*bench.models(s)] == [*bench.METHODS]
+
+
+def test_models_that_do_not_fit_their_flag_or_the_data(bert_run, qwen_run, tmp_path):
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "data" / f"{split}.csv").write_text("text,label\na,x\nb,y\n")
+    for flags, part in (
+        (["--qwen-linear", str(qwen_run), "--data", "synthetic"], "Qwen3ForSequenceClassification"),
+        (["--bert", str(bert_run), "--data", str(tmp_path / "data")], "other classes"),
+    ):
+        with pytest.raises(UserError, match=part):
+            bench.main([*flags, "--output-dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,183 @@
+"""Engines give the same answers, and requests as they come are timed from the moment they were due.
+
+    python -m pytest tests/test_engines.py      (vLLM's answers: tests/test_vllm.py)
+
+Time is a clock that the tests turn: no figure depends on how fast anything runs. Answers in fp32: other orders of addition
+give log-probabilities within 1e-4, and the same tokens.
+"""
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from runs import train
+
+import bench
+import train_qwen
+from minicls import engines
+from minicls.config import UserError
+from minicls.data import load_data, split_data
+from minicls.predict import Reader
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def linear_run(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("linear") / "run"
+    return train(run_dir, "--head", "linear", "--max-steps", "4", "--dtype", "fp32", script=train_qwen)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return split_data(load_data("synthetic"), max_eval_rows=11)[0].test.texts
+
+
+def both(run, batch_size: int = 4):
+    return engines.Minicls(run, torch.float32, CPU), engines.Transformers(run, torch.float32, CPU, batch_size)
+
+
+@pytest.mark.parametrize("name", ["bert_run", "linear_run"])
+def test_classify(name, texts, request):
+    """Alone, and in padded batches of several lengths."""
+    run = request.getfixturevalue(name)
+    ours, theirs = both(run)
+    rows = Reader(run).rows(texts)
+    expected = ours.classify(rows)
+    torch.testing.assert_close(expected.exp().sum(1), torch.ones(len(texts)))
+    torch.testing.assert_close(theirs.classify(rows), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(theirs.classify(rows[:1]), expected[:1], rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours.classify(rows[:1]), expected[:1], rtol=0, atol=1e-4)
+
+
+def test_score_and_generate(qwen_run, texts):
+    ours, theirs = both(qwen_run)
+    chat = Reader(qwen_run).chat
+    questions = chat.questions(texts)[0]
+    expected = ours.score(questions, chat.options)
+    assert (expected.exp().sum(1) < 1).all()  # of all tokens, the letters are some
+    torch.testing.assert_close(theirs.score(questions, chat.options), expected, rtol=0, atol=1e-4)
+    all_logits = engines.Transformers(qwen_run, torch.float32, CPU, batch_size=1, logits_to_keep=0)
+    torch.testing.assert_close(all_logits.score(questions[:2], chat.options), expected[:2], rtol=0, atol=1e-4)
+    prompts = chat.prompts(texts)[0]
+    stop = ours.generate(prompts, 2, [])[0][1:]  # a token that does come
+    answers = ours.generate(prompts, 8, stop)
+    assert answers == theirs.generate(prompts, 8, stop) and len(answers[0]) < 8
+    assert ours.generate(prompts[:2], 8, []) == theirs.generate(prompts[:2], 8, [])
+    assert all(len(ids) == 8 for ids in theirs.generate(prompts[:2], 8, []))
+    with pytest.raises(UserError, match="several tokens"):
+        theirs.score(questions, [[1, 2], [3]])
+
+
+def test_bf16_weights(bert_run, texts):
+    """The head stays in fp32; what is below it has three digits."""
+    rows = Reader(bert_run).rows(texts)
+    found = engines.Minicls(bert_run, torch.bfloat16, CPU).classify(rows)
+    expected = engines.Minicls(bert_run, torch.float32, CPU).classify(rows)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.1)
+
+
+def test_arrivals():
+    """A Poisson process: gaps of mean and deviation 1 / rate (n = 20,000: within 3 %, four standard errors), seeded."""
+    due = engines.arrivals(5.0, 20_000, seed=1)
+    gaps = np.diff(due, prepend=0)
+    assert (gaps > 0).all() and abs(gaps.mean() * 5 - 1) < 0.03 and abs(gaps.std() * 5 - 1) < 0.03
+    np.testing.assert_array_equal(due[:10], engines.arrivals(5.0, 10, seed=1))
+    assert (due[:10] != engines.arrivals(5.0, 10, seed=2)).all()
+
+
+class FakeFeed:
+    """Rows that arrive when they are due, on a clock that only waiting and working move."""
+
+    def __init__(self, due, rows=None):
+        self.due, self.rows, self.next, self.now = list(due), rows or [[7]] * len(due), 0, 0.0
+
+    def clock(self) -> float:
+        return self.now
+
+    def poll(self, timeout):
+        limit = float("inf") if timeout is None else self.now + timeout
+        if self.next == len(self.due) or self.due[self.next] > limit:
+            assert timeout is not None, "waits for ever"
+            self.now = limit
+            return None
+        self.now = max(self.now, self.due[self.next])
+        self.next += 1
+        return self.next - 1, self.rows[self.next - 1]
+
+
+def serve(feed: FakeFeed, seconds: Callable[[int], float], max_tokens=100, max_wait=0.0):
+    """Latencies, answers and batches of an engine whose n-th call takes `seconds(n)`."""
+    batches = []
+
+    def answer(rows):
+        feed.now += seconds(len(batches))
+        batches.append(rows)
+        return [sum(row) for row in rows]
+
+    return *engines.serve_batches(feed.due, feed, answer, max_tokens, max_wait), batches
+
+
+def test_a_calm_engine_takes_its_service_time():
+    latencies, answers, batches = serve(FakeFeed([0.5, 1.5, 2.5], [[1], [2, 2], [3]]), lambda call: 0.25)
+    assert latencies == [0.25] * 3 and answers == [1, 4, 3] and len(batches) == 3
+    latencies, _, batches = serve(FakeFeed([0.5, 1.5, 2.5]), lambda call: 0.25, max_wait=0.125)
+    assert latencies == [0.375, 0.375, 0.25] and len(batches) == 3  # after the last there is nothing to wait for
+    latencies, _, batches = serve(FakeFeed([0.5, 0.625, 2.5]), lambda call: 0.25, max_wait=0.125)
+    assert latencies == [0.375, 0.25, 0.25] and [*map(len, batches)] == [2, 1]
+
+
+def test_batches_keep_to_the_budget_and_lose_nothing():
+    rows = [[1] * n for n in (3, 4, 4, 9, 1, 2, 2)]
+    latencies, answers, batches = serve(FakeFeed([0.0] * 7, rows), lambda call: 1.0, max_tokens=8)
+    assert [[len(row) for row in batch] for batch in batches] == [[3, 4], [4], [9], [1, 2, 2]]  # one row may be too long alone
+    assert answers == [3, 4, 4, 9, 1, 2, 2] and latencies == [1, 1, 2, 3, 4, 4, 4]
+
+
+def test_a_stall_shows_in_the_tail():
+    """One call of fifty takes ten seconds. The nine requests that arrive meanwhile wait, and their latency says so."""
+    latencies, _, _ = serve(FakeFeed(np.arange(50.0)), lambda call: 10.0 if call == 20 else 0.125)
+    row = bench.figures(latencies, 50.0, 50, tokens=1)
+    assert row["latency_p50_ms"] == 125 and row["latency_p99_ms"] > 9000
+    assert sum(latency > 1 for latency in latencies) == 10 and bench.goodput(latencies, 1000) == 0.8
+
+
+@pytest.mark.parametrize(("rate", "share"), [(4, 1.0), (16, 0.08)])
+def test_overload_shows_in_goodput(rate, share):
+    """An engine of 8 requests a second, a row a batch. At 16 a second a request waits 1/16 s longer than the one before."""
+    due = np.arange(200) / rate
+    latencies, _, _ = serve(FakeFeed(due), lambda call: 0.125, max_tokens=1)
+    assert bench.goodput(latencies, 1000) == pytest.approx(share, abs=0.006)
+    assert latencies[-1] == pytest.approx(0.125 if rate == 4 else 200 / 8 - due[-1])
+
+
+def test_texts_are_tokenized_in_a_thread_whose_errors_come_out():
+    threads = set()
+
+    def encode(i):
+        threads.add(threading.get_ident())
+        if i == 2:
+            raise UserError("no such text")
+        return [i]
+
+    feed = engines.Feed([0.0, 0.0, 0.0], encode)
+    assert [feed.poll(None), feed.poll(None)] == [(0, [0]), (1, [1])]
+    with pytest.raises(UserError, match="no such text"):
+        feed.poll(None)
+    assert feed.poll(0.0) is None and threading.get_ident() not in threads
+
+
+def test_a_server_gets_each_request_in_a_thread_of_its_own():
+    barrier = threading.Barrier(3, timeout=60)  # all three must be under way at once
+
+    def answer(i):
+        barrier.wait()
+        return i * i
+
+    latencies, answers = engines.serve_each([0.0, 0.0, 0.0], answer)
+    assert answers == [0, 1, 4] and min(latencies) > 0
+    with pytest.raises(ZeroDivisionError):
+        engines.serve_each([0.0, 0.0], lambda i: 1 / i)
