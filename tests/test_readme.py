@@ -55,15 +55,19 @@ def test_demo(tmp_path):
         line for line in recipe.replace("\\\n", " ").splitlines() if line.startswith(".venv/bin/python") and " -m pip " not in line
     ]
     demo = re.search(r"--output-dir (\S+)/bert", recipe).group(1)
+    printed = ""
     for command in commands:
         argv = [sys.executable, *command.replace(demo, str(tmp_path)).split()[1:]]
         done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
+        printed += done.stdout
     for name in ("bert", "qwen"):
-        assert f"| {tmp_path / name} | tiny |" in done.stdout and (tmp_path / name / "curves.png").is_file()
+        assert f"| {tmp_path / name} | tiny |" in printed and (tmp_path / name / "curves.png").is_file()
         results = json.loads((tmp_path / name / "results.json").read_text())
         assert 0.6 < results["f1"] < 1.0  # learnable by tiny, and not to perfection
-        assert f"{results['f1']:.4f} ({results['f1_low']:.4f} to {results['f1_high']:.4f})" in done.stdout
+        assert f"{results['f1']:.4f} ({results['f1_low']:.4f} to {results['f1_high']:.4f})" in printed
+    ours = [row for row in json.loads(printed.splitlines()[-1]) if row["engine"] == "minicls"]
+    assert len(ours) == 6 and {row["status"] for row in ours} == {"ok"}  # classify, generate, score; single and offline
 
 
 def test_tables_are_those_of_the_result_files():

@@ -18,6 +18,7 @@ from runs import train
 import train_qwen
 from minicls import weights
 from minicls.data import load_data, split_data
+from minicls.engines import vllm_environment
 from minicls.generate import generate
 from minicls.predict import classify_rows
 from minicls.prompt import Chat, make_template
@@ -29,28 +30,28 @@ CPU = torch.device("cpu")
 
 ENGINE = """
 import json, sys
-model, dtype, runner, rows, options, new = json.load(sys.stdin)
-import vllm
-from vllm import LLM, SamplingParams
-llm = LLM(model, dtype=dtype, runner=runner, max_model_len=256, max_num_seqs=16, enforce_eager=True)
-prompts = [{"prompt_token_ids": ids} for ids in rows]
-if runner == "pooling":
-    found = [o.outputs.probs for o in llm.classify(prompts, use_tqdm=False)]
-else:
-    greedy = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=new), use_tqdm=False)
-    scored = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=1, logprob_token_ids=options), use_tqdm=False)
-    found = [
-        [list(g.outputs[0].token_ids), [s.outputs[0].logprobs[0][o].logprob for o in options]]
-        for g, s in zip(greedy, scored)
-    ]
+from pathlib import Path
+import torch
+from minicls import engines
+name, model, dtype, rows, options, stop = json.load(sys.stdin)
+engine = getattr(engines, name)(Path(model), getattr(torch, dtype), torch.device("cpu"), 256, eager=True)
+try:
+    if engines.is_classifier(Path(model)):
+        found = engine.classify(rows).tolist()
+    else:
+        engine.score(rows, options), engine.forget()
+        found = [engine.generate(rows, 8, stop), engine.score(rows, options).tolist()]
+    assert engine.peak_memory_bytes > 2**27 and engine.version
+finally:
+    engine.close()
 print("FOUND", json.dumps(found))
 """
 
 
-def ask_vllm(model, dtype, runner, rows, options=(), new=8):
+def ask_vllm(model, dtype, rows, options=(), stop=(), name="VLLM"):
     env = {name: value for name, value in os.environ.items() if name not in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
-    env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    request = json.dumps([str(model), dtype, runner, rows, list(options), new])
+    env |= vllm_environment(1) | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    request = json.dumps([name, str(model), dtype, rows, list(options), list(stop)])
     done = subprocess.run([sys.executable, "-c", ENGINE], input=request, capture_output=True, text=True, env=env, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("FOUND "))
@@ -68,30 +69,32 @@ def texts():
     return split_data(load_data("synthetic"), max_eval_rows=24)[0].test.texts
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
-def test_options(dtype, tolerance, qwen_run, texts):
-    """Greedy tokens, up to and with the stop token that generation_config.json names, and the options' log-probabilities."""
+@pytest.mark.parametrize(
+    ("engine", "dtype", "tolerance"), [("VLLM", "float32", 1e-4), ("VLLM", "bfloat16", 0.1), ("VLLMServer", "float32", 1e-4)]
+)
+def test_options(engine, dtype, tolerance, qwen_run, texts):
+    """Greedy tokens up to a stop token, and the options' log-probabilities, in the engine's process and over HTTP."""
     tokenizer, model = load_tokenizer(qwen_run), load(qwen_run, weights.QWEN3)
     chat = Chat(tokenizer, make_template(load_data("synthetic").label_names), 4, 256)
     questions, _ = chat.questions(texts)
-    options = [option[0] for option in chat.options]
-    found = ask_vllm(qwen_run, dtype, "generate", questions, options)
+    stop = tokenizer.control_ids(["<|im_end|>", "<|endoftext|>"])
+    stop += generate(model, questions[:1], 3, [], CPU)[0][2:]  # and one that does come
+    answers, found = ask_vllm(qwen_run, dtype, questions, chat.options, stop, engine)
     expected = score(model, questions, chat.options, CPU)
-    torch.testing.assert_close(torch.tensor([logprobs for _, logprobs in found]), expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=tolerance)
     if dtype == "float32":
-        stop = tokenizer.control_ids(["<|im_end|>", "<|endoftext|>"])
-        answers = [[i for i in ids if i not in stop] for ids, _ in found]
         assert answers == generate(model, questions, 8, stop, CPU)
 
 
 def test_linear_head(tmp_path, texts):
     run = train(tmp_path / "run", "--head", "linear", "--max-steps", "16", "--dtype", "fp32", script=train_qwen)
     rows, _ = text_rows(load_tokenizer(run), texts, 256)
-    found = torch.tensor(ask_vllm(run, "float32", "pooling", rows))
-    torch.testing.assert_close(found, classify_rows(load(run, weights.QWEN3_LINEAR), rows, CPU).softmax(1), rtol=0, atol=1e-4)
+    expected = classify_rows(load(run, weights.QWEN3_LINEAR), rows, CPU).log_softmax(1)
+    torch.testing.assert_close(torch.tensor(ask_vllm(run, "float32", rows)), expected, rtol=0, atol=1e-4)
 
 
-def test_bert(bert_run, texts):
+@pytest.mark.parametrize("engine", ["VLLM", "VLLMServer"])
+def test_bert(engine, bert_run, texts):
     rows, _ = bert_rows(load_tokenizer(bert_run), texts, 256)
-    found = torch.tensor(ask_vllm(bert_run, "float32", "pooling", rows))
-    torch.testing.assert_close(found, classify_rows(load(bert_run, weights.BERT), rows, CPU).softmax(1), rtol=0, atol=1e-4)
+    expected = classify_rows(load(bert_run, weights.BERT), rows, CPU).log_softmax(1)
+    torch.testing.assert_close(torch.tensor(ask_vllm(bert_run, "float32", rows, name=engine)), expected, rtol=0, atol=1e-4)
