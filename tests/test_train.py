@@ -234,7 +234,13 @@ def test_headline_is_the_step_best_on_validation(news, tmp_path, monkeypatch):
         scores, confusion = original(logits, labels)
         return scores | ({"f1": next(script)} if len(labels) == 40 else {}), confusion
 
+    def write_results(run_dir, data, validation, tokenizer, logits, *rest):
+        handed.extend(original(logits[name], validation.labels)[0]["loss"] for name in logits if name == "validation")
+        return write(run_dir, data, validation, tokenizer, logits, *rest)
+
+    write, handed = report.write_results, []
     monkeypatch.setattr(report, "evaluate_logits", evaluate_logits)
+    monkeypatch.setattr(report, "write_results", write_results)
     flags = ["--data", str(news), "--validation-size", "40", "--max-steps", "10", "--dtype", "fp32", "--learning-rate", "3e-3"]
     run = train(tmp_path / "run", *flags, "--eval-every", "2", "--save-every", "3", "--keep-checkpoints", "1")
     found = results(run)
@@ -245,6 +251,8 @@ def test_headline_is_the_step_best_on_validation(news, tmp_path, monkeypatch):
     assert (run / "model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
     on_test = next(e for e in events(run, "eval", "test") if e["step"] == 4)
     assert {name: found[name] for name in ("loss", "accuracy", "f1")}.items() <= on_test.items()
+    assert handed == [e["loss"] for e in events(run, "eval", "validation") if e["step"] == 4]  # for the temperature: not the last's
+    assert 0.01 <= found["temperature"] <= 100 and 0 <= found["calibration_error_scaled"] <= 1
     again = train(tmp_path / "again", "--model", str(best), "--data", str(news), "--dtype", "fp32", "--eval-only")
     assert predictions(again) == predictions(run)
 
