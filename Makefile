@@ -15,9 +15,9 @@ demo: .venv/stamp  ## train both on synthetic news: no network, no GPU, two minu
 	$(BIN)/python train_bert.py $(SYNTHETIC) --epochs 6 --learning-rate 1e-3 --output-dir $(DEMO)/bert
 	$(BIN)/python train_qwen.py $(SYNTHETIC) --epochs 2 --learning-rate 2e-3 --warmup-ratio 0.1 --train-on letter \
 		--global-batch-size 16 --micro-batch-size 16 --output-dir $(DEMO)/qwen
-	$(BIN)/python -m minicls report $(DEMO)/bert $(DEMO)/qwen --out $(DEMO)/report
 	$(BIN)/python bench.py --bert $(DEMO)/bert --qwen $(DEMO)/qwen --data synthetic --engines minicls transformers \
 		--dtype fp32 --threads 1 --num-requests 50 --min-seconds 0.5 --rounds 1 --output-dir $(DEMO)/bench
+	$(BIN)/python -m minicls report $(DEMO)/bert $(DEMO)/qwen --bench $(DEMO)/bench/bench.json --out $(DEMO)/report
 
 bench: .venv/stamp-dev  ## requests per second of BERT-base and Qwen3-0.6B with random weights: no network, but minutes a model
 	$(BIN)/python bench.py --model-size real --data $(DATA) $(BENCH) --rounds 1

@@ -66,7 +66,8 @@ def test_demo(tmp_path):
         results = json.loads((tmp_path / name / "results.json").read_text())
         assert 0.6 < results["f1"] < 1.0  # learnable by tiny, and not to perfection
         assert f"{results['f1']:.4f} ({results['f1_low']:.4f} to {results['f1_high']:.4f})" in printed
-    ours = [row for row in json.loads(printed.splitlines()[-1]) if row["engine"] == "minicls"]
+    ours = [row for row in json.loads((tmp_path / "bench" / "bench.json").read_text()) if row["engine"] == "minicls"]
+    assert printed.endswith(f"report: {tmp_path / 'report' / 'report.md'}\n") and (tmp_path / "report" / "deploy.png").is_file()
     assert len(ours) == 6 and {row["status"] for row in ours} == {"ok"}  # classify, generate, score; single and offline
 
 
