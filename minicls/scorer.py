@@ -6,6 +6,7 @@ is not divided by the option's length.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -44,6 +45,28 @@ def common_prefix(rows: Sequence[list[int]]) -> list[int]:
     return first[:same]
 
 
+class Prefix(NamedTuple):
+    """What questions begin with, and its keys and values, which all of them share."""
+
+    ids: list[int]
+    cache: KVCache  # of one row
+
+    def begins(self, questions: Sequence[list[int]]) -> bool:
+        """Whether all questions begin so, and go on."""
+        return all(len(ids) > len(self.ids) and ids[: len(self.ids)] == self.ids for ids in questions)
+
+
+@torch.inference_mode()
+def read_prefix(model: nn.Module, questions: Sequence[list[int]], device: torch.device) -> Prefix | None:
+    """One forward pass over what all questions begin with; None where that is nothing, or there is only one question."""
+    ids = common_prefix(questions) if len(questions) > 1 else []
+    if not ids:
+        return None
+    cache = KVCache(1, len(ids))
+    model(*pack([ids], device), torch.tensor([len(ids) - 1], device=device), cache)
+    return Prefix(ids, cache)
+
+
 @torch.inference_mode()
 def score(
     model: nn.Module,
@@ -53,33 +76,32 @@ def score(
     normalize: str = "mean",
     max_tokens: int | None = None,
     share_prefix: bool = True,
+    prefix: Prefix | None = None,
 ) -> torch.Tensor:
     """The score of each option after each question, (n, O) fp32 on the CPU, in the questions' order.
 
-    What all questions begin with goes through the model once; the rest of each once, in batches of similar lengths of at
-    most `max_tokens` tokens, cached ones included; that gives every option's first token. Further tokens follow the
-    question's cached keys and values: one short pass an option, each overwriting what the option before it left there. Ranks
-    take batches in turn.
+    What all questions begin with goes through the model once (`prefix`: it has already); the rest of each once, in batches of
+    similar lengths of at most `max_tokens` tokens, cached ones included; that gives every option's first token. Further
+    tokens follow the question's cached keys and values: one short pass an option, each overwriting what the option before it
+    left there. Ranks take batches in turn.
     """
     scores = torch.zeros(len(questions), len(options), device=device)
     if not len(questions):
         return scores.cpu()
-    prefix = common_prefix(questions) if share_prefix and len(questions) > 1 else []
-    prefix_cache = None
-    if prefix:
-        prefix_cache = KVCache(1, len(prefix))
-        model(*pack([prefix], device), torch.tensor([len(prefix) - 1], device=device), prefix_cache)
-    rests = [question[len(prefix) :] for question in questions]
+    if share_prefix and prefix is None:
+        prefix = read_prefix(model, questions, device)
+    start = len(prefix.ids) if prefix else 0
+    rests = [question[start:] for question in questions]
     first_tokens = torch.tensor([option[0] for option in options], device=device)
     longest_option = max(map(len, options))
-    batches = length_batches(rests, max_tokens or MAX_TOKENS[device.type], extra=len(prefix) + longest_option - 1)
+    batches = length_batches(rests, max_tokens or MAX_TOKENS[device.type], extra=start + longest_option - 1)
     for batch in batches[dist.rank() :: dist.world_size()]:
         rows = [rests[row] for row in batch]
         lengths = [len(questions[row]) for row in batch]
         cache = None
         if prefix or longest_option > 1:
-            cache = KVCache(len(rows), max(lengths) + longest_option - 1, prefix_cache)
-        packed = pack(rows, device, [len(prefix)] * len(rows))
+            cache = KVCache(len(rows), max(lengths) + longest_option - 1, prefix.cache if prefix else None)
+        packed = pack(rows, device, [start] * len(rows))
         logits = model(*packed, packed.last, cache)  # (B, V)
         likelihoods = logits.log_softmax(1)[:, first_tokens]  # (B, O)
         for o, option in enumerate(options):

@@ -11,7 +11,7 @@ import torch
 import transformers  # noqa: F401 - imported by test_qwen3 in any case, and slow: not to be counted to the first test
 from test_qwen3 import CPU, make_model, make_pair, random_rows
 
-from minicls.scorer import common_prefix, score, score_brute_force
+from minicls.scorer import common_prefix, read_prefix, score, score_brute_force
 
 SAME = [7, 8, 9, 10, 11, 12]  # what the questions of a prompt begin with
 QUESTIONS = {
@@ -69,6 +69,19 @@ def test_score_equals_the_brute_force(questions, options, model):
             assert_scores_close(score(model, questions, options, CPU, "sum", max_tokens, share_prefix), total)
         assert_scores_close(score(model, questions, options, CPU, "mean", None, share_prefix), mean)
     assert_scores_close(score(model, questions, options, CPU), mean)  # unsaid, it is the mean
+
+
+@pytest.mark.parametrize("options", ["one token", "of different lengths"])
+def test_a_prefix_read_before_serves_later_questions(options, model):
+    """As one request after another has it: the prefix of two earlier questions, for a third that begins so."""
+    first, second, third = QUESTIONS["a prefix in common"][:3]
+    prefix = read_prefix(model, [first, second], CPU)
+    assert prefix.ids == SAME and prefix.begins([third, first]) and not prefix.begins([third, SAME]) and not prefix.begins([[5, 6]])
+    assert read_prefix(model, [first], CPU) is None and read_prefix(model, [[1, 2], [3, 4]], CPU) is None
+    keys = prefix.cache.layers[0][0].clone()
+    found = score(model, [third], OPTIONS[options], CPU, "sum", prefix=prefix)
+    assert_scores_close(found, score_brute_force(model, [third], OPTIONS[options], CPU, "sum"))
+    assert torch.equal(prefix.cache.layers[0][0], keys)  # nothing was written into it
 
 
 @pytest.mark.parametrize("config", ["tied, 4 heads a key", "wide heads, as many keys", "narrow heads, 3 a key"])
