@@ -6,7 +6,7 @@ VLLM := requirements-vllm$(if $(shell command -v nvidia-smi),,-cpu).txt
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 SYNTHETIC := --model tiny --data synthetic --dtype fp32 --threads 1
 
-.PHONY: demo bench test test-slow test-vllm lint
+.PHONY: demo bench test test-slow test-vllm lint readme
 # With vLLM where `make test-vllm` has installed it, on the texts of DATA.
 DATA ?= synthetic
 BENCH := $(if $(wildcard .venv-vllm/stamp),--vllm-python .venv-vllm/bin/python,--engines minicls transformers)
@@ -30,6 +30,9 @@ test-slow: .venv/stamp-dev  ## kills at random moments, the README's commands
 
 test-vllm: .venv-vllm/stamp  ## the exported models in real vLLM
 	.venv-vllm/bin/python -m pytest tests/test_vllm.py
+
+readme: .venv/stamp  ## the README's tables, from results/
+	$(BIN)/python results/readme.py
 
 lint: .venv/stamp-dev
 	$(BIN)/ruff check .

@@ -1,8 +1,12 @@
-"""The README's commands run, and its figures are those of the result files.   python -m pytest -m "slow or not slow" tests/test_readme.py"""
+"""The README's commands run, its figures are those of the result files, and its translation says the same.
+
+python -m pytest -m "slow or not slow" tests/test_readme.py
+"""
 
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +14,24 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from minicls.report import results_table, speed_table
+import bench
+import minicls.__main__
+import train_bert
+import train_qwen
+from minicls.config import Parser, parse
+from results import readme
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+PAGES = {page: (ROOT / page).read_text(encoding="utf-8") for page in readme.PAGES}
+DOCS = {f"docs/{file.name}": file.read_text(encoding="utf-8") for file in sorted((ROOT / "docs").glob("*.md"))}
+README, CHINESE = PAGES.values()
+SCRIPTS = {"train_bert.py": train_bert, "train_qwen.py": train_qwen, "bench.py": bench}
+
+
+def blocks(page: str) -> list[str]:
+    """The page's commands, each on one line."""
+    return [block.replace("\\\n", " ") for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)]
+
+
 # A trailing comment says what a command needs that a test has not; the make targets run by themselves.
 SKIPPED = ("# needs", "# downloads")
 
@@ -24,8 +42,18 @@ def commands(block: str) -> str:
     )
 
 
-def table_in_readme(name: str) -> str:
-    return re.search(rf"<!-- {name}:.*?-->\n(.*?)\n<!-- /{name} -->", README, re.DOTALL).group(1)
+def without_comments(block: str) -> str:
+    return re.sub(r"\s+#.*", "", block)
+
+
+def lines_of_scripts(page: str) -> list[tuple[str, list[str]]]:
+    """Script and arguments of each line that starts one, a loop's variables being its first values."""
+    found = []
+    for block in map(without_comments, blocks(page)):
+        for name, value in re.findall(r"for (\w+) in (\S+)", block):
+            block = block.replace(f"${name}", value)
+        found += re.findall(rf"(?:python|torchrun .*?) (-m minicls|{'|'.join(SCRIPTS)})(.*)", block)
+    return [(script, shlex.split(arguments)) for script, arguments in found]
 
 
 @pytest.mark.slow
@@ -35,7 +63,7 @@ def test_commands_run_in_their_order(tmp_path):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").symlink_to(sys.executable)
-    script = "set -euxo pipefail\n" + "\n".join(f"{commands(block)}\n" for block in BLOCKS)
+    script = "set -euxo pipefail\n" + "\n".join(f"{commands(block)}\n" for block in blocks(README))
     assert script.count("python ") > 6  # the marks did not skip everything
     # A link to an environment's python is outside the environment: PYTHONPATH brings its packages back.
     packages = [p for p in sys.path if p.endswith("site-packages")]
@@ -71,21 +99,58 @@ def test_demo(tmp_path):
     assert len(ours) == 6 and {row["status"] for row in ours} == {"ok"}  # classify, generate, score; single and offline
 
 
-def test_tables_are_those_of_the_result_files():
-    benches = [json.loads(file.read_text()) for file in sorted((ROOT / "results/bench").glob("*.json"))]
-    assert table_in_readme("speed") == speed_table(benches)
-    runs = sorted(file.parent for file in ROOT.glob("results/*/results.json"))
-    assert table_in_readme("results") == results_table(runs)
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_are_those_of_the_result_files(page):
+    assert all(f"<!-- {name}: " in PAGES[page] for name in readme.tables())
+    assert PAGES[page] == readme.fill(PAGES[page]), "stale tables: run `make readme`"
 
 
-def test_targets_exist():
+def test_the_translation_has_the_same_commands_and_tables():
+    """Apart from what comments say: so running the one page's commands proves both."""
+    assert list(map(without_comments, blocks(README))) == list(map(without_comments, blocks(CHINESE)))
+    for name in readme.tables():
+        table = rf"<!-- {name}: .*<!-- /{name} -->"
+        assert re.search(table, README, re.DOTALL)[0] == re.search(table, CHINESE, re.DOTALL)[0]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *DOCS])
+def test_flags_are_those_of_the_scripts(page, monkeypatch):
+    class Parsed(Exception):
+        pass
+
+    parse_args = Parser.parse_args
+
+    def stop(self, argv):
+        parse_args(self, argv)
+        raise Parsed
+
+    lines = lines_of_scripts((PAGES | DOCS)[page])
+    assert lines or "```bash" not in (PAGES | DOCS)[page]
+    for script, argv in lines:
+        if script == "-m minicls":
+            with monkeypatch.context() as patched, pytest.raises(Parsed):
+                patched.setattr(Parser, "parse_args", stop)
+                minicls.__main__.main(argv)
+        elif "--help" not in argv:
+            if "--resume" in argv:  # reads the run, which is not there
+                at = argv.index("--resume")
+                del argv[at : at + 2]
+            parse(SCRIPTS[script].Settings, argv)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *DOCS])
+def test_links_and_targets_exist(page):
+    text = (PAGES | DOCS)[page]
+    for link in re.findall(r"\]\(([\w./-]+)\)", text):
+        assert ((ROOT / page).parent / link).exists(), link
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"`?make ([\w-]+)", README)):
+    for target in set(re.findall(r"(?:^|`)make ([\w-]+)", text, re.MULTILINE)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_files_exist():
-    tree = re.search(r"## Files\n\n```\n(.*?)```", README, re.DOTALL).group(1)
+@pytest.mark.parametrize("page", PAGES)
+def test_files_exist(page):
+    tree = re.search(r"\n```\n(train_bert.*?)```", PAGES[page], re.DOTALL)[1]
     names = [line.split()[0] for line in tree.splitlines()]
     folder = Path()
     for line, name in zip(tree.splitlines(), names, strict=True):
@@ -95,5 +160,3 @@ def test_files_exist():
         if name == "minicls/":
             folder = Path(name)
     assert {p.name for p in (ROOT / "minicls").glob("*.py")} - {"__init__.py", "__main__.py"} <= set(names)
-    for link in re.findall(r"\]\(([\w./-]+)\)", README):
-        assert (ROOT / link).exists(), link

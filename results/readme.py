@@ -1,0 +1,64 @@
+"""Writes the generated tables into README.md and README.zh-CN.md.
+
+    python results/readme.py        # `make readme`: after any change under results/; a test fails while a table is stale
+
+A table stands between `<!-- NAME: ... -->` and `<!-- /NAME -->` and is the same in both languages.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from minicls import metrics
+from minicls.checkpoint import open_run
+from minicls.comparison import PUBLISHED, PUBLISHED_BEST, PUBLISHED_STEPS, bench_table
+from minicls.report import interval, kind, markdown, results_table, speed_table
+
+PAGES = ("README.md", "README.zh-CN.md")
+ANSWER = ("minilm-ag_news", "qwen3-small-ag_news-linear", "qwen3-small-ag_news-options")  # the first screen's runs
+
+
+def answer_table() -> str:
+    """The published experiment, and runs of this project on the same test rows of AG News; intervals are Wilson's."""
+    header = ["run", "model", "head", "starts from", "training rows", "step", "test accuracy (95 % interval)"]
+    rows = []
+    for name, model in (("BERT", ["bert-base-cased", "linear"]), ("Qwen3", ["Qwen3-0.6B", "options"])):
+        step, _ = PUBLISHED_BEST[name]
+        accuracy = PUBLISHED[name]["accuracy"][PUBLISHED[name]["step"].index(step)]
+        chosen = f"{step:,} of {PUBLISHED_STEPS[name]:,}, best on test"
+        scores = interval(accuracy, *metrics.accuracy_interval(accuracy, 7600))
+        rows.append(["published", *model, "pretrained", "120,000", chosen, scores])
+    for run in (open_run(ROOT / "results" / folder) for folder in ANSWER):
+        found = run.results
+        chosen = "last" if found["best_step_on_validation"] is None else "best on validation"
+        scores = interval(found["accuracy"], *metrics.accuracy_interval(found["accuracy"], found["num_test_rows"]))
+        where = [run.info["settings"]["init"], f"{run.info['num_train_rows']:,}"]
+        where.append(f"{found['headline_step']:,} of {found['final_step']:,}, {chosen}")
+        rows.append(["here", *kind(run)[1:], *where, scores])
+    return markdown(header, rows)
+
+
+def tables() -> dict[str, str]:
+    """The tables by name. Of bench/, training and scoring come first, then requests per second, if there are any."""
+    benches = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((ROOT / "results/bench").glob("*.json"))]
+    speed = [speed_table([bench for bench in benches if isinstance(bench, dict)])]
+    requests = [row for bench in benches if isinstance(bench, list) for row in bench]
+    speed += [bench_table(requests)] if requests else []
+    runs = sorted(file.parent for file in (ROOT / "results").rglob("results.json"))
+    return {"answer": answer_table(), "results": results_table(runs), "speed": "\n\n".join(speed)}
+
+
+def fill(page: str) -> str:
+    """The page with its tables as the result files have them now."""
+    for name, table in tables().items():
+        start, end = rf"<!-- {name}: .*? -->\n", rf"\n<!-- /{name} -->"
+        page = re.sub(f"({start}).*?({end})", lambda found, table=table: found[1] + table + found[2], page, flags=re.DOTALL)
+    return page
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        (ROOT / page).write_text(fill((ROOT / page).read_text(encoding="utf-8")), encoding="utf-8")
