@@ -54,8 +54,8 @@ def tables() -> dict[str, str]:
 def fill(page: str) -> str:
     """The page with its tables as the result files have them now."""
     for name, table in tables().items():
-        start, end = rf"<!-- {name}: .*? -->\n", rf"\n<!-- /{name} -->"
-        page = re.sub(f"({start}).*?({end})", lambda found, table=table: found[1] + table + found[2], page, flags=re.DOTALL)
+        block = rf"(<!-- {name}: [^\n]* -->\n).*?(<!-- /{name} -->)"
+        page = re.sub(block, lambda found, table=table: f"{found[1]}{table}\n{found[2]}", page, flags=re.DOTALL)
     return page
 
 
