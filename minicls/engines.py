@@ -67,12 +67,17 @@ class Minicls:
         self.model, self.device = model.eval().requires_grad_(False), device
         if compile:
             self.model.compile(dynamic=True)
+        self.forget()
 
     def classify(self, rows: Rows) -> torch.Tensor:
         return classify_rows(self.model, rows, self.device).log_softmax(1)
 
     def score(self, rows: Rows, options: Rows) -> torch.Tensor:
-        return scorer.score(self.model, rows, options, self.device, "sum")
+        # One request after another has no prefix of its own: what it and the one before begin with stays for those that follow.
+        if not (self.prefix and self.prefix.begins(rows)):
+            self.prefix = scorer.read_prefix(self.model, [*rows, *self.last], self.device)
+        self.last = list(rows[-1:])
+        return scorer.score(self.model, rows, options, self.device, "sum", prefix=self.prefix)
 
     def generate(self, rows: Rows, max_new_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
         return generate(self.model, rows, max_new_tokens, stop_ids, self.device)
@@ -82,7 +87,8 @@ class Minicls:
         return dist.peak_memory_bytes(self.device)
 
     def forget(self) -> None:
-        pass
+        self.prefix: scorer.Prefix | None = None
+        self.last: Rows = []
 
     def close(self) -> None:
         pass
@@ -142,8 +148,10 @@ class Transformers:
                 found[row] = before_stop(ids, stop_ids)
         return found
 
+    def forget(self) -> None:
+        pass
+
     peak_memory_bytes = Minicls.peak_memory_bytes
-    forget = Minicls.forget
     close = Minicls.close
 
 

@@ -59,6 +59,10 @@ def test_score_and_generate(qwen_run, texts):
     expected = ours.score(questions, chat.options)
     assert (expected.exp().sum(1) < 1).all()  # of all tokens, the letters are some
     torch.testing.assert_close(theirs.score(questions, chat.options), expected, rtol=0, atol=1e-4)
+    ours.forget()
+    one_by_one = torch.cat([ours.score([row], chat.options) for row in questions])
+    torch.testing.assert_close(one_by_one, expected, rtol=0, atol=1e-4)
+    assert ours.prefix.begins(questions) and len(ours.prefix.ids) > 20  # read once for those that follow
     all_logits = engines.Transformers(qwen_run, torch.float32, CPU, batch_size=1, logits_to_keep=0)
     torch.testing.assert_close(all_logits.score(questions[:2], chat.options), expected[:2], rtol=0, atol=1e-4)
     prompts = chat.prompts(texts)[0]
