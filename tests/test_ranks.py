@@ -39,7 +39,7 @@ with interrupt_at(5 if os.environ["RANK"] == "1" else 0):
 def torchrun(*command: str) -> subprocess.CompletedProcess:
     with tempfile.TemporaryDirectory() as logs:  # by default they stay in /tmp
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--log-dir", logs]
-        return subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=300)
+        return subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
