@@ -122,6 +122,23 @@ def cumulative(lengths: list[int]) -> torch.Tensor:
     return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_in_bf16_goes_backward_near_fp32(causal):
+    """bf16 has 8 bits: values of the order of 1, rounded a few times, are within 0.05 and stay bf16."""
+    torch.manual_seed(0)
+    lengths = [7, 1, 12]
+    exact = [torch.randn(20, heads, 8, requires_grad=True) for heads in (4, 2, 2)]
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    for tensors in (exact, rounded):
+        with torch.autocast("cpu", torch.bfloat16, enabled=tensors is rounded):
+            output = padded_attention(*tensors, cumulative(lengths), max(lengths), causal)
+        assert output.dtype == tensors[0].dtype
+        output.square().sum().backward()
+    for x, y in zip(exact, rounded, strict=True):
+        assert y.grad.dtype == torch.bfloat16
+        torch.testing.assert_close(y.grad.float(), x.grad, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("lengths", [[7], [1], MANY], ids=["one row", "one token", "40 rows"])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
