@@ -63,7 +63,7 @@ def padded_attention(q, k, v, cu_seqlens, max_seqlen, causal=False, dropout_p=0.
     else:
         order = lengths.argsort(stable=True)
         groups = [(rows, int(lengths[rows[-1]])) for rows in order.split(ROWS_PER_GROUP)]
-    # The CPU's fused kernel goes backward in fp32 four times as fast as in bf16 (with dropout, another one is used).
+    # The CPU's fused kernel goes backward several times as fast in fp32 as in bf16 (with dropout, another one is used).
     in_fp32 = q.requires_grad and q.dtype == torch.bfloat16 and not q.is_cuda and dropout_p == 0.0
     columns = torch.arange(max_seqlen, device=q.device)
     outputs, places, offset = [], cu_seqlens.new_empty(len(q)), 0
