@@ -1,7 +1,6 @@
 """Several processes under torchrun, or one: start, sum over ranks, and who prints. Without torchrun every call is a no-op."""
 
 import os
-import resource
 from pathlib import Path
 
 import torch
@@ -110,4 +109,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Of this rank: memory allocated by torch on a GPU, resident memory of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resident_peak_bytes()
+
+
+def resident_peak_bytes(pid: int | str = "self") -> int:
+    """Most resident memory that a process has had, in bytes."""
+    # Not getrusage's ru_maxrss: exec carries that of the parent over, and every small side of a large bench.py would read alike.
+    (peak,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak.split()[1]) * 1024

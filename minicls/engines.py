@@ -258,10 +258,9 @@ class VLLMServer:
         """Resident memory of the server's processes, each at its peak."""
         processes, total = [self.process.pid], 0
         while processes:
-            folder = Path(f"/proc/{processes.pop()}")
-            (peak,) = (line for line in (folder / "status").read_text().splitlines() if line.startswith("VmHWM"))
-            total += int(peak.split()[1]) * 1024
-            processes += [pid for task in folder.glob("task/*/children") for pid in task.read_text().split()]
+            pid = processes.pop()
+            total += dist.resident_peak_bytes(pid)
+            processes += [child for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()]
         return total
 
     def forget(self) -> None:

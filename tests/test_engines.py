@@ -6,6 +6,8 @@ Time is a clock that the tests turn: no figure depends on how fast anything runs
 give log-probabilities within 1e-4, and the same tokens.
 """
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 
@@ -16,7 +18,7 @@ from runs import train
 
 import bench
 import train_qwen
-from minicls import engines
+from minicls import dist, engines
 from minicls.config import UserError
 from minicls.data import load_data, split_data
 from minicls.predict import Reader
@@ -185,3 +187,10 @@ def test_a_server_gets_each_request_in_a_thread_of_its_own():
     assert answers == [0, 1, 4] and min(latencies) > 0
     with pytest.raises(ZeroDivisionError):
         engines.serve_each([0.0, 0.0], lambda i: 1 / i)
+
+
+def test_memory_of_a_process_leaves_out_that_of_its_parent():
+    command = [sys.executable, "-c", "print('started', flush=True); input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as small:
+        assert small.stdout.readline() == "started\n"
+        assert 2**20 < dist.resident_peak_bytes(small.pid) < 2**26 < dist.peak_memory_bytes(CPU)  # torch is loaded here
