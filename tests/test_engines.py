@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from runs import train
 
 import bench
@@ -190,7 +191,11 @@ def test_a_server_gets_each_request_in_a_thread_of_its_own():
 
 
 def test_memory_of_a_process_leaves_out_that_of_its_parent():
-    command = [sys.executable, "-c", "print('started', flush=True); input()"]
+    command = [sys.executable, "-c", "print('started', flush=True); open(0).read()"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as small:
         assert small.stdout.readline() == "started\n"
         assert 2**20 < dist.resident_peak_bytes(small.pid) < 2**26 < dist.peak_memory_bytes(CPU)  # torch is loaded here
+    large = torch.ones(2**28)  # 1 GiB, here alone
+    code = "import torch; from minicls import dist; print(dist.peak_memory_bytes(torch.device('cpu')))"
+    seen = int(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT))
+    assert 2**26 < seen < large.nbytes < dist.peak_memory_bytes(CPU)
