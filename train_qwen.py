@@ -25,12 +25,12 @@ import torch.nn.functional as F
 
 from minicls import checkpoint, dist, plots, report, weights
 from minicls.config import UserError, parse, run, setting
-from minicls.data import load_data, pack, split_data, step_rows
+from minicls.data import Batch, load_data, pack, split_data, step_rows
 from minicls.logger import Logger
 from minicls.optim import cosine_lr, every_steps, make_optimizer
 from minicls.predict import classify_rows
 from minicls.prompt import Chat, make_template
-from minicls.scorer import score
+from minicls.scorer import common_prefix, score
 from minicls.tokenizer import QWEN_CONTROL_TOKENS, load_tokenizer, text_rows, train_qwen_tokenizer
 
 
@@ -182,6 +182,19 @@ def main(argv: list[str] | None = None) -> None:
             "learned; answer_loss, the letter's alone, is the one to compare with a classifier's, format_loss the others'"
         )
 
+    # What all questions begin with goes through the model once a batch: less to compute, the same loss and gradients. Not on
+    # a GPU, whose attention kernel wants every row whole.
+    shared = 0
+    if device.type == "cpu":
+        questions = [row[: -sum(endings[label])] for row, label in zip(train_rows, data.train.labels, strict=True)]
+        shared = len(common_prefix(questions))
+        if shared:
+            logger.print(f"all questions begin with the same {shared} tokens, which a batch reads once")
+
+    def pack_shared(rows: list[list[int]]) -> Batch:
+        first, *others = rows
+        return pack([first, *(row[shared:] for row in others)], device, [0] + [shared] * len(others))
+
     def count_targets(rows: np.ndarray) -> tuple[int, int]:
         """The number of targets of some training rows, and of the letters' tokens among them."""
         counts = np.array(endings)[data.train.labels[rows]].sum(0)  # (3,)
@@ -192,21 +205,21 @@ def main(argv: list[str] | None = None) -> None:
         labels = data.train.labels[rows]
         if s.head == "linear":
             with autocast:
-                logits = forward(*pack([train_rows[row] for row in rows], device))  # (B, C) fp32
+                logits = forward(*pack_shared([train_rows[row] for row in rows]), shared=shared)  # (B, C) fp32
             return F.cross_entropy(logits, torch.from_numpy(labels).to(device), reduction="sum").expand(2)
         # The token before a target predicts it, so the last token of a row need not be read.
-        packed = pack([train_rows[row][:-1] for row in rows], device)
-        at, targets, letters, stop = [], [], [], 0
+        packed = pack_shared([train_rows[row][:-1] for row in rows])
+        at, targets, letters, stop = [], [], [], shared
         for row, label in zip(rows, labels, strict=True):
             before, letter, after = endings[label]
             count = before + letter + after
-            stop += len(train_rows[row]) - 1
+            stop += len(train_rows[row]) - 1 - shared
             at += range(stop - count, stop)
             targets += train_rows[row][-count:]
             letters += [False] * before + [True] * letter + [False] * after
         at, targets, letters = (torch.tensor(values, device=device) for values in (at, targets, letters))
         with autocast:
-            logits = forward(*packed, at)  # (targets, V) fp32
+            logits = forward(*packed, at, shared=shared)  # (targets, V) fp32
         losses = F.cross_entropy(logits, targets, reduction="none")  # (targets,)
         return torch.stack([losses.sum(), losses[letters].sum()])
 

@@ -24,15 +24,17 @@ def attention(
     max_seqlen: int,
     causal: bool = False,
     dropout_p: float = 0.0,
+    shared: int = 0,
 ) -> torch.Tensor:
     """Scaled dot-product attention of every token to the tokens of its own row.
 
     q: (N, H, Dh); k, v: (N, Hkv, Dh); cu_seqlens: (B + 1,) int32 on the same device; max_seqlen: the longest row.
+    `shared`: all rows begin with the first row's first `shared` tokens; the other rows stand in the batch without them.
     Returns (N, H, Dh) in q's dtype. Attention Is All You Need, section 3.2.1; grouped heads: arXiv 2305.13245.
     """
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and dropout_p == 0.0:
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and dropout_p == 0.0 and not shared:
         return _varlen_attention(q, k, v, cu_seqlens, max_seqlen, causal)
-    return padded_attention(q, k, v, cu_seqlens, max_seqlen, causal, dropout_p)
+    return padded_attention(q, k, v, cu_seqlens, max_seqlen, causal, dropout_p, shared)
 
 
 def _varlen_attention(q, k, v, cu_seqlens, max_seqlen, causal):
@@ -52,12 +54,15 @@ def _varlen_attention(q, k, v, cu_seqlens, max_seqlen, causal):
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
 
 
-def padded_attention(q, k, v, cu_seqlens, max_seqlen, causal=False, dropout_p=0.0):
-    """The same through padding: rows are laid out as (rows, S), attended, and the real tokens gathered back.
+def padded_attention(q, k, v, cu_seqlens, max_seqlen, causal=False, dropout_p=0.0, shared=0):
+    """The same through padding: rows are laid out whole as (rows, S), attended, and each one's own tokens gathered back.
 
     On a CPU the rows go in groups of similar length, since everything inside attention grows with rows * S * S.
     """
-    lengths = cu_seqlens.diff()  # (B,)
+    # Where a row would begin, and how long it would be, if its shared tokens stood before its own ones.
+    missing = shared * (torch.arange(len(cu_seqlens) - 1, device=q.device) > 0)  # (B,)
+    starts, lengths = cu_seqlens[:-1] - missing, cu_seqlens.diff() + missing  # (B,)
+    max_seqlen += shared
     if q.is_cuda:
         groups = [(torch.arange(len(lengths), device=q.device), max_seqlen)]  # reading lengths back would stall the GPU
     else:
@@ -70,7 +75,9 @@ def padded_attention(q, k, v, cu_seqlens, max_seqlen, causal=False, dropout_p=0.
     for rows, S in groups:
         real = columns[:S] < lengths[rows, None]  # (rows, S)
         # Padding repeats a row's first token, so that one gather makes the layout, and autograd keeps nothing but indices.
-        source = cu_seqlens[rows, None] + columns[:S] * real  # (rows, S)
+        column = columns[:S] * real  # (rows, S)
+        source = column + starts[rows, None] * (column >= shared)  # (rows, S)
+        own = real & (source >= cu_seqlens[rows, None])  # (rows, S)
         padded = [x.index_select(0, source.flatten()).unflatten(0, real.shape).transpose(1, 2) for x in (q, k, v)]
         if in_fp32:
             padded = [x.float() for x in padded]
@@ -84,7 +91,7 @@ def padded_attention(q, k, v, cu_seqlens, max_seqlen, causal=False, dropout_p=0.
                 enable_gqa=k.shape[1] != q.shape[1],
             )  # (rows, H, S, Dh)
         outputs.append(output.transpose(1, 2).flatten(0, 1).to(q.dtype))  # (rows * S, H, Dh)
-        places[source[real]] = offset + real.flatten().nonzero()[:, 0].to(places.dtype)  # where the real tokens lie in it
+        places[source[own]] = offset + own.flatten().nonzero()[:, 0].to(places.dtype)  # where the rows' own tokens lie in it
         offset += real.numel()
     return torch.cat(outputs).index_select(0, places)  # (N, H, Dh)
 

@@ -157,12 +157,12 @@ class Qwen3Attention(nn.Module):
         self.q_norm = Qwen3RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = Qwen3RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x, at, position_ids, cu_seqlens, max_seqlen, rope, cache, slots) -> torch.Tensor:
+    def forward(self, x, at, position_ids, cu_seqlens, max_seqlen, shared, rope, cache, slots) -> torch.Tensor:
         x = as_products_want(x)
         q, k, v = (f(x).unflatten(1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))  # (N, heads, Dh)
         q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)  # each head is normalised by itself, then turned
         if cache is None:
-            output = attention(q, k, v, cu_seqlens, max_seqlen, causal=True)  # (N, H, Dh)
+            output = attention(q, k, v, cu_seqlens, max_seqlen, causal=True, shared=shared)  # (N, H, Dh)
         else:
             keys, values = cache.write(self.layer, slots[0], position_ids, k, v)  # (B, S, Hkv, Dh)
             output = cached_attention(q, keys, values, *slots)  # (N, H, Dh)
@@ -215,12 +215,17 @@ class Qwen3Model(nn.Module):
         max_seqlen: int,
         at: torch.Tensor,
         cache: KVCache | None = None,
+        shared: int = 0,
     ) -> torch.Tensor:
-        """Returns the hidden states (n, D) of the tokens asked for, by their indices in the packed batch: at (n,) int64."""
+        """Returns the hidden states (n, D) of the tokens asked for, by their indices in the packed batch: at (n,) int64.
+
+        `shared`, without a cache: all rows begin with the first row's first `shared` tokens, which go through the model once.
+        The other rows are packed without them; their positions begin at `shared`.
+        """
         x = self.embed_tokens(input_ids)  # (N, D)
         rope = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta)
         slots = cache_slots(position_ids, cu_seqlens, max_seqlen, cache.shape[1]) if cache is not None else None
-        where = position_ids, cu_seqlens, max_seqlen, rope, cache, slots
+        where = position_ids, cu_seqlens, max_seqlen, shared, rope, cache, slots
         for layer in self.layers:
             wanted = at if layer is self.layers[-1] else None
             if self.activation_checkpointing and self.training:
@@ -248,14 +253,15 @@ class Qwen3ForCausalLM(nn.Module):
         max_seqlen: int,
         at: torch.Tensor,
         cache: KVCache | None = None,
+        shared: int = 0,
     ) -> torch.Tensor:
         """input_ids, position_ids: (N,) int64; cu_seqlens: (B + 1,) int32. Returns the logits (n, V) fp32 after the tokens
-        `at` (n,), and of no others: (N, V) would be gigabytes.
+        `at` (n,), and of no others: (N, V) would be gigabytes. `shared`: as in `Qwen3Model`.
 
         fp32 weights: the product is in fp32, also under autocast. bf16 weights: it is in bf16, as converting the
         embedding each time would take longer than everything else for a single token.
         """
-        x = self.model(input_ids, position_ids, cu_seqlens, max_seqlen, at, cache)  # (n, D)
+        x = self.model(input_ids, position_ids, cu_seqlens, max_seqlen, at, cache, shared)  # (n, D)
         weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight  # (V, D)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(weight.dtype), weight).float()  # (n, V)
@@ -271,9 +277,16 @@ class Qwen3ForSequenceClassification(nn.Module):
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
 
     def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        shared: int = 0,
     ) -> torch.Tensor:
-        """input_ids, position_ids: (N,) int64; cu_seqlens: (B + 1,) int32. Returns the logits (B, C) in fp32."""
-        x = self.model(input_ids, position_ids, cu_seqlens, max_seqlen, cu_seqlens[1:] - 1)  # (B, D)
+        """input_ids, position_ids: (N,) int64; cu_seqlens: (B + 1,) int32; `shared`: as in `Qwen3Model`. Returns the logits
+        (B, C) in fp32."""
+        at = cu_seqlens[1:] - 1
+        x = self.model(input_ids, position_ids, cu_seqlens, max_seqlen, at, shared=shared)  # (B, D)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.float(), self.score.weight.float())  # (B, C)

@@ -155,6 +155,29 @@ def test_attention_equals_the_naive_one(function, causal, kv_heads, lengths):
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)  # float64 has 16 digits, so only a mistake is as large
 
 
+@pytest.mark.parametrize("lengths", [[7], [4, 9], MANY], ids=["one row", "two rows", "40 rows"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_attention_to_a_shared_beginning_equals_whole_rows(causal, lengths):
+    """With causal masks the beginning's own outputs are everyone's; without one they would differ from row to row."""
+    shared, generator = 3, torch.Generator().manual_seed(0)
+    lengths = [shared + length for length in lengths]
+    begins = [0, *(start + shared for start in np.cumsum(lengths)[:-1])]  # of each row's own tokens among all
+    own = torch.cat([torch.arange(a, b) for a, b in zip(begins, np.cumsum(lengths), strict=True)])
+    shapes = [(len(own), heads, 8) for heads in (4, 2, 2)]
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes)
+    packed = [lengths[0], *(length - shared for length in lengths[1:])]
+    whole = []
+    for x in (q, k, v):
+        first, *others = x.split(packed)
+        whole.append(torch.cat([first, *(torch.cat([first[:shared], other]) for other in others)]))
+    output = attention(q, k, v, cumulative(packed), max(packed), causal, shared=shared)
+    expected = naive_attention(*whole, lengths, causal)[own]
+    weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    found = [output, *torch.autograd.grad((output * weights).sum(), (q, k, v))]
+    wanted = [expected, *torch.autograd.grad((expected * weights).sum(), (q, k, v))]
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
 def test_attention_dropout_drops_probabilities_and_keeps_their_mean():
     """Equal keys make all L probabilities 1/L; with values of 1 an output is then (number kept) / (L * (1 - p))."""
     lengths, heads, p = MANY, 4, 0.25

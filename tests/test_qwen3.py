@@ -139,6 +139,21 @@ def test_logits_loss_and_gradients_equal_transformers(config, lengths, at):
     assert_gradients_equal(gradients(ours, loss), gradients(theirs, expected.loss))
 
 
+@pytest.mark.parametrize("lengths", [[4], [1, 9, 2], MANY[:35]], ids=["one row", "three rows", "35 rows"])
+@pytest.mark.parametrize("kind", [Qwen3ForCausalLM, Qwen3ForSequenceClassification])
+def test_a_shared_beginning_read_once_changes_no_logits_and_no_gradients(kind, lengths):
+    model, (beginning,), rests = make_model(kind), random_rows([6]), random_rows(lengths, seed=1)
+    whole = pack([beginning + rest for rest in rests])
+    once = pack([beginning + rests[0], *rests[1:]], "cpu", [0] + [len(beginning)] * (len(rests) - 1))
+    assert len(whole.input_ids) - len(once.input_ids) == len(beginning) * (len(rests) - 1)
+    runs = []
+    for batch, shared in ((once, len(beginning)), (whole, 0)):
+        logits = model(*batch, *([batch.last] if kind is Qwen3ForCausalLM else []), shared=shared)
+        runs.append((logits, gradients(model, F.cross_entropy(logits, torch.arange(len(rests)) % logits.shape[1]))))
+    torch.testing.assert_close(runs[0][0], runs[1][0], rtol=1e-4, atol=2e-5)
+    assert_gradients_equal(runs[0][1], runs[1][1])
+
+
 def test_theta_is_read_from_where_files_keep_it():
     places = [{"rope_theta": 20.0}, {"rope_parameters": {"rope_theta": 20.0}}, {"rope_scaling": {"rope_theta": 20.0}}]
     assert [Qwen3Config(**SIZES | place).rope_theta for place in places] == [20.0] * 3

@@ -111,7 +111,7 @@ def test_losses_and_gradient_against_transformers(flags, trained, letter, tmp_pa
     assert grad_norm == pytest.approx(norm.item(), rel=1e-4)
 
 
-def test_ten_steps_equal_those_of_transformers(tmp_path):
+def test_ten_steps_equal_those_of_transformers(tmp_path, capsys):
     """The same weights, rows, targets, schedule and AdamW around transformers' model: each step's loss to 1e-4."""
     from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
@@ -119,6 +119,7 @@ def test_ten_steps_equal_those_of_transformers(tmp_path):
     shared += ["--weight-decay", "0.1", "--eval-every", "0"]
     start = run_qwen(tmp_path / "start", *shared, "--max-steps", "2")
     run = run_qwen(tmp_path / "run", "--model", str(start), *shared, "--max-steps", "10", "--learning-rate", "3e-3")
+    assert "tokens, which a batch reads once" in capsys.readouterr().out  # transformers below reads them in every row
     model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32).train()
     data, _ = split_data(load_data("synthetic"), max_train_rows=150)
     template = json.loads((run / "run.json").read_text())["template"]

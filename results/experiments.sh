@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# docs/experiments.md at a size that two CPU cores do in two hours: MiniLM for BERT, and a small Qwen3 from random weights.
+#
+#     results/experiments.sh bert & results/experiments.sh qwen & wait
+#
+# Wants models/, data/ as in results/README.md; writes runs/. A run that has its results is not run again.
+set -euo pipefail
+
+train() { # SCRIPT NAME FLAGS...
+    [ -f "runs/$2/results.json" ] && return
+    "${PYTHON:-python}" "$1" --output-dir "runs/$2" --threads 1 --eval-every 0 --save-every 0 --warmup-ratio 0.1 \
+        --global-batch-size 32 "${@:3}"
+}
+bert() { train train_bert.py "$1" --model models/all-MiniLM-L6-v2 --micro-batch-size 32 "${@:2}"; }
+qwen() { train train_qwen.py "$1" --init random --learning-rate 6e-4 --train-on letter "${@:2}"; }
+
+case $1 in
+bert)
+    # Learning rate by seed, to be chosen by F1 on 400 held-out training rows.
+    for rate in 1e-4 3e-4 1e-3; do
+        for seed in 42 43; do
+            bert "grid-$rate-$seed" --data data/ag_news --learning-rate $rate --seed $seed --max-train-rows 1000 \
+                --validation-size 400 --epochs 2 --max-eval-rows 1000
+        done
+    done
+    # Learning curve; more epochs where rows are few.
+    bert rows-bert-100 --data data/ag_news --learning-rate 3e-4 --max-train-rows 100 --epochs 10 --max-eval-rows 2000
+    bert rows-bert-1000 --data data/ag_news --learning-rate 3e-4 --max-train-rows 1000 --epochs 2 --max-eval-rows 2000
+    # Long texts, cut to the start, or to start and end.
+    for long_text in head head-tail; do
+        bert "movie_reviews-bert-$long_text" --data data/movie_reviews --long-text $long_text --learning-rate 1e-4 \
+            --max-train-rows 200 --epochs 2 --micro-batch-size 8
+    done
+    # Harder data.
+    bert banking77-bert --data data/banking77 --learning-rate 3e-4 --epochs 2
+    bert 20newsgroups-bert --data data/20newsgroups --max-length 128 --learning-rate 3e-4 --max-train-rows 2000 --epochs 1 \
+        --max-eval-rows 1000
+    bert rows-bert-10000 --data data/ag_news --learning-rate 3e-4 --max-train-rows 10000 --epochs 1 --max-eval-rows 2000
+    ;;
+qwen)
+    # Chinese.
+    qwen thucnews-qwen --model models/qwen3-small-zh --data data/thucnews_small --language zh --max-train-rows 12800 \
+        --epochs 1 --micro-batch-size 32
+    # The same rows through a linear head on the bare text.
+    qwen thucnews-qwen-linear --model models/qwen3-small-zh --data data/thucnews_small --head linear --max-train-rows 12800 \
+        --epochs 1 --micro-batch-size 32
+    # Learning curve.
+    for rows_epochs in 1000:3 100:20 10000:1; do
+        rows=${rows_epochs%:*}
+        qwen rows-qwen-$rows --model models/qwen3-small --data data/ag_news --max-train-rows $rows --epochs ${rows_epochs#*:} \
+            --micro-batch-size 32 --max-eval-rows 2000
+    done
+    # Long texts at their full length.
+    qwen movie_reviews-qwen --model models/qwen3-small --data data/movie_reviews --max-length 4096 --max-train-rows 200 \
+        --epochs 2 --micro-batch-size 4
+    ;;
+esac
