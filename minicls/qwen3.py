@@ -90,21 +90,24 @@ class KVCache:
 
 class _RMSNorm(torch.autograd.Function):
     """The norm with its gradient by hand. What CUDA's fused kernel does for `F.rms_norm`; a CPU has none, and autograd would
-    keep three fp32 copies of x for the backward pass where x itself and one number a vector are enough."""
+    keep three fp32 copies of x for the backward pass where x itself and one number a vector are enough. On a CPU an operation
+    costs what it moves: hence one conversion to fp32, and results written over what is no longer needed."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32) ** 2 / x.shape[-1] + eps).rsqrt()
+        in_fp32 = x.float()
+        scale = (torch.linalg.vector_norm(in_fp32, dim=-1, keepdim=True) ** 2 / x.shape[-1] + eps).rsqrt()
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale * weight).to(x.dtype)
+        return (in_fp32 * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
-        normed = x * scale  # fp32, as scale is
-        weight_grad = (grad * normed).flatten(0, -2).sum(0)
-        grad = grad * weight.float()
-        grad = (grad - normed * (grad * normed).mean(-1, keepdim=True)) * scale
+        weight_fp32, grad, normed = weight.float(), grad.float(), x.float() * scale
+        product = grad * normed
+        weight_grad = product.flatten(0, -2).sum(0)
+        mean = (product @ weight_fp32)[..., None] / x.shape[-1]  # of (grad * weight) * normed
+        grad = (grad * weight_fp32).addcmul_(normed, mean, value=-1).mul_(scale)
         return grad.to(x.dtype), weight_grad.to(weight.dtype), None
 
 
@@ -141,9 +144,28 @@ def rope_tables(position_ids: torch.Tensor, head_dim: int, theta: float) -> tupl
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)  # (N, 1, Dh) each
 
 
+class _Rotation(torch.autograd.Function):
+    """The rotation with its gradient by hand, which is the gradient turned back: nothing of x is kept, and both directions
+    may write over their own results."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        half, in_fp32 = x.shape[-1] // 2, x.float()
+        turned = in_fp32 * cos
+        turned[..., :half].addcmul_(in_fp32[..., half:], sin[..., :half])
+        turned[..., half:].addcmul_(in_fp32[..., :half], sin[..., half:])
+        return turned.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _Rotation.apply(grad, cos, -sin), None, None
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns q or k (N, heads, Dh) by their positions' angles, in fp32. A roll by Dh / 2 gives each dimension its partner."""
-    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+    """Turns q or k (N, heads, Dh) by their positions' angles, in fp32: x * cos + (x with its halves exchanged) * sin."""
+    return _Rotation.apply(x, cos, sin)
 
 
 class Qwen3Attention(nn.Module):
