@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
 import minicls
 from minicls import dist
 from minicls.config import UserError
 from minicls.data import derived_seed
-from minicls.weights import write_tensors
+from minicls.weights import read_tensor, write_tensors
 
 
 def check_output_dir(output_dir: str | None) -> None:
@@ -134,11 +134,11 @@ def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     """Fills the optimizer from a checkpoint whose weights the model holds already; returns its state.json."""
     try:
         state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-        with safe_open(directory / "optimizer.safetensors", framework="pt") as tensors:
-            for name, parameter in model.named_parameters():
-                slots = optimizer.state[parameter] = {"step": torch.tensor(float(state["step"]), device=parameter.device)}
-                for key in ("exp_avg", "exp_avg_sq"):
-                    slots[key] = torch.empty_like(parameter, requires_grad=False).copy_(tensors.get_tensor(f"{key}.{name}"))
+        for name, parameter in model.named_parameters():
+            slots = optimizer.state[parameter] = {"step": torch.tensor(float(state["step"]), device=parameter.device)}
+            for key in ("exp_avg", "exp_avg_sq"):
+                moment = read_tensor(directory / "optimizer.safetensors", f"{key}.{name}")
+                slots[key] = torch.empty_like(parameter, requires_grad=False).copy_(moment)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{directory}: not a whole checkpoint ({error}); delete it and resume from the one before") from None
     return state

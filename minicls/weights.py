@@ -156,6 +156,13 @@ def init_weights(model: nn.Module, names: set[str], std: float, seed: int) -> No
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
+def read_tensor(file: Path, name: str) -> torch.Tensor:
+    """One tensor of a safetensors file. The file is opened for it alone: it is mapped, and the pages of all that is read from
+    an open one count as memory of this process until it is closed, a second copy of the weights in the end."""
+    with safe_open(file, framework="pt") as tensors:
+        return tensors.get_tensor(name)
+
+
 @torch.no_grad()
 def load_weights(model: nn.Module, directory: Path, kind: Architecture) -> tuple[set[str], str]:
     """Copies a directory's tensors into the model; returns the names of the parameters not in the file, and the report.
@@ -182,7 +189,7 @@ def load_weights(model: nn.Module, directory: Path, kind: Architecture) -> tuple
                                 f"{file}: {stored_name} has shape {shape}, the model wants {wanted}; "
                                 "is config.json of another size, or the number of classes another?"
                             )
-                        parameters[name].copy_(tensors.get_tensor(stored_name))
+                        parameters[name].copy_(read_tensor(file, stored_name))
                         loaded.add(name)
                     elif name.startswith(kind.ignored) or (headless and (kind.prefix + name).startswith(kind.ignored)):
                         ignored.append(stored_name)

@@ -17,7 +17,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from minicls import weights
+from minicls import dist, weights
 from minicls.bert import BertConfig, BertForSequenceClassification
 from minicls.config import UserError
 from minicls.data import load_data, pack, split_data
@@ -195,6 +195,20 @@ def test_loaded_parameters_are_copies_of_the_file(tensors, tmp_path):
         assert (view == 0).all()  # what a view of the mapped file comes to
     for name, parameter in model.items():
         assert torch.equal(parameter, tensors[name]), name
+
+
+def test_loading_takes_the_memory_of_one_copy(tmp_path):
+    values = VALUES | {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 2048}
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**{key: value for key, value in values.items() if key != "model_type"}))
+    save_file(dict(model.named_parameters()), tmp_path / "model.safetensors")
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert size > 100e6
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew, from what is resident now
+    before = dist.resident_peak_bytes()
+    loaded, _, _ = weights.build_model(weights.BERT, values, tmp_path, 0, torch.device("cpu"), torch.bfloat16)
+    assert loaded.classifier.weight.dtype == torch.bfloat16
+    assert dist.resident_peak_bytes() - before < 0.75 * size  # half of it, in bf16, and one tensor of the file
 
 
 def test_fresh_weights_have_transformers_statistics_and_depend_on_the_seed():
