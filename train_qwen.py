@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from minicls import checkpoint, dist, plots, report, weights
 from minicls.config import UserError, parse, run, setting
-from minicls.data import Batch, load_data, pack, split_data, step_rows
+from minicls.data import load_data, pack_shared, split_data, step_rows
 from minicls.logger import Logger
 from minicls.optim import cosine_lr, every_steps, make_optimizer
 from minicls.predict import classify_rows
@@ -185,15 +185,11 @@ def main(argv: list[str] | None = None) -> None:
     # What all questions begin with goes through the model once a batch: less to compute, the same loss and gradients. Not on
     # a GPU, whose attention kernel wants every row whole.
     shared = 0
-    if device.type == "cpu":
+    if device.type == "cpu" and not s.eval_only:
         questions = [row[: -sum(endings[label])] for row, label in zip(train_rows, data.train.labels, strict=True)]
         shared = len(common_prefix(questions))
         if shared:
             logger.print(f"all questions begin with the same {shared} tokens, which a batch reads once")
-
-    def pack_shared(rows: list[list[int]]) -> Batch:
-        first, *others = rows
-        return pack([first, *(row[shared:] for row in others)], device, [0] + [shared] * len(others))
 
     def count_targets(rows: np.ndarray) -> tuple[int, int]:
         """The number of targets of some training rows, and of the letters' tokens among them."""
@@ -205,10 +201,10 @@ def main(argv: list[str] | None = None) -> None:
         labels = data.train.labels[rows]
         if s.head == "linear":
             with autocast:
-                logits = forward(*pack_shared([train_rows[row] for row in rows]), shared=shared)  # (B, C) fp32
+                logits = forward(*pack_shared([train_rows[row] for row in rows], shared, device), shared=shared)  # (B, C) fp32
             return F.cross_entropy(logits, torch.from_numpy(labels).to(device), reduction="sum").expand(2)
         # The token before a target predicts it, so the last token of a row need not be read.
-        packed = pack_shared([train_rows[row][:-1] for row in rows])
+        packed = pack_shared([train_rows[row][:-1] for row in rows], shared, device)
         at, targets, letters, stop = [], [], [], shared
         for row, label in zip(rows, labels, strict=True):
             before, letter, after = endings[label]

@@ -28,7 +28,7 @@ def attention(
 ) -> torch.Tensor:
     """Scaled dot-product attention of every token to the tokens of its own row.
 
-    q: (N, H, Dh); k, v: (N, Hkv, Dh); cu_seqlens: (B + 1,) int32 on the same device; max_seqlen: the longest row.
+    q: (N, H, Dh); k, v: (N, Hkv, Dh); cu_seqlens: (B + 1,) int32 on the same device; max_seqlen: the longest row in it.
     `shared`: all rows begin with the first row's first `shared` tokens; the other rows stand in the batch without them.
     Returns (N, H, Dh) in q's dtype. Attention Is All You Need, section 3.2.1; grouped heads: arXiv 2305.13245.
     """
@@ -59,10 +59,10 @@ def padded_attention(q, k, v, cu_seqlens, max_seqlen, causal=False, dropout_p=0.
 
     On a CPU the rows go in groups of similar length, since everything inside attention grows with rows * S * S.
     """
-    # Where a row would begin, and how long it would be, if its shared tokens stood before its own ones.
-    missing = shared * (torch.arange(len(cu_seqlens) - 1, device=q.device) > 0)  # (B,)
-    starts, lengths = cu_seqlens[:-1] - missing, cu_seqlens.diff() + missing  # (B,)
-    max_seqlen += shared
+    starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()  # (B,)
+    if shared:  # where a row would begin, and how long it would be, if the shared tokens stood before its own ones
+        missing = shared * (torch.arange(len(lengths), device=q.device) > 0)  # (B,)
+        starts, lengths, max_seqlen = starts - missing, lengths + missing, max_seqlen + shared
     if q.is_cuda:
         groups = [(torch.arange(len(lengths), device=q.device), max_seqlen)]  # reading lengths back would stall the GPU
     else:
@@ -76,8 +76,10 @@ def padded_attention(q, k, v, cu_seqlens, max_seqlen, causal=False, dropout_p=0.
         real = columns[:S] < lengths[rows, None]  # (rows, S)
         # Padding repeats a row's first token, so that one gather makes the layout, and autograd keeps nothing but indices.
         column = columns[:S] * real  # (rows, S)
-        source = column + starts[rows, None] * (column >= shared)  # (rows, S)
-        own = real & (source >= cu_seqlens[rows, None])  # (rows, S)
+        source, own = starts[rows, None] + column, real  # (rows, S)
+        if shared:
+            source = torch.where(column < shared, column.to(source.dtype), source)
+            own = real & (source >= cu_seqlens[rows, None])
         padded = [x.index_select(0, source.flatten()).unflatten(0, real.shape).transpose(1, 2) for x in (q, k, v)]
         if in_fp32:
             padded = [x.float() for x in padded]

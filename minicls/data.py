@@ -419,6 +419,12 @@ def pack(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", star
     )
 
 
+def pack_shared(rows: Sequence[list[int]], shared: int, device: torch.device | str = "cpu") -> Batch:
+    """Packs rows that all begin with the same `shared` ids: these stand in the batch once, in the first row."""
+    first, *others = rows
+    return pack([first, *(row[shared:] for row in others)], device, [0] + [shared] * len(others))
+
+
 def length_batches(rows: Sequence[Sequence[int]], max_tokens: int, extra: int = 0) -> list[np.ndarray]:
     """Row numbers in batches of at most `max_tokens` tokens (or one row), sorted by length: for evaluation.
 

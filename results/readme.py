@@ -47,6 +47,7 @@ def tables() -> dict[str, str]:
     speed = [speed_table([bench for bench in benches if isinstance(bench, dict)])]
     requests = [row for bench in benches if isinstance(bench, list) for row in bench]
     speed += [bench_table(requests)] if requests else []
+    # Of small/, results/README.md has a table.
     runs = sorted(file.parent for file in (ROOT / "results").glob("*/results.json"))
     return {"answer": answer_table(), "results": results_table(runs), "speed": "\n\n".join(speed)}
 

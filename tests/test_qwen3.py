@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from minicls import weights
 from minicls.bert import BertConfig, BertForSequenceClassification
 from minicls.config import UserError
-from minicls.data import Batch, pack
+from minicls.data import Batch, pack, pack_shared
 from minicls.qwen3 import KVCache, Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 from minicls.tokenizer import train_qwen_tokenizer
 
@@ -143,8 +143,8 @@ def test_logits_loss_and_gradients_equal_transformers(config, lengths, at):
 @pytest.mark.parametrize("kind", [Qwen3ForCausalLM, Qwen3ForSequenceClassification])
 def test_a_shared_beginning_read_once_changes_no_logits_and_no_gradients(kind, lengths):
     model, (beginning,), rests = make_model(kind), random_rows([6]), random_rows(lengths, seed=1)
-    whole = pack([beginning + rest for rest in rests])
-    once = pack([beginning + rests[0], *rests[1:]], "cpu", [0] + [len(beginning)] * (len(rests) - 1))
+    rows = [beginning + rest for rest in rests]
+    whole, once = pack(rows), pack_shared(rows, len(beginning))
     assert len(whole.input_ids) - len(once.input_ids) == len(beginning) * (len(rests) - 1)
     runs = []
     for batch, shared in ((once, len(beginning)), (whole, 0)):
