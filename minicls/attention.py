@@ -100,28 +100,38 @@ def padded_attention(q, k, v, cu_seqlens, max_seqlen, causal=False, dropout_p=0.
 
 def cache_slots(
     position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, S: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Where the tokens of a packed batch belong beside a cache of S positions a row; the same for every layer.
 
     position_ids: (N,); cu_seqlens: (B + 1,). Returns each token's row and its column (N,) in a padded layout (B, T), T being
     max_seqlen, and the mask (B, 1, T, S): a query at position p sees the keys 0 to p of its row. `is_causal` would line the
     first query up with the first key, which is wrong as soon as the cache is not empty.
+
+    Where most positions are new, T is S, a token's column is its position, and the mask is None: then `is_causal` is right,
+    and for kernels half the work of a mask.
     """
     N = len(position_ids)
     rows = torch.repeat_interleave(cu_seqlens.diff(), output_size=N)  # (N,)
+    if 2 * max_seqlen > S:
+        return rows, position_ids, None
     columns = torch.arange(N, device=rows.device) - cu_seqlens[rows]  # (N,)
     last = position_ids.new_zeros(len(cu_seqlens) - 1, max_seqlen).index_put((rows, columns), position_ids)  # (B, T)
     return rows, columns, torch.arange(S, device=rows.device) <= last[:, None, :, None]
 
 
 def cached_attention(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, mask: torch.Tensor
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """Causal attention of new tokens, one or several a row, over a cache that holds their own keys and values already.
 
     q: (N, H, Dh) packed; keys, values: (B, S, Hkv, Dh); the rest comes from `cache_slots`. Returns (N, H, Dh).
     """
-    B, _, T, _ = mask.shape
+    B, T = len(keys), keys.shape[1] if mask is None else mask.shape[2]
     full = len(q) == B * T  # as in decoding: every row has T tokens, and the packed layout is the padded one
     padded = q.view(B, T, *q.shape[1:]) if full else q.new_zeros(B, T, *q.shape[1:]).index_put((rows, columns), q)
     output = F.scaled_dot_product_attention(
@@ -129,6 +139,7 @@ def cached_attention(
         keys.transpose(1, 2),
         values.transpose(1, 2),
         attn_mask=mask,
+        is_causal=mask is None,
         enable_gqa=keys.shape[2] != q.shape[1],
     ).transpose(1, 2)  # (B, T, H, Dh)
     return output.flatten(0, 1) if full else output[rows, columns]  # (N, H, Dh)
