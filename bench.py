@@ -97,7 +97,9 @@ class Settings:
     mode: tuple[str, ...] = setting(
         ("single", "offline"), "one request at a time, all at once, as they arrive; for --task rps", choices=MODES
     )
-    num_requests: int = setting(64, "least requests of a row, each a test row of its own while there are more", minimum=1)
+    num_requests: int = setting(
+        64, "requests of a row, each a test row of its own; of fewer test rows, again but in mode server", minimum=1
+    )
     min_seconds: float = setting(10.0, "least seconds of a row, in the modes single and offline", minimum=0)
     rate: float = setting(2.0, "requests a second that arrive in mode server", minimum=1e-3)
     slo_ms: float = setting(1000.0, "latency that a request of mode server should keep within", minimum=0)
@@ -515,6 +517,9 @@ def reference(s: Settings, role: str, reader: Reader, directory: Path, device: t
     """The log-probabilities (n, C) of classes or options by minicls in fp32, which all engines are held to."""
     engine = engines.Minicls(directory, torch.float32, device)
     answers = method_calls(s, reader, engine, METHODS[role][-1])[1](reader.rows(texts))
+    del engine
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the sides, vLLM above all, need it
     return np.array(answers)
 
 
@@ -537,8 +542,9 @@ def judge(row: dict, expected: np.ndarray, labels: np.ndarray, s: Settings) -> d
     first, second = np.sort(expected, axis=1)[:, :-3:-1].T
     wrong = int((~equal & (first - second > MARGIN)).sum())
     unread = predictions.count(None)
-    reason = f"{wrong} of {len(equal)} answers differ from minicls in fp32" if wrong else None
-    reason = f"{reason}, {unread} name no option" if wrong and unread else reason
+    parts = [f"{wrong} of {len(equal)} answers differ from minicls in fp32"] * bool(wrong)
+    parts += [f"{unread} of {len(equal)} name no option"] * bool(unread)
+    reason = ", ".join(parts) or None
     accuracy = float(np.mean([p == label for p, label in zip(predictions, labels, strict=True)]))
     return {"accuracy": accuracy, "agreement": float(equal.mean()), "status": "invalid" if wrong else "ok", "reason": reason}
 

@@ -122,13 +122,14 @@ def main(argv: list[str] | None = None) -> None:
     if s.eval_only and not previous:
         total_steps = 0  # a run of its own, complete without a step
     eval_every, save_every = every_steps(s.eval_every, total_steps), every_steps(s.save_every, total_steps)
-    state = {"step": 0, "train_seconds": 0.0, "eval_seconds": 0.0, "samples": 0, "tokens": 0}
+    state = {"step": 0, "train_seconds": 0.0, "eval_seconds": 0.0, "evaluations": 0, "samples": 0, "tokens": 0}
     state |= {"best_on_validation": None, "best_on_test": None}  # [step, macro F1]
     if previous and previous.newest:
-        state = checkpoint.load_state(directory, model, optimizer)
-    splits = {"train": data.train} | ({"validation": validation} if validation else {}) | {"test": data.test}
+        state |= checkpoint.load_state(directory, model, None if s.eval_only else optimizer)
+    splits = {"validation": validation} if validation else {}
+    splits = ({} if s.eval_only else {"train": data.train}) | splits | {"test": data.test}
     tokenized = {name: bert_rows(tokenizer, split.texts, s.max_length, s.long_text) for name, split in splits.items()}
-    train_rows = tokenized["train"][0]
+    train_rows = [] if s.eval_only else tokenized["train"][0]
     run_dir = None
     if dist.is_first():
         run_dir = previous.dir if previous else checkpoint.new_run_dir(s.output_dir, "train_bert")
@@ -139,7 +140,9 @@ def main(argv: list[str] | None = None) -> None:
     logger = Logger(run_dir, state["step"], total_steps, drop_later=not s.eval_only)
     for name, (rows, cut) in tokenized.items():
         logger.print(f"{name}: {len(rows):,} rows, {sum(map(len, rows)):,} tokens, {cut:,} rows cut to {s.max_length}")
-    logger.print(f"example: {data.label_names[data.train.labels[0]]} <- {tokenizer.decode(train_rows[0])[:300]}")
+    first = next(iter(splits))
+    example = tokenizer.decode(tokenized[first][0][0])[:300]
+    logger.print(f"example: {data.label_names[splits[first].labels[0]]} <- {example}")
     logger.print(f"{s.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {load_report}; {dist.device_name(device)}")
 
     # 3. The loss of one batch.
@@ -158,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
             )
 
     # 4. Evaluation.
-    evaluated = [*splits][1:]  # validation, if any, then test
+    evaluated = [name for name in splits if name != "train"]
 
     def logits_of(rows: list[list[int]]) -> torch.Tensor:
         """The logits (n, C) fp32 of tokenized rows, on every rank's CPU."""
@@ -181,6 +184,7 @@ def main(argv: list[str] | None = None) -> None:
             if best is None or scores["f1"] > best[1]:
                 state[f"best_on_{name}"] = [state["step"], scores["f1"]]
         state["eval_seconds"] += time.perf_counter() - started
+        state["evaluations"] += 1
         return logits
 
     def save(directory: Path) -> None:
@@ -241,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 6. Final test and results.json.
     if s.eval_only:
-        state["eval_seconds"] = 0.0
+        state |= {"eval_seconds": 0.0, "evaluations": 0}
         for step, checkpoint_dir in checkpoint.checkpoints(previous.dir).items() if previous else [(0, None)]:
             if checkpoint_dir:
                 weights.load_weights(model, checkpoint_dir, weights.BERT)
@@ -257,6 +261,7 @@ def main(argv: list[str] | None = None) -> None:
         started = time.perf_counter()
         logits = {name: logits_of(tokenized[name][0]) for name in evaluated}
         state["eval_seconds"] += time.perf_counter() - started
+        state["evaluations"] += 1
     logger.close()
     if dist.is_first():
         save(run_dir)

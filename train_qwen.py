@@ -150,16 +150,19 @@ def main(argv: list[str] | None = None) -> None:
     if s.eval_only and not previous:
         total_steps = 0  # a run of its own, complete without a step
     eval_every, save_every = every_steps(s.eval_every, total_steps), every_steps(s.save_every, total_steps)
-    state = {"step": 0, "train_seconds": 0.0, "eval_seconds": 0.0, "samples": 0, "tokens": 0}
+    state = {"step": 0, "train_seconds": 0.0, "eval_seconds": 0.0, "evaluations": 0, "samples": 0, "tokens": 0}
     state |= {"best_on_validation": None, "best_on_test": None}  # [step, macro F1]
     if previous and previous.newest:
-        state = checkpoint.load_state(directory, model, optimizer)
-    splits = {"train": data.train} | ({"validation": validation} if validation else {}) | {"test": data.test}
+        state |= checkpoint.load_state(directory, model, None if s.eval_only else optimizer)
+    splits = {"validation": validation} if validation else {}
+    splits = ({} if s.eval_only else {"train": data.train}) | splits | {"test": data.test}
     chat = Chat(tokenizer, tuple(template), len(data.label_names), s.max_length, s.think_in, s.train_on) if template else None
     read = chat.questions if chat else functools.partial(text_rows, tokenizer, max_length=s.max_length)
-    tokenized = {"train": chat.training_rows(data.train.texts, data.train.labels)} if s.head == "options" else {}
-    tokenized |= {name: read(split.texts) for name, split in splits.items() if name not in tokenized}
-    train_rows = tokenized["train"][0]
+    tokenized = {}
+    for name, split in splits.items():
+        answered = name == "train" and s.head == "options"
+        tokenized[name] = chat.training_rows(split.texts, split.labels) if answered else read(split.texts)
+    train_rows = [] if s.eval_only else tokenized["train"][0]
     run_dir = None
     if dist.is_first():
         run_dir = previous.dir if previous else checkpoint.new_run_dir(s.output_dir, "train_qwen")
@@ -170,8 +173,16 @@ def main(argv: list[str] | None = None) -> None:
     logger = Logger(run_dir, state["step"], total_steps, drop_later=not s.eval_only)
     for name, (rows, cut) in tokenized.items():
         logger.print(f"{name}: {len(rows):,} rows, {sum(map(len, rows)):,} tokens, {cut:,} rows cut to {s.max_length}")
-    logger.print(f"example: {data.label_names[data.train.labels[0]]} <- {tokenizer.decode(train_rows[0])}")
+    first = next(iter(splits))
+    logger.print(f"example: {data.label_names[splits[first].labels[0]]} <- {tokenizer.decode(tokenized[first][0][0])}")
     logger.print(f"{s.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {load_report}; {dist.device_name(device)}")
+
+    if s.eval_only and not previous and not random and directory and (directory / "run.json").is_file():
+        trained = checkpoint.open_run(directory).info["settings"]
+        asked = [name for name in ("options", "language", "prompt", "linear_input") if trained.get(name) != getattr(s, name)]
+        if asked and trained.get("head") == s.head:
+            flags = " ".join(f"--{name.replace('_', '-')} {trained.get(name)}" for name in asked)
+            logger.print(f"note: {s.model} was trained with {flags}, and is asked otherwise here")
 
     # 3. The loss of one batch.
     # How the rows of each class end: tokens of the format, of the letter, of the format again. A linear head has one target.
@@ -205,12 +216,12 @@ def main(argv: list[str] | None = None) -> None:
             return F.cross_entropy(logits, torch.from_numpy(labels).to(device), reduction="sum").expand(2)
         # The token before a target predicts it, so the last token of a row need not be read.
         packed = pack_shared([train_rows[row][:-1] for row in rows], shared, device)
-        at, targets, letters, stop = [], [], [], shared
+        at, targets, letters, row_end = [], [], [], shared
         for row, label in zip(rows, labels, strict=True):
             before, letter, after = endings[label]
             count = before + letter + after
-            stop += len(train_rows[row]) - 1 - shared
-            at += range(stop - count, stop)
+            row_end += len(train_rows[row]) - 1 - shared
+            at += range(row_end - count, row_end)
             targets += train_rows[row][-count:]
             letters += [False] * before + [True] * letter + [False] * after
         at, targets, letters = (torch.tensor(values, device=device) for values in (at, targets, letters))
@@ -228,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
             )
 
     # 4. Evaluation.
-    evaluated = [*splits][1:]  # validation, if any, then test
+    evaluated = [name for name in splits if name != "train"]
 
     def logits_of(rows: list[list[int]]) -> torch.Tensor:
         """The logits (n, C) fp32 of tokenized rows, on every rank's CPU: a head's, or the options' scores."""
@@ -254,6 +265,7 @@ def main(argv: list[str] | None = None) -> None:
             if best is None or scores["f1"] > best[1]:
                 state[f"best_on_{name}"] = [state["step"], scores["f1"]]
         state["eval_seconds"] += time.perf_counter() - started
+        state["evaluations"] += 1
         return logits
 
     def save(directory: Path) -> None:
@@ -323,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 6. Final test and results.json.
     if s.eval_only:
-        state["eval_seconds"] = 0.0
+        state |= {"eval_seconds": 0.0, "evaluations": 0}
         for step, checkpoint_dir in checkpoint.checkpoints(previous.dir).items() if previous else [(0, None)]:
             if checkpoint_dir:
                 weights.load_weights(model, checkpoint_dir, kind)
@@ -339,6 +351,7 @@ def main(argv: list[str] | None = None) -> None:
         started = time.perf_counter()
         logits = {name: logits_of(tokenized[name][0]) for name in evaluated}
         state["eval_seconds"] += time.perf_counter() - started
+        state["evaluations"] += 1
     logger.close()
     if dist.is_first():
         save(run_dir)

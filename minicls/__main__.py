@@ -14,6 +14,7 @@ from pathlib import Path
 from minicls import dist
 from minicls.comparison import open_runs, read_bench, runs_table, write_report
 from minicls.config import Parser, UserError, run
+from minicls.data import lines_of
 from minicls.predict import Classifier, gather_texts, jsonl, table
 
 
@@ -42,8 +43,11 @@ def main(argv: list[str] | None = None) -> None:
         return
     if not args.run.is_dir():
         raise UserError(f"{args.run}: no such run directory; check the path")
-    inputs = args.inputs or ([] if sys.stdin.isatty() else sys.stdin.read().splitlines())
-    texts = gather_texts(inputs, args.text_column)
+    # A line of standard input is a text, whatever it looks like: it may come from anybody, and must not name a file to open.
+    piped = "" if args.inputs or sys.stdin.isatty() else sys.stdin.read()
+    texts = gather_texts(args.inputs, args.text_column) + (lines_of(piped) if piped else [])
+    if not texts:
+        raise UserError("FILE|TEXT: nothing to classify; pass texts or files, or write texts to standard input, one a line")
     classifier = Classifier(args.run, dist.start(args.device, args.threads))
     scores = classifier.scores(texts)
     probabilities = scores.softmax(1)

@@ -1,4 +1,4 @@
-"""Packed attention: the one place in a model that has to know where a row of text ends.
+"""Packed attention: the one layer of a model that has to know where a row of text ends.
 
 A batch is one line of N tokens (design: no padding). `cu_seqlens` holds the cumulative row lengths, as flash-attention's
 variable-length kernels want them: row b is `[cu_seqlens[b], cu_seqlens[b + 1])`.
@@ -37,7 +37,9 @@ def attention(
     return padded_attention(q, k, v, cu_seqlens, max_seqlen, causal, dropout_p, shared)
 
 
-def _varlen_attention(q, k, v, cu_seqlens, max_seqlen, causal):
+def _varlen_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, causal: bool
+) -> torch.Tensor:
     """PyTorch's variable-length flash kernel: no padding even inside. CUDA, fp16/bf16, no dropout."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -54,8 +56,17 @@ def _varlen_attention(q, k, v, cu_seqlens, max_seqlen, causal):
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
 
 
-def padded_attention(q, k, v, cu_seqlens, max_seqlen, causal=False, dropout_p=0.0, shared=0):
-    """The same through padding: rows are laid out whole as (rows, S), attended, and each one's own tokens gathered back.
+def padded_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    shared: int = 0,
+) -> torch.Tensor:
+    """`attention` through padding: rows are laid out whole as (rows, S), attended, and each one's own tokens gathered back.
 
     On a CPU the rows go in groups of similar length, since everything inside attention grows with rows * S * S.
     """

@@ -6,6 +6,7 @@ seeded from (seed, step, micro-step, rank), and the order of rows is a function 
 
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -38,9 +39,16 @@ def check_output_dir(output_dir: str | None) -> None:
 def new_run_dir(output_dir: str | None, script: str) -> Path:
     """Makes `--output-dir`, by default runs/<script>-<time>; it must be new or empty."""
     check_output_dir(output_dir)
-    path = Path(output_dir or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}")
+    path = named = Path(output_dir or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(2):
+            try:
+                path.mkdir(parents=True, exist_ok=bool(output_dir))
+                break
+            except FileExistsError:
+                if output_dir:
+                    raise
+                path = named.with_name(f"{named.name}-{number}")  # another run was started in the same second
         (path / ".writable").touch()
         (path / ".writable").unlink()
     except OSError as error:
@@ -63,6 +71,7 @@ class Run:
 
 
 def open_run(run_dir: Path) -> Run:
+    """Raises OSError or ValueError where run.json or results.json is absent or broken."""
     info = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
     file = run_dir / "results.json"
     results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
@@ -130,11 +139,11 @@ def save_checkpoint(
         shutil.rmtree(leftover)
 
 
-def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Fills the optimizer from a checkpoint whose weights the model holds already; returns its state.json."""
+def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict:
+    """Fills the optimizer, if there is one, from a checkpoint whose weights the model holds already; returns its state.json."""
     try:
         state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.named_parameters() if optimizer else ():
             slots = optimizer.state[parameter] = {"step": torch.tensor(float(state["step"]), device=parameter.device)}
             for key in ("exp_avg", "exp_avg_sq"):
                 moment = read_tensor(directory / "optimizer.safetensors", f"{key}.{name}")

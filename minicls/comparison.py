@@ -70,6 +70,12 @@ def predictions(run: Run) -> dict[str, np.ndarray] | None:
     return {name: table[name].to_numpy() for name in table.column_names}
 
 
+def hardware(run: Run) -> str:
+    """Where a run was trained, and where it was scored if that is another place."""
+    trained, scored = run.info["device"], run.results["device"]
+    return trained if scored == trained else f"{trained}; scored on {scored}"
+
+
 def validation_f1(run: Run) -> float | None:
     """Macro F1 of the headline step on the validation rows."""
     step = run.results["headline_step"]
@@ -85,7 +91,7 @@ def published_kind(run: Run) -> str | None:
 
 
 def published_table(run: Run) -> str | None:
-    """The published table beside a run's own, line by line where the same share of the training is done."""
+    """The published table beside a run's own, line by line where the same share of the training is done; None if nowhere."""
     if (published := published_kind(run)) is None:
         return None
     columns, (header, ours) = PUBLISHED[published], steps(run.dir)
@@ -94,6 +100,8 @@ def published_table(run: Run) -> str | None:
     for side, (total, lines) in enumerate([(PUBLISHED_STEPS[published], theirs), (run.info["total_steps"], ours)]):
         for step, values in lines:
             shares.setdefault(round(step / max(1, total), 2), ([], []))[side].append(values)
+    if not any(all(sides) for sides in shares.values()):
+        return None
     empty = [None] * len(columns), [None] * len(header)
     rows = [
         [f"{share:.2f}", *(left or empty[0]), *(right or empty[1])]
@@ -132,9 +140,7 @@ def about_table(runs: dict[str, Run]) -> str:
     for name, run in runs.items():
         s, versions = run.info["settings"], run.info["versions"]
         counts = f"{run.info['num_train_rows']:,}", f"{run.results['num_test_rows']:,}"
-        rows.append(
-            [name, s["data"], *counts, s["dtype"], s["seed"], run.results["device"], versions["minicls"], versions["torch"]]
-        )
+        rows.append([name, s["data"], *counts, s["dtype"], s["seed"], hardware(run), versions["minicls"], versions["torch"]])
     return markdown(header, rows)
 
 
@@ -191,16 +197,16 @@ def cost_table(runs: dict[str, Run]) -> str:
     rows, first = [], None
     for name, run in runs.items():
         found = run.results
-        tests = [e for e in read_metrics(run.dir) if e.get("split") == "test"]
-        evaluations = len(tests) + (found["headline_step"] != found["final_step"])  # the headline step is scored once more
-        each = found["eval_seconds"] / max(1, evaluations)
+        evaluations = found.get("evaluations")
+        each = found["eval_seconds"] / evaluations if evaluations else None
         first = first or (found["train_seconds"], each)
         ratios = [
-            f"{value / base:.2f}" if base else None for value, base in zip((found["train_seconds"], each), first, strict=True)
+            f"{value / base:.2f}" if value is not None and base else None
+            for value, base in zip((found["train_seconds"], each), first, strict=True)
         ]
         rate, memory = found["samples_per_second"], found["peak_memory_bytes"]
-        rows.append([name, found["device"], f"{found['train_seconds']:.0f}", ratios[0], rate and f"{rate:.1f}", evaluations])
-        rows[-1] += [f"{each:.1f}", ratios[1], memory and f"{memory / 2**30:.1f}"]
+        rows.append([name, hardware(run), f"{found['train_seconds']:.0f}", ratios[0], rate and f"{rate:.1f}", evaluations])
+        rows[-1] += [each and f"{each:.1f}", ratios[1], memory and f"{memory / 2**30:.1f}"]
     return markdown(header, rows)
 
 

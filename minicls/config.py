@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import sys
 import types
 import typing
@@ -121,6 +122,10 @@ def run(main: Callable[[list[str] | None], int | None]) -> None:
     """
     try:
         code = main(None)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, `head` for one, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would complain
+        code = 1
     except (UserError, OSError) as error:
         remedy = "" if isinstance(error, UserError) else "; check the path, its permissions and the space on its disk"
         print(f"error: {error}{remedy}", file=sys.stderr)

@@ -97,7 +97,7 @@ def load_data(
         numeric = all(_as_index(label) is not None for label in read["train"].labels)
         names = [str(label) for label in sorted(set(read["train"].labels), key=_as_index if numeric else str)]
     names = tuple(names)
-    if len(names) < 2 or len(names) != len(set(names)):
+    if len(names) < 2 or len(names) != len(set(names)) or "" in names:
         raise UserError(f"{source}: {' '.join(names)!r} are not two or more different names; pass one for each class")
     # Names before indices, and one reading for the whole data set: where the names are 1 2 3 4, label 1 is the first class.
     index = {name: i for i, name in enumerate(names)}
@@ -168,10 +168,15 @@ def _read_split(directory: Path, split: str, text_column: str, label_column: str
     return _Columns(texts, labels, places, files)
 
 
+def lines_of(text: str) -> list[str]:
+    """Its lines. Not str.splitlines, which also ends them at U+2028, form feeds and the like."""
+    return text.removesuffix("\n").split("\n")
+
+
 def read_texts(file: Path, text_column: str) -> list[str]:
     """The texts of one parquet, CSV or JSONL file, labels or none, or the lines of a .txt file."""
     if file.suffix[1:] not in FORMATS:
-        return _read_text(file).removesuffix("\n").split("\n")
+        return lines_of(_read_text(file))
     return [_checked_text(text, place) for (text,), place in _READERS[file.suffix[1:]](file, {"--text-column": text_column})]
 
 
@@ -277,7 +282,7 @@ def _as_index(label) -> int | None:
 def _label_names(directory: Path, train_file: Path, label_column: str) -> tuple[Path, list[str] | None]:
     """Class names, and where they stand: labels.txt, the parquet metadata that `datasets` writes, or README.md's YAML head."""
     if (directory / "labels.txt").is_file():
-        return directory / "labels.txt", _read_text(directory / "labels.txt").splitlines()
+        return directory / "labels.txt", [line.rstrip() for line in lines_of(_read_text(directory / "labels.txt").rstrip())]
     if train_file.suffix == ".parquet":
         import pyarrow.parquet as pq
 

@@ -26,16 +26,21 @@ def start(device: str | None, threads: int | None = None) -> torch.device:
         raise UserError(f"--device: {device!r} is not supported; pass cpu, cuda or cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device: {device!r} asked for, but torch sees no CUDA device; pass cpu")
+    index = int(os.environ.get("LOCAL_RANK", torch.device(device).index or 0))
+    if kind == "cuda" and index >= torch.cuda.device_count():
+        raise UserError(
+            f"--device: cuda:{index} is not there, torch sees {torch.cuda.device_count()}; pass a lower N or fewer ranks"
+        )
     if "RANK" in os.environ and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
     if kind == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", torch.device(device).index or 0))
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
     return torch.device("cpu")
 
 
 def stop() -> None:
+    """Leaves the process group."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -216,6 +216,13 @@ class VLLMServer:
             flags += [flag] * value if isinstance(value, bool) else [flag, str(value)]
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
         self.process = subprocess.Popen(command, stdout=2)  # with its errors: standard output is for results
+        try:
+            self._wait_until_it_answers()
+        except BaseException:  # interrupted, too: who started the server has nothing yet to close it by
+            self.close()
+            raise
+
+    def _wait_until_it_answers(self) -> None:
         while self.process.poll() is None:
             try:
                 self._send("GET", "/health")
@@ -275,7 +282,7 @@ class VLLMServer:
             self.process.wait()
 
 
-# Requests as they come. All times are seconds from the first moment on; `clock` and `sleep` can be a test's own.
+# Requests as they come. All times are seconds from the first moment on.
 
 
 def arrivals(rate: float, n: int, seed: int) -> np.ndarray:

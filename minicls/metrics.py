@@ -53,7 +53,8 @@ def accuracy_interval(accuracy: float, n: int) -> tuple[float, float]:
     """95 % interval of an accuracy over n rows (Wilson 1927): unlike +-1.96 standard errors it stays within [0, 1]."""
     z2 = 1.959963984540054**2
     middle, half = accuracy + z2 / (2 * n), math.sqrt(z2 * (accuracy * (1 - accuracy) / n + z2 / (4 * n * n)))
-    return (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
+    # Rounding may put a bound of 0 or 1 just outside, or on the wrong side of the accuracy itself.
+    return min(accuracy, max(0.0, (middle - half) / (1 + z2 / n))), max(accuracy, min(1.0, (middle + half) / (1 + z2 / n)))
 
 
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:

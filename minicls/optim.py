@@ -20,6 +20,7 @@ def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) 
 
 
 def warmup_steps(total_steps: int, warmup_ratio: float) -> int:
+    """The steps that the learning rate rises over, rounded up as the HF Trainer does."""
     return math.ceil(total_steps * warmup_ratio)
 
 

@@ -134,6 +134,7 @@ def plot_deploy(rows: Sequence[dict], file: Path) -> None:
         axes.grid(alpha=0.3)
     bottom, top = panels[0, 0].get_ylim()
     panels[0, 0].set(ylabel="accuracy, 95 % interval", ylim=(bottom, top + 0.5 * (top - bottom)))  # room for the names
+    panels[0, 0].set_yticks([tick for tick in panels[0, 0].get_yticks() if bottom <= tick <= 1])
     for i, model in enumerate(models):
         panels[0, 0].plot([], [], "o", color=f"C{i}", label=model)
     if models:

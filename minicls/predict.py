@@ -96,8 +96,6 @@ def gather_texts(inputs: Sequence[str], text_column: str) -> list[str]:
         if is_file_name and not Path(item).is_file():
             raise UserError(f"{item}: no such file; check the path")
         texts += read_texts(Path(item), text_column) if is_file_name else [item]
-    if not texts:
-        raise UserError("FILE|TEXT: nothing to classify; pass texts or files, or write texts to standard input, one a line")
     return texts
 
 

@@ -98,7 +98,10 @@ class Chat:
 
     @cached_property
     def options(self) -> list[list[int]]:
-        """The ids of each letter as they stand after the think block; where a letter is several tokens, they are several."""
+        """The ids of each letter as they stand after the think block; where a letter is several tokens, they are several.
+
+        Raises UserError where the tokenizer joins a letter with what stands before it.
+        """
         blank, *answers = self.tokenizer.encode(["\n\n", *(f"\n\n{letter}" for letter in ascii_uppercase[: self.num_options])])
         if any(ids[: len(blank)] != blank for ids in answers):
             raise UserError("--model: its tokenizer joins a blank line and a letter; use the tokenizer of a Qwen3 model")

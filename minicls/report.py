@@ -50,7 +50,9 @@ def write_results(
     columns |= {f"probability_{c}": probabilities[:, c].astype(np.float32) for c in range(len(data.label_names))}
     temperature = metrics.fit_temperature(logits["validation"].double().numpy(), validation.labels) if validation else None
     scaled = (test_logits / temperature).softmax(1).numpy() if validation else None
-    pq.write_table(pa.table(columns), run_dir / "predictions.parquet")
+    aside = run_dir / ".predictions.parquet.tmp"
+    pq.write_table(pa.table(columns), aside)
+    aside.replace(run_dir / "predictions.parquet")
     results = scores | {
         "f1_low": low,
         "f1_high": high,
@@ -64,6 +66,7 @@ def write_results(
         },
         "confusion": confusion.tolist(),
     }
+    trained_in = [e["peak_memory_bytes"] for e in read_metrics(run_dir) if e["event"] == "train"]
     best_step, best_f1 = state["best_on_test"] or (None, None)
     results |= {
         "headline_step": headline_step,
@@ -73,9 +76,10 @@ def write_results(
         "best_step_on_validation": state["best_on_validation"][0] if state["best_on_validation"] else None,
         "train_seconds": state["train_seconds"],
         "eval_seconds": state["eval_seconds"],
+        "evaluations": state["evaluations"],  # in these seconds
         "tokens_per_second": state["tokens"] / state["train_seconds"] if state["train_seconds"] else None,
         "samples_per_second": state["samples"] / state["train_seconds"] if state["train_seconds"] else None,
-        "peak_memory_bytes": dist.peak_memory_bytes(device),
+        "peak_memory_bytes": max([dist.peak_memory_bytes(device), *trained_in]),  # a later process may only have scored
         "device": dist.device_name(device),
     }
     write_json(run_dir / "results.json", results)
@@ -181,7 +185,7 @@ def folded(group: Sequence[Run], names: Sequence[str]) -> tuple[str, str, str]:
 def speed_table(benches: list[dict]) -> str:
     """Markdown of bench.json files, a line for each peer: rates, the ratio with its spread over rounds, and peak memory."""
     header = ["what", "model", "beside", "minicls, rows/s", "peer, rows/s", "times as fast", "peak memory, GiB"]
-    peers = {"train": "HF Trainer", "score": "transformers, a pass a question", "generate": "transformers' generate"}
+    peers = {"train": "HF Trainer", "score": "transformers, a pass a question"}
     rows = []
     for bench in benches:
         ours, *others = bench["rows"]

@@ -53,6 +53,7 @@ class Tokenizer:
         return text if num_tokens >= len(offsets) else text[: offsets[num_tokens][0]] if num_tokens > 0 else ""
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, control tokens shown."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def control_ids(self, tokens: Sequence[str]) -> list[int]:
@@ -71,6 +72,7 @@ class Tokenizer:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of a model directory; raises UserError where a file is absent or unreadable."""
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{directory}: no tokenizer.json; save it with transformers' fast tokenizer (save_pretrained) first")

@@ -154,7 +154,8 @@ EXPECTED = np.log([[0.9, 0.1], [0.2, 0.8], [0.505, 0.495]])
         ([0, 1, 0], 1.0, "ok", None),
         ([0, 1, 1], 2 / 3, "ok", None),  # 0.02 nats apart: rounding may decide
         ([0, 0, 0], 2 / 3, "invalid", "1 of 3 answers differ from minicls in fp32"),
-        ([0, None, None], 1 / 3, "invalid", "1 of 3 answers differ from minicls in fp32, 2 name no option"),
+        ([0, None, None], 1 / 3, "invalid", "1 of 3 answers differ from minicls in fp32, 2 of 3 name no option"),
+        ([0, 1, None], 2 / 3, "ok", "1 of 3 name no option"),
     ],
 )
 def test_trained_weights_are_judged_by_their_answers(predictions, agreement, status, reason):

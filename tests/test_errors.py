@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 import train_bert
 from minicls import weights
 from minicls.config import UserError
+from minicls.data import load_data
 from minicls.tokenizer import train_bert_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -223,9 +224,15 @@ DATA = {  # what is wrong: (file, content, parts of the message); other files of
     "json array": ("train.jsonl", b'[{"text": "a", "label": 0}]\n', ["train.jsonl, line 1", "one object a line"]),
     "labels.txt of one class": ("labels.txt", b"good\n", ["labels.txt", "'good'", "two or more"]),
     "labels.txt with a name twice": ("labels.txt", b"bad\ngood\nbad\n", ["labels.txt", "'bad good bad'", "different"]),
+    "labels.txt with a blank line": ("labels.txt", b"bad\n\ngood\n", ["labels.txt", "'bad  good'", "different"]),
     "labels.txt without bad": ("labels.txt", b"good\nfine\n", ["train.csv, line 2", "'bad'", "good, fine", "labels.txt"]),
     "labels.txt not UTF-8": ("labels.txt", b"good\nb\xe4d\n", ["labels.txt, line 2", "UTF-8", "convert"]),
 }  # fmt: skip
+
+
+def test_blank_lines_at_the_end_of_labels_are_no_class(here):
+    (here / "data" / "labels.txt").write_bytes(b"bad\r\ngood\r\n\n")
+    assert load_data(str(here / "data")).label_names == ("bad", "good")
 
 
 @pytest.mark.parametrize("case", DATA)

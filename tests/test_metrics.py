@@ -166,6 +166,13 @@ def test_accuracy_interval_equals_wilson(right, n):
     assert accuracy_interval(right / n, n) == pytest.approx((reference.low, reference.high), abs=1e-12)
 
 
+def test_accuracy_interval_holds_the_accuracy_and_stays_within_0_and_1():
+    for n in range(1, 200):
+        for right in (0, 1, n - 1, n):
+            low, high = accuracy_interval(right / n, n)
+            assert 0 <= low <= right / n <= high <= 1, (right, n)
+
+
 @pytest.mark.parametrize(("sharpness", "C"), [(0.3, 3), (1.0, 4), (5.0, 77)])
 def test_temperature_is_the_minimum_that_scipy_finds(sharpness, C):
     rng = np.random.default_rng(0)

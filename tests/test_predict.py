@@ -83,6 +83,32 @@ def test_texts_files_and_standard_input_agree(bert_run, tmp_path, capsys, monkey
     assert lines(capsys, bert_run) == wanted
 
 
+def test_a_line_of_standard_input_is_a_text_whatever_it_looks_like(bert_run, tmp_path, capsys, monkeypatch):
+    """It may come from anybody: no file is opened, and only a line feed ends a text."""
+    file = tmp_path / "secret.txt"
+    file.write_text("not to be read\n")
+    texts = [str(file), "All figures are in table.csv", "one\u2028text\x0c of\x85 a line"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(texts)))
+    assert [json.loads(line)["text"] for line in lines(capsys, bert_run, "--format", "jsonl")] == texts
+
+
+@pytest.mark.parametrize("argv", [["RUN"], ["RUN", "empty.csv"]])
+def test_nothing_to_classify(argv, bert_run, tmp_path, monkeypatch):
+    (tmp_path / "empty.csv").write_text("text\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    with pytest.raises(UserError, match="nothing to classify"):
+        main(["predict", *(str(bert_run) if a == "RUN" else a for a in argv)])
+
+
+def test_a_reader_that_has_enough_is_no_error(bert_run):
+    """As `| head -1`: the pipe closes before all is written."""
+    command = [sys.executable, "-m", "minicls", "predict", str(bert_run), "Shares fell.", "--threads", "1"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 1
+
+
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [

@@ -81,7 +81,7 @@ def test_temperature_is_fitted_on_validation_and_used_on_test(held_out, tmp_path
         def encode(self, texts):
             return [text.split() for text in texts]
 
-    state = {"step": 4, "train_seconds": 0.0, "eval_seconds": 0.0, "samples": 0, "tokens": 0}
+    state = {"step": 4, "train_seconds": 0.0, "eval_seconds": 0.0, "evaluations": 0, "samples": 0, "tokens": 0}
     state |= {"best_on_validation": None, "best_on_test": None}
     of_splits = {"test": logits[0]} | ({"validation": logits[1]} if held_out else {})
     results = write_results(tmp_path, data, validation, Words(), of_splits, state, 4, torch.device("cpu"))
@@ -266,6 +266,12 @@ def test_requests_beside_accuracy(bench, bert_run, tmp_path):
     assert (tmp_path / "out" / "deploy.png").stat().st_size > 5000
 
 
+@pytest.mark.parametrize(("accuracy", "n"), [(1.0, 10), (0.0, 27), (1.0, 25)])
+def test_all_right_and_all_wrong_have_an_interval_to_draw(accuracy, n, bert_run, tmp_path):
+    (tmp_path / "bench.json").write_text(json.dumps([BENCH | {"accuracy": accuracy, "num_requests": n}]))
+    report(tmp_path / "out", bert_run, "--bench", tmp_path / "bench.json")
+
+
 def test_what_is_kept_of_runs_will_do(bert_run, qwen_run, tmp_path):
     """Without predictions and metrics, all that results.json holds is told, and what is left out."""
     runs = [copy_run(run, tmp_path / name, data="ag_news") for run, name in ((bert_run, "bert"), (qwen_run, "qwen"))]
@@ -273,7 +279,7 @@ def test_what_is_kept_of_runs_will_do(bert_run, qwen_run, tmp_path):
         (run / "predictions.parquet").unlink()
         (run / "metrics.jsonl").unlink()
         old = found(run)
-        del old["temperature"], old["calibration_error_scaled"]  # of before they were kept
+        del old["temperature"], old["calibration_error_scaled"], old["evaluations"]  # of before they were kept
         (run / "results.json").write_text(json.dumps(old))
     sections = report(tmp_path / "out", *runs)
     assert "Left out, without predictions.parquet: bert, qwen." in sections["Two by two"]

@@ -62,7 +62,7 @@ def assert_same_run(resumed, whole):
     assert events(resumed, "eval", "test") == events(whole, "eval", "test")
     assert [e["epoch"] for e in events(resumed, "train")] == [e["epoch"] for e in events(whole, "train")]
     assert [*checkpoints(resumed)] == [*checkpoints(whole)] == [8, 10]
-    clocks = {name for name in results(whole) if name.endswith(("_seconds", "_per_second", "_bytes"))}
+    clocks = {name for name in results(whole) if name.endswith(("_seconds", "_per_second", "_bytes"))} | {"evaluations"}
     for name in results(whole).keys() - clocks:
         assert results(resumed)[name] == results(whole)[name], name
     assert not hidden(resumed)
@@ -106,6 +106,7 @@ class TestStopped:
         resume(stopped, "--eval-only")
         assert [e["step"] for e in events(stopped, "eval", "test")] == [3, 4, 5]  # 3 while training, then both checkpoints
         assert results(stopped)["final_step"] == 5 and len(losses(stopped)) == steps
+        assert results(stopped)["evaluations"] == 2  # what the seconds are of
         resume(stopped)
         assert losses(stopped) == losses(whole) and results(stopped)["best_step_on_test"] == results(whole)["best_step_on_test"]
         assert (stopped / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()

@@ -18,7 +18,7 @@ from runs import CLASSES, MODEL_FILES, events, interrupt_at, losses, results, tr
 from safetensors.torch import load_file
 
 import train_bert
-from minicls import report, weights
+from minicls import checkpoint, report, weights
 from minicls.checkpoint import checkpoints
 from minicls.config import UserError
 from minicls.data import Data, Split, load_data, pack, split_data, step_rows
@@ -172,8 +172,8 @@ def test_results(learned):
     found, evaluated = results(learned), events(learned, "eval", "test")
     assert found.keys() >= {
         *("accuracy", "precision", "recall", "f1", "f1_low", "f1_high", "num_test_rows", "final_step", "best_step_on_test"),
-        *("best_f1_on_test", "train_seconds", "eval_seconds", "tokens_per_second", "samples_per_second", "peak_memory_bytes"),
-        "device",
+        *("best_f1_on_test", "train_seconds", "eval_seconds", "evaluations", "tokens_per_second", "samples_per_second"),
+        *("peak_memory_bytes", "device"),
     }
     assert {name: found[name] for name in ("loss", "accuracy", "f1")}.items() <= evaluated[-1].items()  # the last step, unselected
     assert (found["num_test_rows"], found["final_step"], found["headline_step"]) == (200, 40, 40)
@@ -295,3 +295,10 @@ def test_weights_lost_in_the_last_step_are_no_result(tmp_path):
     with pytest.raises(UserError, match=r"--learning-rate: .* lower 1e\+30"):
         train(tmp_path / "run", "--learning-rate", "1e30", "--max-steps", "1")
     assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_runs_of_the_same_second_have_directories_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint.time, "strftime", lambda _: "now")
+    made = [checkpoint.new_run_dir(None, "train_bert") for _ in range(3)]
+    assert [str(path) for path in made] == ["runs/train_bert-now", "runs/train_bert-now-2", "runs/train_bert-now-3"]

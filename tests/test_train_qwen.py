@@ -241,10 +241,14 @@ class TestOptions:
         # The table is that of a run evaluated while it trained, though the evaluations stand at the end of the file now.
         assert steps_table(copy) == steps_table(learned) and steps_table(copy).count("\n") == 6 and "| - |" not in steps_table(copy)
 
-    def test_zero_shot_of_any_model(self, learned, tmp_path):
-        """Trained on ants and bees, asked about news: no error, and no better than it can know."""
-        run = run_qwen(tmp_path / "run", "--model", str(learned), "--max-eval-rows", "20", "--eval-only")
+    def test_zero_shot_of_any_model(self, learned, tmp_path, capsys):
+        """Trained on ants and bees, asked about news: no error, but a note where the question is not the one of the training."""
+        flags = ["--model", str(learned), "--max-eval-rows", "20", "--eval-only"]
+        run = run_qwen(tmp_path / "run", *flags)
         assert results(run)["num_test_rows"] == 20 and results(run)["final_step"] == 0
+        assert "note:" not in capsys.readouterr().out
+        run_qwen(tmp_path / "before", *flags, "--options", "before")
+        assert f"note: {learned} was trained with --options after, and is asked otherwise here" in capsys.readouterr().out
 
     @pytest.mark.parametrize("flags", [["--model", "tiny"], ["--model", "learned", "--init", "random"]], ids=" ".join)
     def test_eval_only_of_random_weights(self, flags, learned, tmp_path):
