@@ -2,7 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # vLLM: the build for this machine. It pins its own versions, so it has an environment of its own.
-VLLM := requirements-vllm$(if $(shell command -v nvidia-smi),,-cpu).txt
+GPU := $(shell command -v nvidia-smi)
+VLLM := requirements-vllm$(if $(GPU),,-cpu).txt
+# Without a GPU, first PyTorch's CPU build, as plain pip fetches gigabytes of CUDA; where its index is not reached, plain pip must do.
+CPU_TORCH := --quiet --retries 0 --timeout 20 $(shell grep ^torch== requirements.txt) --index-url https://download.pytorch.org/whl/cpu
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 SYNTHETIC := --model tiny --data synthetic --dtype fp32 --threads 1
 
@@ -40,6 +43,7 @@ lint: .venv/stamp-dev
 
 .venv/stamp: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(if $(GPU),,-$(BIN)/python -m pip install $(CPU_TORCH))
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
 
