@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # docs/experiments.md at a size for two CPU cores and an evening: MiniLM for BERT, and a small Qwen3 from random weights.
 #
-#     results/experiments.sh bert & results/experiments.sh qwen & wait
+#     for part in bert long harder qwen; do results/experiments.sh $part; done
 #
 # Wants models/, data/ as in results/README.md; writes runs/. A run that has its results is not run again.
 set -euo pipefail
@@ -26,16 +26,20 @@ bert)
     # Learning curve; more epochs where rows are few.
     bert rows-bert-100 --data data/ag_news --learning-rate 3e-4 --max-train-rows 100 --epochs 10 --max-eval-rows 2000
     bert rows-bert-1000 --data data/ag_news --learning-rate 3e-4 --max-train-rows 1000 --epochs 2 --max-eval-rows 2000
-    # Long texts, cut to the start, or to start and end.
+    bert rows-bert-10000 --data data/ag_news --learning-rate 3e-4 --max-train-rows 10000 --epochs 1 --max-eval-rows 2000
+    ;;
+long) # Texts cut to their start, or to start and end. Chinese ones by a small BERT from random weights.
     for long_text in head head-tail; do
         bert "movie_reviews-bert-$long_text" --data data/movie_reviews --long-text $long_text --learning-rate 1e-4 \
             --max-train-rows 200 --epochs 2 --micro-batch-size 8
+        train train_bert.py "fudan_long-bert-$long_text" --model models/bert-chinese-small --init random --data data/fudan_long \
+            --long-text $long_text --learning-rate 1e-3 --epochs 2 --micro-batch-size 8
     done
-    # Harder data.
+    ;;
+harder) # 77 classes, and 20.
     bert banking77-bert --data data/banking77 --learning-rate 3e-4 --epochs 2
     bert 20newsgroups-bert --data data/20newsgroups --max-length 128 --learning-rate 3e-4 --max-train-rows 2000 --epochs 1 \
         --max-eval-rows 1000
-    bert rows-bert-10000 --data data/ag_news --learning-rate 3e-4 --max-train-rows 10000 --epochs 1 --max-eval-rows 2000
     ;;
 qwen)
     # Chinese.
