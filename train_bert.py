@@ -126,8 +126,8 @@ def main(argv: list[str] | None = None) -> None:
     state |= {"best_on_validation": None, "best_on_test": None}  # [step, macro F1]
     if previous and previous.newest:
         state |= checkpoint.load_state(directory, model, None if s.eval_only else optimizer)
-    splits = {"validation": validation} if validation else {}
-    splits = ({} if s.eval_only else {"train": data.train}) | splits | {"test": data.test}
+    splits = {} if s.eval_only else {"train": data.train}
+    splits |= ({"validation": validation} if validation else {}) | {"test": data.test}
     tokenized = {name: bert_rows(tokenizer, split.texts, s.max_length, s.long_text) for name, split in splits.items()}
     train_rows = [] if s.eval_only else tokenized["train"][0]
     run_dir = None

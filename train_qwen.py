@@ -154,8 +154,8 @@ def main(argv: list[str] | None = None) -> None:
     state |= {"best_on_validation": None, "best_on_test": None}  # [step, macro F1]
     if previous and previous.newest:
         state |= checkpoint.load_state(directory, model, None if s.eval_only else optimizer)
-    splits = {"validation": validation} if validation else {}
-    splits = ({} if s.eval_only else {"train": data.train}) | splits | {"test": data.test}
+    splits = {} if s.eval_only else {"train": data.train}
+    splits |= ({"validation": validation} if validation else {}) | {"test": data.test}
     chat = Chat(tokenizer, tuple(template), len(data.label_names), s.max_length, s.think_in, s.train_on) if template else None
     read = chat.questions if chat else functools.partial(text_rows, tokenizer, max_length=s.max_length)
     tokenized = {}
@@ -177,8 +177,8 @@ def main(argv: list[str] | None = None) -> None:
     logger.print(f"example: {data.label_names[splits[first].labels[0]]} <- {tokenizer.decode(tokenized[first][0][0])}")
     logger.print(f"{s.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {load_report}; {dist.device_name(device)}")
 
-    if s.eval_only and not previous and not random and directory and (directory / "run.json").is_file():
-        trained = checkpoint.open_run(directory).info["settings"]
+    if s.eval_only and not previous and not random and directory:
+        trained = checkpoint.info_of_model(directory)["settings"]
         asked = [name for name in ("options", "language", "prompt", "linear_input") if trained.get(name) != getattr(s, name)]
         if asked and trained.get("head") == s.head:
             flags = " ".join(f"--{name.replace('_', '-')} {trained.get(name)}" for name in asked)

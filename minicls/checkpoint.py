@@ -79,6 +79,13 @@ def open_run(run_dir: Path) -> Run:
     return Run(run_dir, info, results, saved[max(saved)] if saved else None)
 
 
+def info_of_model(directory: Path) -> dict:
+    """The run.json of a run directory, or of the run that a checkpoint is in; with no settings for a model from elsewhere."""
+    places = [directory, *directory.resolve().parents[1:2]]  # a run, or its checkpoints/step-…
+    file = next((place / "run.json" for place in places if (place / "run.json").is_file()), None)
+    return json.loads(file.read_text(encoding="utf-8")) if file else {"settings": {}}
+
+
 def write_json(path: Path, values: dict | list) -> None:
     """Written aside and renamed: the file is whole or the one before."""
     aside = path.with_name(f".{path.name}.tmp")

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from minicls import dist, weights
+from minicls.checkpoint import info_of_model
 from minicls.config import UserError
 from minicls.data import length_batches, pack, read_texts
 from minicls.prompt import Chat, make_template
@@ -40,9 +41,7 @@ class Reader:
             raise self.untrained
         self.label_names = [self.config["id2label"][str(i)] for i in range(len(self.config["id2label"]))]
         # As the run did it, so that its predictions come out again; a directory from elsewhere is read in full precision.
-        places = [directory, *directory.resolve().parents[1:2]]  # a run, or its checkpoints/step-…
-        run_file = next((place / "run.json" for place in places if (place / "run.json").is_file()), None)
-        info = json.loads(run_file.read_text(encoding="utf-8")) if run_file else {"settings": {}}
+        info = info_of_model(directory)
         self.settings = info["settings"]
         positions = self.config.get("max_position_embeddings", self.kind.config.max_position_embeddings)
         longest = self.settings.get("max_length", positions)
