@@ -14,6 +14,8 @@ import torch.nn.functional as F
 # Rows per padded group on a CPU. Sorted by length, 16 rows waste little on padding and are still enough work for a call:
 # on AG News lengths (64 rows, 12 heads) this takes about half the time of one group of 64.
 ROWS_PER_GROUP = 16
+# The longest row whose scores, S * S a head, are kept for the backward pass: training on a CPU then takes half the time.
+MAX_KEPT_SCORES = 256
 
 
 def attention(
@@ -79,8 +81,7 @@ def padded_attention(
     else:
         order = lengths.argsort(stable=True)
         groups = [(rows, int(lengths[rows[-1]])) for rows in order.split(ROWS_PER_GROUP)]
-    # The CPU's fused kernel goes backward several times as fast in fp32 as in bf16 (with dropout, another one is used).
-    in_fp32 = q.requires_grad and q.dtype == torch.bfloat16 and not q.is_cuda and dropout_p == 0.0
+    trains_on_cpu = q.requires_grad and not q.is_cuda
     columns = torch.arange(max_seqlen, device=q.device)
     outputs, places, offset = [], cu_seqlens.new_empty(len(q)), 0
     for rows, S in groups:
@@ -92,21 +93,40 @@ def padded_attention(
             source = torch.where(column < shared, column.to(source.dtype), source)
             own = real & (source >= cu_seqlens[rows, None])
         padded = [x.index_select(0, source.flatten()).unflatten(0, real.shape).transpose(1, 2) for x in (q, k, v)]
-        if in_fp32:
-            padded = [x.float() for x in padded]
         with torch.autocast(q.device.type, enabled=False):  # it would turn fp32 back into bf16
             # Padding is on the right, so a causal mask already hides it from every real query.
-            output = F.scaled_dot_product_attention(
-                *padded,  # (rows, heads, S, Dh) each
-                attn_mask=None if causal else real[:, None, None],  # (rows, 1, 1, S)
-                dropout_p=dropout_p,
-                is_causal=causal,
-                enable_gqa=k.shape[1] != q.shape[1],
-            )  # (rows, H, S, Dh)
+            mask = None if causal else real[:, None, None]  # (rows, 1, 1, S)
+            # With dropout PyTorch has no fused kernel for the CPU, and would do the same in fp32.
+            if trains_on_cpu and (S <= MAX_KEPT_SCORES or dropout_p > 0.0):
+                output = _plain_attention(*padded, mask, dropout_p)  # (rows, H, S, Dh)
+            else:
+                if trains_on_cpu and q.dtype == torch.bfloat16:  # the fused kernel goes backward several times as fast in fp32
+                    padded = [x.float() for x in padded]
+                output = F.scaled_dot_product_attention(
+                    *padded,  # (rows, heads, S, Dh) each
+                    attn_mask=mask,
+                    dropout_p=dropout_p,
+                    is_causal=causal,
+                    enable_gqa=k.shape[1] != q.shape[1],
+                )  # (rows, H, S, Dh)
         outputs.append(output.transpose(1, 2).flatten(0, 1).to(q.dtype))  # (rows * S, H, Dh)
         places[source[own]] = offset + own.flatten().nonzero()[:, 0].to(places.dtype)  # where the rows' own tokens lie in it
         offset += real.numel()
     return torch.cat(outputs).index_select(0, places)  # (N, H, Dh)
+
+
+def _plain_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout_p: float
+) -> torch.Tensor:
+    """softmax(q kᵀ / √Dh) v as it is written; q: (B, H, S, Dh); k, v: (B, Hkv, S, Dh); mask (B, 1, 1, S), or None: causal."""
+    H, Hkv, S = q.shape[1], k.shape[1], q.shape[2]
+    if mask is None:
+        mask = torch.ones(S, S, dtype=torch.bool, device=q.device).tril()  # (S, S)
+    q = q.unflatten(1, (Hkv, H // Hkv)).flatten(2, 3)  # (B, Hkv, H / Hkv * S, Dh): heads that share keys are one product
+    scores = (q @ (k * q.shape[-1] ** -0.5).transpose(2, 3)).view(-1, H, S, S)  # (B, H, S, S)
+    weights = scores.masked_fill_(~mask, -torch.inf).softmax(-1)  # (B, H, S, S)
+    weights = F.dropout(weights, dropout_p)
+    return (weights.view(-1, Hkv, H // Hkv * S, S) @ v).view(-1, H, S, q.shape[-1])  # (B, H, S, Dh)
 
 
 def cache_slots(

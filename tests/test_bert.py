@@ -122,8 +122,14 @@ def cumulative(lengths: list[int]) -> torch.Tensor:
     return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
 
 
+@pytest.fixture(params=[256, 0], ids=["scores kept", "fused"])
+def way(request, monkeypatch):
+    """Both ways of training on a CPU, whatever the length of a test's rows."""
+    monkeypatch.setattr("minicls.attention.MAX_KEPT_SCORES", request.param)
+
+
 @pytest.mark.parametrize("causal", [False, True])
-def test_attention_in_bf16_goes_backward_near_fp32(causal):
+def test_attention_in_bf16_goes_backward_near_fp32(causal, way):
     """bf16 has 8 bits: values of the order of 1, rounded a few times, are within 0.05 and stay bf16."""
     torch.manual_seed(0)
     lengths = [7, 1, 12]
@@ -143,7 +149,7 @@ def test_attention_in_bf16_goes_backward_near_fp32(causal):
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("function", [attention, padded_attention])
-def test_attention_equals_the_naive_one(function, causal, kv_heads, lengths):
+def test_attention_equals_the_naive_one(function, causal, kv_heads, lengths, way):
     generator = torch.Generator().manual_seed(0)
     shapes = [(sum(lengths), heads, 8) for heads in (4, kv_heads, kv_heads)]
     q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes)
@@ -157,7 +163,7 @@ def test_attention_equals_the_naive_one(function, causal, kv_heads, lengths):
 
 @pytest.mark.parametrize("lengths", [[7], [4, 9], MANY], ids=["one row", "two rows", "40 rows"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_attention_to_a_shared_beginning_equals_whole_rows(causal, lengths):
+def test_attention_to_a_shared_beginning_equals_whole_rows(causal, lengths, way):
     """With causal masks the beginning's own outputs are everyone's; without one they would differ from row to row."""
     shared, generator = 3, torch.Generator().manual_seed(0)
     lengths = [shared + length for length in lengths]
@@ -178,14 +184,15 @@ def test_attention_to_a_shared_beginning_equals_whole_rows(causal, lengths):
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
-def test_attention_dropout_drops_probabilities_and_keeps_their_mean():
+@pytest.mark.parametrize("trains", [True, False])
+def test_attention_dropout_drops_probabilities_and_keeps_their_mean(trains):
     """Equal keys make all L probabilities 1/L; with values of 1 an output is then (number kept) / (L * (1 - p))."""
     lengths, heads, p = MANY, 4, 0.25
-    x = torch.zeros(sum(lengths), heads, 8)
+    x = torch.zeros(sum(lengths), heads, 8, requires_grad=trains)
 
     def outputs(seed):
         torch.manual_seed(seed)
-        return padded_attention(x, x, torch.ones_like(x), cumulative(lengths), max(lengths), dropout_p=p)
+        return padded_attention(x, x, torch.ones_like(x), cumulative(lengths), max(lengths), dropout_p=p).detach()
 
     found = outputs(0)
     assert torch.equal(found, outputs(0))

@@ -195,12 +195,14 @@ def test_classification_reads_the_last_token_whatever_it_is():
 def test_what_a_layer_keeps_for_the_backward_pass():
     """Under bf16 autocast on a CPU, counted in bytes: a step's activations are what its peak memory is made of.
 
-    Two residuals in fp32; both norms' outputs in bf16; q and k as projected; q, k, v and the output in fp32 for attention;
-    the input of o_proj; gate, its silu, up and their product. Beside these a few numbers a token: scales, sums, indices.
+    Two residuals in fp32; both norms' outputs in bf16; q and k as projected; q, k, v and the weights of attention, one for each
+    position of the longest row; the input of o_proj; gate, its silu, up and their product. Beside these a few numbers a
+    token: scales, indices, the mask.
     """
     D, H, Hkv, Dh, wide = 64, 4, 2, 32, 96
     sizes = {"hidden_size": D, "num_attention_heads": H, "num_key_value_heads": Hkv, "head_dim": Dh, "intermediate_size": wide}
-    rows = random_rows([12] * 16)
+    S = 12
+    rows = random_rows([S] * 16)
     kept = []
     for layers in (1, 2):
         model, batch, storages = make_model(num_hidden_layers=layers, **sizes).train(), pack(rows), {}
@@ -217,7 +219,7 @@ def test_what_a_layer_keeps_for_the_backward_pass():
             model(*batch, batch.last).sum()
         kept.append(sum(storages.values()))
     in_bf16 = 2 * sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim == 2)  # the weights' copies
-    activations = 2 * 4 * D + 2 * 2 * D + 2 * (H + Hkv) * Dh + 4 * 2 * (H + Hkv) * Dh + 2 * H * Dh + 4 * 2 * wide
+    activations = 2 * 4 * D + 2 * 2 * D + 2 * (H + Hkv) * Dh + 2 * ((H + 2 * Hkv) * Dh + H * S) + 2 * H * Dh + 4 * 2 * wide
     a_few = 4 * (2 + 2 * H + Hkv) + 64
     found = (kept[1] - kept[0] - in_bf16) / len(batch.input_ids)
     assert activations <= found <= activations + a_few
