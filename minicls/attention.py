@@ -14,8 +14,8 @@ import torch.nn.functional as F
 # Rows per padded group on a CPU. Sorted by length, 16 rows waste little on padding and are still enough work for a call:
 # on AG News lengths (64 rows, 12 heads) this takes about half the time of one group of 64.
 ROWS_PER_GROUP = 16
-# The longest row whose scores, S * S a head, are kept for the backward pass: training on a CPU then takes half the time.
-MAX_KEPT_SCORES = 256
+# The longest row whose scores, S * S a head, a CPU lays out in full, and in training keeps for the backward pass.
+MAX_PLAIN = 256
 
 
 def attention(
@@ -81,7 +81,6 @@ def padded_attention(
     else:
         order = lengths.argsort(stable=True)
         groups = [(rows, int(lengths[rows[-1]])) for rows in order.split(ROWS_PER_GROUP)]
-    trains_on_cpu = q.requires_grad and not q.is_cuda
     columns = torch.arange(max_seqlen, device=q.device)
     outputs, places, offset = [], cu_seqlens.new_empty(len(q)), 0
     for rows, S in groups:
@@ -93,40 +92,34 @@ def padded_attention(
             source = torch.where(column < shared, column.to(source.dtype), source)
             own = real & (source >= cu_seqlens[rows, None])
         padded = [x.index_select(0, source.flatten()).unflatten(0, real.shape).transpose(1, 2) for x in (q, k, v)]
-        with torch.autocast(q.device.type, enabled=False):  # it would turn fp32 back into bf16
-            # Padding is on the right, so a causal mask already hides it from every real query.
-            mask = None if causal else real[:, None, None]  # (rows, 1, 1, S)
-            # With dropout PyTorch has no fused kernel for the CPU, and would do the same in fp32.
-            if trains_on_cpu and (S <= MAX_KEPT_SCORES or dropout_p > 0.0):
-                output = _plain_attention(*padded, mask, dropout_p)  # (rows, H, S, Dh)
-            else:
-                if trains_on_cpu and q.dtype == torch.bfloat16:  # the fused kernel goes backward several times as fast in fp32
-                    padded = [x.float() for x in padded]
-                output = F.scaled_dot_product_attention(
-                    *padded,  # (rows, heads, S, Dh) each
-                    attn_mask=mask,
-                    dropout_p=dropout_p,
-                    is_causal=causal,
-                    enable_gqa=k.shape[1] != q.shape[1],
-                )  # (rows, H, S, Dh)
-        outputs.append(output.transpose(1, 2).flatten(0, 1).to(q.dtype))  # (rows * S, H, Dh)
+        # Padding is on the right, so a causal mask already hides it from every real query.
+        output = _product_attention(*padded, None if causal else real[:, None, None], dropout_p)  # (rows, H, S, Dh)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))  # (rows * S, H, Dh)
         places[source[own]] = offset + own.flatten().nonzero()[:, 0].to(places.dtype)  # where the rows' own tokens lie in it
         offset += real.numel()
     return torch.cat(outputs).index_select(0, places)  # (N, H, Dh)
 
 
-def _plain_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout_p: float
+def _product_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout_p: float = 0.0
 ) -> torch.Tensor:
-    """softmax(q kᵀ / √Dh) v as it is written; q: (B, H, S, Dh); k, v: (B, Hkv, S, Dh); mask (B, 1, 1, S), or None: causal."""
-    H, Hkv, S = q.shape[1], k.shape[1], q.shape[2]
-    if mask is None:
-        mask = torch.ones(S, S, dtype=torch.bool, device=q.device).tril()  # (S, S)
-    q = q.unflatten(1, (Hkv, H // Hkv)).flatten(2, 3)  # (B, Hkv, H / Hkv * S, Dh): heads that share keys are one product
-    scores = (q @ (k * q.shape[-1] ** -0.5).transpose(2, 3)).view(-1, H, S, S)  # (B, H, S, S)
-    weights = scores.masked_fill_(~mask, -torch.inf).softmax(-1)  # (B, H, S, S)
-    weights = F.dropout(weights, dropout_p)
-    return (weights.view(-1, Hkv, H // Hkv * S, S) @ v).view(-1, H, S, q.shape[-1])  # (B, H, S, Dh)
+    """softmax(q kᵀ / √Dh) v of q (B, H, T, Dh), k and v (B, Hkv, S, Dh) in the way that is fastest; returns (B, H, T, Dh).
+
+    mask: what a query sees, of a shape that broadcasts to (B, H, T, S); None: causal, and T is S.
+    """
+    (H, T, Dh), (Hkv, S), on_cpu = q.shape[1:], k.shape[1:3], not q.is_cuda
+    with torch.autocast(q.device.type, enabled=False):  # it would change dtypes
+        # The CPU's fused kernel takes twice the time in bf16, as long in fp32, and has no dropout.
+        if on_cpu and (S <= MAX_PLAIN or dropout_p > 0.0):
+            hidden = torch.ones(T, S, dtype=torch.bool).triu(1) if mask is None else ~mask
+            q = q.unflatten(1, (Hkv, H // Hkv)).flatten(2, 3)  # (B, Hkv, H / Hkv * T, Dh): heads that share keys, in one product
+            scores = (q @ (k * Dh**-0.5).transpose(2, 3)).view(-1, H, T, S)  # (B, H, T, S)
+            weights = F.dropout(scores.masked_fill_(hidden, -torch.inf).softmax(-1), dropout_p)
+            return (weights.view(-1, Hkv, H // Hkv * T, S) @ v).view(-1, H, T, Dh)
+        # Backward, it is several times as fast in fp32 as in bf16.
+        inputs = [x.float() for x in (q, k, v)] if on_cpu and q.requires_grad and q.dtype == torch.bfloat16 else (q, k, v)
+        how = {"attn_mask": mask, "dropout_p": dropout_p, "is_causal": mask is None, "enable_gqa": Hkv != H}
+        return F.scaled_dot_product_attention(*inputs, **how).to(q.dtype)
 
 
 def cache_slots(
@@ -138,12 +131,12 @@ def cache_slots(
     max_seqlen, and the mask (B, 1, T, S): a query at position p sees the keys 0 to p of its row. `is_causal` would line the
     first query up with the first key, which is wrong as soon as the cache is not empty.
 
-    Where most positions are new, T is S, a token's column is its position, and the mask is None: then `is_causal` is right,
-    and for kernels half the work of a mask.
+    For a fused kernel, and where most positions are new, T is S, a token's column is its position, and the mask is None: then
+    `is_causal` is right, and half the work of a mask.
     """
     N = len(position_ids)
     rows = torch.repeat_interleave(cu_seqlens.diff(), output_size=N)  # (N,)
-    if 2 * max_seqlen > S:
+    if 2 * max_seqlen > S and (rows.is_cuda or S > MAX_PLAIN):
         return rows, position_ids, None
     columns = torch.arange(N, device=rows.device) - cu_seqlens[rows]  # (N,)
     last = position_ids.new_zeros(len(cu_seqlens) - 1, max_seqlen).index_put((rows, columns), position_ids)  # (B, T)
@@ -165,12 +158,6 @@ def cached_attention(
     B, T = len(keys), keys.shape[1] if mask is None else mask.shape[2]
     full = len(q) == B * T  # as in decoding: every row has T tokens, and the packed layout is the padded one
     padded = q.view(B, T, *q.shape[1:]) if full else q.new_zeros(B, T, *q.shape[1:]).index_put((rows, columns), q)
-    output = F.scaled_dot_product_attention(
-        padded.transpose(1, 2),  # (B, H, T, Dh)
-        keys.transpose(1, 2),
-        values.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=keys.shape[2] != q.shape[1],
-    ).transpose(1, 2)  # (B, T, H, Dh)
+    output = _product_attention(padded.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), mask)  # (B, H, T, Dh)
+    output = output.transpose(1, 2)  # (B, T, H, Dh)
     return output.flatten(0, 1) if full else output[rows, columns]  # (N, H, Dh)

@@ -125,7 +125,7 @@ def cumulative(lengths: list[int]) -> torch.Tensor:
 @pytest.fixture(params=[256, 0], ids=["scores kept", "fused"])
 def way(request, monkeypatch):
     """Both ways of training on a CPU, whatever the length of a test's rows."""
-    monkeypatch.setattr("minicls.attention.MAX_KEPT_SCORES", request.param)
+    monkeypatch.setattr("minicls.attention.MAX_PLAIN", request.param)
 
 
 @pytest.mark.parametrize("causal", [False, True])
