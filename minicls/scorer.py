@@ -15,7 +15,7 @@ from minicls import dist
 from minicls.data import length_batches, pack
 from minicls.qwen3 import KVCache
 
-MAX_TOKENS = {"cpu": 1024, "cuda": 16_384}  # of a batch and its cache: no result depends on it, only speed and memory
+MAX_TOKENS = {"cpu": 1536, "cuda": 16_384}  # of a batch and its cache: no result depends on it, only speed and memory
 
 
 @torch.inference_mode()
