@@ -291,6 +291,8 @@ def side_process(s: Settings, side: str) -> tuple[list[str], dict[str, str]]:
     if side == "vllm":
         python = s.vllm_python or python
         env |= engines.vllm_environment(s.threads or os.cpu_count())
+    elif s.compile and s.task != "train":
+        env["TORCHINDUCTOR_FREEZING"] = "1"  # weights are constants: a CPU keeps them in the layout that its products want
     return [python, __file__, *command_line(asdict(replace(s, side=side, output_dir=None, vllm_python=None)))], env
 
 
@@ -429,7 +431,8 @@ def goodput(latencies: list[float], slo_ms: float) -> float:
 
 
 def measure_row(s: Settings, reader: Reader, engine, method: str, mode: str, texts: list[str], others: list[str]) -> dict:
-    """One method in one mode over the test texts, warmed up on others, as an engine may remember what it has seen.
+    """One method in one mode over the test texts, warmed up on others, as an engine may remember what it has seen; on as many
+    where a batch of another size would be compiled inside the clock.
 
     A latency is that of one request; of all at once, each waits for the whole call.
     """
@@ -438,8 +441,9 @@ def measure_row(s: Settings, reader: Reader, engine, method: str, mode: str, tex
 
     def window() -> None:
         engine.forget()
+        batch = at_once if s.compile else min(at_once, 16)
         for start in range(0, 16, 16 if at_once > 1 else 4):
-            answer(encode(others[start : start + min(at_once, 16)]))
+            answer(encode(others[start : start + batch]))
 
     warm_up(window)
     tokens = statistics.mean(map(len, encode(texts)))

@@ -1,7 +1,6 @@
 """Packed attention: the one layer of a model that has to know where a row of text ends.
 
-A batch is one line of N tokens (design: no padding). `cu_seqlens` holds the cumulative row lengths, as flash-attention's
-variable-length kernels want them: row b is `[cu_seqlens[b], cu_seqlens[b + 1])`.
+A batch is one line of N tokens (design: no padding).
 
 N tokens of the batch, B rows, S longest row, H heads, Hkv key/value heads (H is a multiple of it), Dh head size.
 """
@@ -18,30 +17,61 @@ ROWS_PER_GROUP = 16
 MAX_PLAIN = 256
 
 
+class Rows:
+    """Where the rows of a packed batch lie, the same for every layer.
+
+    cu_seqlens: (B + 1,) int32, the cumulative row lengths, as flash-attention's variable-length kernels want them: row b is
+    `[cu_seqlens[b], cu_seqlens[b + 1])`. max_seqlen: the longest row in it. `shared`: all rows begin with the first row's
+    first `shared` tokens; the other rows stand in the batch without them.
+    """
+
+    def __init__(self, cu_seqlens: torch.Tensor, max_seqlen: int, shared: int = 0):
+        self.cu_seqlens, self.max_seqlen, self.shared = cu_seqlens, max_seqlen, shared
+        # A GPU mostly does without, and one row is laid out as it is.
+        self.padded = None if cu_seqlens.is_cuda or len(cu_seqlens) == 2 else self._padded()
+
+    @torch.compiler.disable
+    def _padded(self) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+        """How the rows are laid out whole, with padding: in groups, each of the token (rows, S) that stands at each place and of
+        which places are real (rows, S); and where among all places of all groups each token's own one is (N,).
+
+        On a CPU a group is of rows of similar length, since everything inside attention grows with rows * S * S.
+        """
+        starts, lengths = self.cu_seqlens[:-1], self.cu_seqlens.diff()  # (B,)
+        device, N = lengths.device, int(self.cu_seqlens[-1])
+        if self.shared:  # where a row would begin, and how long it would be, if the shared tokens stood before its own ones
+            missing = self.shared * (torch.arange(len(lengths), device=device) > 0)  # (B,)
+            starts, lengths = starts - missing, lengths + missing
+        groups, places, offset = [], self.cu_seqlens.new_empty(N), 0
+        for rows in lengths.argsort(stable=True).split(len(lengths) if lengths.is_cuda else ROWS_PER_GROUP):
+            columns = torch.arange(int(lengths[rows[-1]]), device=device)  # (S,)
+            real = columns < lengths[rows, None]  # (rows, S)
+            # Padding repeats a row's first token, so that one gather makes the layout, and autograd keeps nothing but indices.
+            column = columns * real  # (rows, S)
+            tokens, own = starts[rows, None] + column, real  # (rows, S)
+            if self.shared:
+                tokens = torch.where(column < self.shared, column.to(tokens.dtype), tokens)
+                own = real & (tokens >= self.cu_seqlens[rows, None])
+            groups.append((tokens, real))
+            places[tokens[own]] = offset + own.flatten().nonzero()[:, 0].to(places.dtype)
+            offset += real.numel()
+        return groups, places
+
+
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    causal: bool = False,
-    dropout_p: float = 0.0,
-    shared: int = 0,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Rows, causal: bool = False, dropout_p: float = 0.0
 ) -> torch.Tensor:
     """Scaled dot-product attention of every token to the tokens of its own row.
 
-    q: (N, H, Dh); k, v: (N, Hkv, Dh); cu_seqlens: (B + 1,) int32 on the same device; max_seqlen: the longest row in it.
-    `shared`: all rows begin with the first row's first `shared` tokens; the other rows stand in the batch without them.
-    Returns (N, H, Dh) in q's dtype. Attention Is All You Need, section 3.2.1; grouped heads: arXiv 2305.13245.
+    q: (N, H, Dh); k, v: (N, Hkv, Dh). Returns (N, H, Dh) in q's dtype. Attention Is All You Need, section 3.2.1; grouped heads:
+    arXiv 2305.13245.
     """
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and dropout_p == 0.0 and not shared:
-        return _varlen_attention(q, k, v, cu_seqlens, max_seqlen, causal)
-    return padded_attention(q, k, v, cu_seqlens, max_seqlen, causal, dropout_p, shared)
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and dropout_p == 0.0 and not rows.shared:
+        return _varlen_attention(q, k, v, rows, causal)
+    return padded_attention(q, k, v, rows, causal, dropout_p)
 
 
-def _varlen_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, causal: bool
-) -> torch.Tensor:
+def _varlen_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Rows, causal: bool) -> torch.Tensor:
     """PyTorch's variable-length flash kernel: no padding even inside. CUDA, fp16/bf16, no dropout."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -55,70 +85,49 @@ def _varlen_attention(
             options["enable_gqa"] = True
         else:
             k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))  # (N, H, Dh)
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+    ends, longest = rows.cu_seqlens, rows.max_seqlen
+    return varlen_attn(q, k, v, ends, ends, longest, longest, **options)
 
 
 def padded_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    causal: bool = False,
-    dropout_p: float = 0.0,
-    shared: int = 0,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Rows, causal: bool = False, dropout_p: float = 0.0
 ) -> torch.Tensor:
-    """`attention` through padding: rows are laid out whole as (rows, S), attended, and each one's own tokens gathered back.
-
-    On a CPU the rows go in groups of similar length, since everything inside attention grows with rows * S * S.
-    """
-    starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()  # (B,)
-    if shared:  # where a row would begin, and how long it would be, if the shared tokens stood before its own ones
-        missing = shared * (torch.arange(len(lengths), device=q.device) > 0)  # (B,)
-        starts, lengths, max_seqlen = starts - missing, lengths + missing, max_seqlen + shared
-    if q.is_cuda:
-        groups = [(torch.arange(len(lengths), device=q.device), max_seqlen)]  # reading lengths back would stall the GPU
-    else:
-        order = lengths.argsort(stable=True)
-        groups = [(rows, int(lengths[rows[-1]])) for rows in order.split(ROWS_PER_GROUP)]
-    columns = torch.arange(max_seqlen, device=q.device)
-    outputs, places, offset = [], cu_seqlens.new_empty(len(q)), 0
-    for rows, S in groups:
-        real = columns[:S] < lengths[rows, None]  # (rows, S)
-        # Padding repeats a row's first token, so that one gather makes the layout, and autograd keeps nothing but indices.
-        column = columns[:S] * real  # (rows, S)
-        source, own = starts[rows, None] + column, real  # (rows, S)
-        if shared:
-            source = torch.where(column < shared, column.to(source.dtype), source)
-            own = real & (source >= cu_seqlens[rows, None])
-        padded = [x.index_select(0, source.flatten()).unflatten(0, real.shape).transpose(1, 2) for x in (q, k, v)]
+    """`attention` through padding: rows are laid out whole, attended, and each one's own tokens gathered back."""
+    if len(rows.cu_seqlens) == 2:  # one row is laid out as it is
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, N, Dh)
+        return _product_attention(q, k, v, None, causal, dropout_p)[0].transpose(0, 1)  # (N, H, Dh)
+    groups, places = rows.padded or rows._padded()
+    outputs = []
+    for tokens, real in groups:
+        padded = [x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).transpose(1, 2) for x in (q, k, v)]
         # Padding is on the right, so a causal mask already hides it from every real query.
-        output = _product_attention(*padded, None if causal else real[:, None, None], dropout_p)  # (rows, H, S, Dh)
+        output = _product_attention(*padded, None if causal else real[:, None, None], causal, dropout_p)  # (rows, H, S, Dh)
         outputs.append(output.transpose(1, 2).flatten(0, 1))  # (rows * S, H, Dh)
-        places[source[own]] = offset + own.flatten().nonzero()[:, 0].to(places.dtype)  # where the rows' own tokens lie in it
-        offset += real.numel()
     return torch.cat(outputs).index_select(0, places)  # (N, H, Dh)
 
 
 def _product_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout_p: float = 0.0
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, dropout_p: float = 0.0
 ) -> torch.Tensor:
     """softmax(q kᵀ / √Dh) v of q (B, H, T, Dh), k and v (B, Hkv, S, Dh) in the way that is fastest; returns (B, H, T, Dh).
 
-    mask: what a query sees, of a shape that broadcasts to (B, H, T, S); None: causal, and T is S.
+    mask: what a query sees, of a shape that broadcasts to (B, H, T, S); without one, all, or if `causal`, no later position.
     """
     (H, T, Dh), (Hkv, S), on_cpu = q.shape[1:], k.shape[1:3], not q.is_cuda
     with torch.autocast(q.device.type, enabled=False):  # it would change dtypes
         # The CPU's fused kernel takes twice the time in bf16, as long in fp32, and has no dropout.
         if on_cpu and (S <= MAX_PLAIN or dropout_p > 0.0):
-            hidden = torch.ones(T, S, dtype=torch.bool).triu(1) if mask is None else ~mask
             q = q.unflatten(1, (Hkv, H // Hkv)).flatten(2, 3)  # (B, Hkv, H / Hkv * T, Dh): heads that share keys, in one product
             scores = (q @ (k * Dh**-0.5).transpose(2, 3)).view(-1, H, T, S)  # (B, H, T, S)
-            weights = F.dropout(scores.masked_fill_(hidden, -torch.inf).softmax(-1), dropout_p)
+            if causal:
+                mask = torch.ones(T, S, dtype=torch.bool).tril()
+            if mask is not None:
+                scores.masked_fill_(~mask, -torch.inf)
+            weights = F.dropout(scores.softmax(-1), dropout_p)  # (B, H, T, S)
             return (weights.view(-1, Hkv, H // Hkv * T, S) @ v).view(-1, H, T, Dh)
         # Backward, it is several times as fast in fp32 as in bf16.
         inputs = [x.float() for x in (q, k, v)] if on_cpu and q.requires_grad and q.dtype == torch.bfloat16 else (q, k, v)
-        how = {"attn_mask": mask, "dropout_p": dropout_p, "is_causal": mask is None, "enable_gqa": Hkv != H}
+        how = {"attn_mask": mask, "dropout_p": dropout_p, "is_causal": causal, "enable_gqa": Hkv != H}
         return F.scaled_dot_product_attention(*inputs, **how).to(q.dtype)
 
 
@@ -158,6 +167,6 @@ def cached_attention(
     B, T = len(keys), keys.shape[1] if mask is None else mask.shape[2]
     full = len(q) == B * T  # as in decoding: every row has T tokens, and the packed layout is the padded one
     padded = q.view(B, T, *q.shape[1:]) if full else q.new_zeros(B, T, *q.shape[1:]).index_put((rows, columns), q)
-    output = _product_attention(padded.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), mask)  # (B, H, T, Dh)
+    output = _product_attention(padded.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), mask, mask is None)
     output = output.transpose(1, 2)  # (B, T, H, Dh)
     return output.flatten(0, 1) if full else output[rows, columns]  # (N, H, Dh)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from minicls.attention import attention
+from minicls.attention import Rows, attention
 
 
 @dataclass
@@ -67,10 +67,10 @@ class BertSelfAttention(nn.Module):
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         q, k, v = (f(x).view(len(x), self.num_attention_heads, -1) for f in (self.query, self.key, self.value))  # (N, H, Dh)
         dropout_p = self.dropout_p if self.training else 0.0
-        return attention(q, k, v, cu_seqlens, max_seqlen, causal=False, dropout_p=dropout_p).flatten(1)  # (N, D)
+        return attention(q, k, v, rows, dropout_p=dropout_p).flatten(1)  # (N, D)
 
 
 class BertOutput(nn.Module):
@@ -92,8 +92,9 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config)
         self.output = BertOutput(config.hidden_size, config)
 
-    def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:
-        return self.output(self.self(x, cu_seqlens, max_seqlen), x)
+    def forward(self, x: torch.Tensor, rows: Rows, at: torch.Tensor | None) -> torch.Tensor:
+        attended = self.self(x, rows)  # (N, D)
+        return self.output(attended, x) if at is None else self.output(attended[at], x[at])  # (N or n, D)
 
 
 class BertIntermediate(nn.Module):
@@ -112,8 +113,9 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(config)
         self.output = BertOutput(config.intermediate_size, config)
 
-    def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:
-        x = self.attention(x, cu_seqlens, max_seqlen)
+    def forward(self, x: torch.Tensor, rows: Rows, at: torch.Tensor | None) -> torch.Tensor:
+        """x: (N, D). `at` (n,): the tokens that are asked for, where no layer follows that needs the others."""
+        x = self.attention(x, rows, at)  # (N or n, D)
         return self.output(self.intermediate(x), x)
 
 
@@ -141,16 +143,18 @@ class BertModel(nn.Module):
         self.activation_checkpointing = False
 
     def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, at: torch.Tensor
     ) -> torch.Tensor:
-        """Returns the hidden states of all tokens (N, D), before the pooler."""
+        """Returns the hidden states (n, D), before the pooler, of the tokens asked for, by their indices in the batch: at (n,)."""
         x = self.embeddings(input_ids, position_ids)  # (N, D)
+        rows = Rows(cu_seqlens, max_seqlen)
         for layer in self.encoder.layer:
+            wanted = at if layer is self.encoder.layer[-1] else None
             if self.activation_checkpointing and self.training:
-                x = checkpoint(layer, x, cu_seqlens, max_seqlen, use_reentrant=False)
+                x = checkpoint(layer, x, rows, wanted, use_reentrant=False)
             else:
-                x = layer(x, cu_seqlens, max_seqlen)
-        return x
+                x = layer(x, rows, wanted)
+        return x  # (n, D)
 
 
 class BertForSequenceClassification(nn.Module):
@@ -172,7 +176,6 @@ class BertForSequenceClassification(nn.Module):
         The head is applied to each row's first token alone, and in fp32 also under autocast: it costs next to nothing
         there, and bf16 logits would have three significant digits.
         """
-        x = self.bert(input_ids, position_ids, cu_seqlens, max_seqlen)  # (N, D)
-        first = x.index_select(0, cu_seqlens[:-1]).float()  # (B, D)
+        first = self.bert(input_ids, position_ids, cu_seqlens, max_seqlen, cu_seqlens[:-1]).float()  # (B, D)
         with torch.autocast(first.device.type, enabled=False):
             return self.classifier(self.dropout(self.bert.pooler(first)))  # (B, C)

@@ -67,6 +67,7 @@ class Minicls:
         self.model, self.device = model.eval().requires_grad_(False), device
         if compile:
             self.model.compile(dynamic=True)
+            self.version += ", compiled"
         self.forget()
 
     def classify(self, rows: Rows) -> torch.Tensor:

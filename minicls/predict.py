@@ -15,14 +15,14 @@ from minicls.prompt import Chat, make_template
 from minicls.scorer import score
 from minicls.tokenizer import bert_rows, load_tokenizer, text_rows
 
-EVAL_TOKENS = 16_384  # tokens of a batch: no result depends on it, only memory and speed
+EVAL_TOKENS = {"cpu": 1024, "cuda": 16_384}  # of a batch: no result depends on it, only memory and speed
 
 
 @torch.inference_mode()
 def classify_rows(model: nn.Module, rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
     """The logits (n, C) fp32 of n tokenized rows, on the CPU. Ranks take batches in turn, and each ends up with all rows."""
     logits = torch.zeros(len(rows), model.config.num_labels, device=device)
-    for batch in length_batches(rows, EVAL_TOKENS)[dist.rank() :: dist.world_size()]:
+    for batch in length_batches(rows, EVAL_TOKENS[device.type])[dist.rank() :: dist.world_size()]:
         logits[torch.from_numpy(batch).to(device)] = model(*pack([rows[row] for row in batch], device))
     return dist.all_sum(logits).cpu()  # a row is zero on all ranks but one, so the sum is exact
 

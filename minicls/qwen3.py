@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from minicls.attention import attention, cache_slots, cached_attention
+from minicls.attention import Rows, attention, cache_slots, cached_attention
 
 
 @dataclass
@@ -179,12 +179,12 @@ class Qwen3Attention(nn.Module):
         self.q_norm = Qwen3RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = Qwen3RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x, at, position_ids, cu_seqlens, max_seqlen, shared, rope, cache, slots) -> torch.Tensor:
+    def forward(self, x, at, position_ids, rows, rope, cache, slots) -> torch.Tensor:
         x = as_products_want(x)
         q, k, v = (f(x).unflatten(1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))  # (N, heads, Dh)
         q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)  # each head is normalised by itself, then turned
         if cache is None:
-            output = attention(q, k, v, cu_seqlens, max_seqlen, causal=True, shared=shared)  # (N, H, Dh)
+            output = attention(q, k, v, rows, causal=True)  # (N, H, Dh)
         else:
             keys, values = cache.write(self.layer, slots[0], position_ids, k, v)  # (B, S, Hkv, Dh)
             output = cached_attention(q, keys, values, *slots)  # (N, H, Dh)
@@ -247,7 +247,7 @@ class Qwen3Model(nn.Module):
         x = self.embed_tokens(input_ids)  # (N, D)
         rope = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta)
         slots = cache_slots(position_ids, cu_seqlens, max_seqlen, cache.shape[1]) if cache is not None else None
-        where = position_ids, cu_seqlens, max_seqlen, shared, rope, cache, slots
+        where = position_ids, Rows(cu_seqlens, max_seqlen, shared), rope, cache, slots
         for layer in self.layers:
             wanted = at if layer is self.layers[-1] else None
             if self.activation_checkpointing and self.training:

@@ -27,6 +27,9 @@ bert)
     bert rows-bert-100 --data data/ag_news --learning-rate 3e-4 --max-train-rows 100 --epochs 10 --max-eval-rows 2000
     bert rows-bert-1000 --data data/ag_news --learning-rate 3e-4 --max-train-rows 1000 --epochs 2 --max-eval-rows 2000
     bert rows-bert-10000 --data data/ag_news --learning-rate 3e-4 --max-train-rows 10000 --epochs 1 --max-eval-rows 2000
+    bert rows-bert-all --data data/ag_news --learning-rate 3e-4 --epochs 1 --max-eval-rows 2000
+    # The last one on the whole test set, beside Qwen3's.
+    bert all-bert --eval-only --model runs/rows-bert-all --data data/ag_news
     ;;
 long) # Texts cut to their start, or to start and end. Chinese ones by a small BERT from random weights.
     for long_text in head head-tail; do
@@ -52,6 +55,9 @@ qwen)
     qwen rows-qwen-1000 --model models/qwen3-small --data data/ag_news --max-train-rows 1000 --epochs 3 --max-eval-rows 2000
     qwen rows-qwen-100 --model models/qwen3-small --data data/ag_news --max-train-rows 100 --epochs 20 --max-eval-rows 2000
     qwen rows-qwen-10000 --model models/qwen3-small --data data/ag_news --max-train-rows 10000 --epochs 1 --max-eval-rows 2000
+    qwen rows-qwen-all --model models/qwen3-small --data data/ag_news --epochs 1 --max-eval-rows 2000
+    # The last one on the whole test set, beside BERT's.
+    qwen all-qwen --eval-only --init pretrained --model runs/rows-qwen-all --data data/ag_news
     # Long texts at their full length.
     qwen movie_reviews-qwen --model models/qwen3-small --data data/movie_reviews --max-length 4096 --max-train-rows 200 \
         --epochs 2 --micro-batch-size 4

@@ -44,14 +44,13 @@ def answer_table() -> str:
 
 def requests_table(rows: list[dict]) -> str:
     """Requests per second and median latency of bench.json's rows, the engines side by side."""
-    found = {(row["model"], row["method"], row["mode"], row["engine"]): row for row in rows}
-    engines = [*dict.fromkeys(row["engine"] for row in rows)]
-    names = [f"{engine} {next(row['engine_version'] for row in rows if row['engine'] == engine)}" for engine in engines]
+    found = {(row["model"], row["method"], row["mode"], f"{row['engine']} {row['engine_version']}"): row for row in rows}
+    names = [*dict.fromkeys(key[3] for key in found)]
     lines = []
     for asked in dict.fromkeys(key[:3] for key in found):
-        cells = [found.get((*asked, engine)) for engine in engines]
+        cells = [found.get((*asked, name)) for name in names]
         shown = [row and f"{row['requests_per_second']:.2f} ({row['latency_p50_ms']:,.0f} ms)" for row in cells]
-        lines.append([*asked, cells[0]["dtype"], *shown])
+        lines.append([*asked, next(row["dtype"] for row in cells if row), *shown])
     return markdown(["model", "method", "mode", "dtype", *names], lines)
 
 

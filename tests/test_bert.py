@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import transformers
 
 import train_bert
-from minicls.attention import attention, padded_attention
+from minicls.attention import Rows, attention, padded_attention
 from minicls.bert import BertConfig, BertForSequenceClassification
 from minicls.data import load_data, pack, split_data, step_rows
 from minicls.logger import read_metrics
@@ -118,8 +118,8 @@ def naive_attention(q, k, v, lengths, causal):
     return torch.cat(rows)
 
 
-def cumulative(lengths: list[int]) -> torch.Tensor:
-    return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+def packed(lengths: list[int], shared: int = 0) -> Rows:
+    return Rows(torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32), max(lengths), shared)
 
 
 @pytest.fixture(params=[256, 0], ids=["scores kept", "fused"])
@@ -137,7 +137,7 @@ def test_attention_in_bf16_goes_backward_near_fp32(causal, way):
     rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
     for tensors in (exact, rounded):
         with torch.autocast("cpu", torch.bfloat16, enabled=tensors is rounded):
-            output = padded_attention(*tensors, cumulative(lengths), max(lengths), causal)
+            output = padded_attention(*tensors, packed(lengths), causal)
         assert output.dtype == tensors[0].dtype
         output.square().sum().backward()
     for x, y in zip(exact, rounded, strict=True):
@@ -153,7 +153,7 @@ def test_attention_equals_the_naive_one(function, causal, kv_heads, lengths, way
     generator = torch.Generator().manual_seed(0)
     shapes = [(sum(lengths), heads, 8) for heads in (4, kv_heads, kv_heads)]
     q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes)
-    output = function(q, k, v, cumulative(lengths), max(lengths), causal)
+    output = function(q, k, v, packed(lengths), causal)
     expected = naive_attention(q, k, v, lengths, causal)
     weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)  # of a loss that tells outputs apart
     found = [output, *torch.autograd.grad((output * weights).sum(), (q, k, v))]
@@ -171,12 +171,12 @@ def test_attention_to_a_shared_beginning_equals_whole_rows(causal, lengths, way)
     own = torch.cat([torch.arange(a, b) for a, b in zip(begins, np.cumsum(lengths), strict=True)])
     shapes = [(len(own), heads, 8) for heads in (4, 2, 2)]
     q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes)
-    packed = [lengths[0], *(length - shared for length in lengths[1:])]
+    own_lengths = [lengths[0], *(length - shared for length in lengths[1:])]
     whole = []
     for x in (q, k, v):
-        first, *others = x.split(packed)
+        first, *others = x.split(own_lengths)
         whole.append(torch.cat([first, *(torch.cat([first[:shared], other]) for other in others)]))
-    output = attention(q, k, v, cumulative(packed), max(packed), causal, shared=shared)
+    output = attention(q, k, v, packed(own_lengths, shared), causal)
     expected = naive_attention(*whole, lengths, causal)[own]
     weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)
     found = [output, *torch.autograd.grad((output * weights).sum(), (q, k, v))]
@@ -192,7 +192,7 @@ def test_attention_dropout_drops_probabilities_and_keeps_their_mean(trains):
 
     def outputs(seed):
         torch.manual_seed(seed)
-        return padded_attention(x, x, torch.ones_like(x), cumulative(lengths), max(lengths), dropout_p=p).detach()
+        return padded_attention(x, x, torch.ones_like(x), packed(lengths), dropout_p=p).detach()
 
     found = outputs(0)
     assert torch.equal(found, outputs(0))

@@ -6,6 +6,7 @@ Time is a clock that the tests turn: no figure depends on how fast anything runs
 give log-probabilities within 1e-4, and the same tokens.
 """
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -53,6 +54,18 @@ def test_classify(name, texts, request):
     torch.testing.assert_close(theirs.classify(rows), expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(theirs.classify(rows[:1]), expected[:1], rtol=0, atol=1e-4)
     torch.testing.assert_close(ours.classify(rows[:1]), expected[:1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled(bert_run, texts):
+    """One row alone and several together are two graphs, and the second is asked twice: neither may fall back or remember."""
+    rows = Reader(bert_run).rows(texts)
+    compiled, plain = engines.Minicls(bert_run, torch.float32, CPU, compile=True), engines.Minicls(bert_run, torch.float32, CPU)
+    assert compiled.version == f"{plain.version}, compiled"
+    for asked in (rows[:1], rows, rows[5:], rows[2:3]):
+        torch.testing.assert_close(compiled.classify(asked), plain.classify(asked), rtol=0, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] < 10  # of few graphs: not one a layer, or one a request
 
 
 def test_score_and_generate(qwen_run, texts):
