@@ -117,8 +117,9 @@ def _product_attention(
     with torch.autocast(q.device.type, enabled=False):  # it would change dtypes
         # The CPU's fused kernel takes twice the time in bf16, as long in fp32, and has no dropout.
         if on_cpu and (S <= MAX_PLAIN or dropout_p > 0.0):
-            q = q.unflatten(1, (Hkv, H // Hkv)).flatten(2, 3)  # (B, Hkv, H / Hkv * T, Dh): heads that share keys, in one product
-            scores = (q @ (k * Dh**-0.5).transpose(2, 3)).view(-1, H, T, S)  # (B, H, T, S)
+            q = q.unflatten(1, (Hkv, H // Hkv)).flatten(2, 3) * Dh**-0.5  # (B, Hkv, H / Hkv * T, Dh): heads that share keys
+            # A product with keys that lie scattered takes many times as long as to copy them.
+            scores = (q @ k.contiguous().transpose(2, 3)).view(-1, H, T, S)  # (B, H, T, S)
             if causal:
                 mask = torch.ones(T, S, dtype=torch.bool).tril()
             if mask is not None:
