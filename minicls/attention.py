@@ -27,13 +27,16 @@ class Rows:
 
     def __init__(self, cu_seqlens: torch.Tensor, max_seqlen: int, shared: int = 0):
         self.cu_seqlens, self.max_seqlen, self.shared = cu_seqlens, max_seqlen, shared
-        # A GPU mostly does without, and one row is laid out as it is.
-        self.padded = None if cu_seqlens.is_cuda or len(cu_seqlens) == 2 else self._padded()
+        # A CPU needs the layout wherever there are several rows: at once, as torch.compile breaks its graph there, and must not
+        # in every layer. A GPU needs it with dropout alone.
+        self.padded = None
+        if not cu_seqlens.is_cuda and len(cu_seqlens) > 2:
+            self.lay_out()
 
     @torch.compiler.disable
-    def _padded(self) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
-        """How the rows are laid out whole, with padding: in groups, each of the token (rows, S) that stands at each place and of
-        which places are real (rows, S); and where among all places of all groups each token's own one is (N,).
+    def lay_out(self) -> None:
+        """Sets `padded`, how the rows are laid out whole, with padding: groups, each of the token (rows, S) that stands at each
+        place and of which places are real (rows, S); and where among all places of all groups each token's own one is (N,).
 
         On a CPU a group is of rows of similar length, since everything inside attention grows with rows * S * S.
         """
@@ -55,7 +58,7 @@ class Rows:
             groups.append((tokens, real))
             places[tokens[own]] = offset + own.flatten().nonzero()[:, 0].to(places.dtype)
             offset += real.numel()
-        return groups, places
+        self.padded = groups, places
 
 
 def attention(
@@ -95,18 +98,19 @@ def padded_attention(
     """`attention` through padding: rows are laid out whole, attended, and each one's own tokens gathered back."""
     if len(rows.cu_seqlens) == 2:  # one row is laid out as it is
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, N, Dh)
-        return _product_attention(q, k, v, None, causal, dropout_p)[0].transpose(0, 1)  # (N, H, Dh)
-    groups, places = rows.padded or rows._padded()
-    outputs = []
+        return _dot_product_attention(q, k, v, None, causal, dropout_p)[0].transpose(0, 1)  # (N, H, Dh)
+    if rows.padded is None:
+        rows.lay_out()
+    (groups, places), outputs = rows.padded, []
     for tokens, real in groups:
         padded = [x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).transpose(1, 2) for x in (q, k, v)]
         # Padding is on the right, so a causal mask already hides it from every real query.
-        output = _product_attention(*padded, None if causal else real[:, None, None], causal, dropout_p)  # (rows, H, S, Dh)
+        output = _dot_product_attention(*padded, None if causal else real[:, None, None], causal, dropout_p)  # (rows, H, S, Dh)
         outputs.append(output.transpose(1, 2).flatten(0, 1))  # (rows * S, H, Dh)
     return torch.cat(outputs).index_select(0, places)  # (N, H, Dh)
 
 
-def _product_attention(
+def _dot_product_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, dropout_p: float = 0.0
 ) -> torch.Tensor:
     """softmax(q kᵀ / √Dh) v of q (B, H, T, Dh), k and v (B, Hkv, S, Dh) in the way that is fastest; returns (B, H, T, Dh).
@@ -168,6 +172,6 @@ def cached_attention(
     B, T = len(keys), keys.shape[1] if mask is None else mask.shape[2]
     full = len(q) == B * T  # as in decoding: every row has T tokens, and the packed layout is the padded one
     padded = q.view(B, T, *q.shape[1:]) if full else q.new_zeros(B, T, *q.shape[1:]).index_put((rows, columns), q)
-    output = _product_attention(padded.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), mask, mask is None)
+    output = _dot_product_attention(padded.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), mask, mask is None)
     output = output.transpose(1, 2)  # (B, T, H, Dh)
     return output.flatten(0, 1) if full else output[rows, columns]  # (N, H, Dh)
