@@ -134,8 +134,10 @@ def read_data(s: Settings) -> Data:
 
 
 def make_chat(s: Settings, data: Data) -> Chat:
-    tokenizer = load_tokenizer(weights.find_model(s.qwen)[0])
-    return Chat(tokenizer, make_template(data.label_names), len(data.label_names), s.max_length)
+    """The default question, which training begins with; --task score asks as a run was trained."""
+    directory = weights.find_model(s.qwen)[0]
+    trained = checkpoint.info_of_model(directory).get("template") if s.task == "score" else None
+    return Chat(load_tokenizer(directory), tuple(trained or make_template(data.label_names)), len(data.label_names), s.max_length)
 
 
 def training_rows(s: Settings, data: Data, rows: np.ndarray) -> list[list[int]]:

@@ -80,10 +80,11 @@ def open_run(run_dir: Path) -> Run:
 
 
 def info_of_model(directory: Path) -> dict:
-    """The run.json of a run directory, or of the run that a checkpoint is in; with no settings for a model from elsewhere."""
+    """The run.json of a run directory, or of the run that a checkpoint is in; with no settings for a model from elsewhere,
+    which may have a run.json of its own."""
     places = [directory, *directory.resolve().parents[1:2]]  # a run, or its checkpoints/step-…
     file = next((place / "run.json" for place in places if (place / "run.json").is_file()), None)
-    return json.loads(file.read_text(encoding="utf-8")) if file else {"settings": {}}
+    return {"settings": {}} | (json.loads(file.read_text(encoding="utf-8")) if file else {})
 
 
 def write_json(path: Path, values: dict | list) -> None:

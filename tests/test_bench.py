@@ -15,7 +15,9 @@ import pytest
 import bench
 from minicls import config
 from minicls.config import UserError, parse
+from minicls.data import load_data
 from minicls.predict import Reader
+from minicls.prompt import make_template
 
 
 def fake_measure(seconds, predictions=None):
@@ -51,6 +53,17 @@ def test_training(bert_run, tmp_path, capsys, monkeypatch):
     assert result["speedup_of_each_round"] == {"transformers": [4.0, 1.5]} and result["speedup"] == {"transformers": 2.75}
     assert result["memory_ratio"] == {"transformers": 0.5}
     assert "minicls is 2.75 times as fast as transformers (1.50 to 4.00 over 2 rounds)" in printed
+
+
+def test_scoring_asks_as_the_run_was_trained_and_training_begins_anew(qwen_run, tmp_path):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((qwen_run / name).read_bytes())
+    (tmp_path / "run.json").write_text(json.dumps({"template": ["Say what this is: ", " Answer:"]}))
+    data = load_data("synthetic")
+    for task, expected in (("score", ("Say what this is: ", " Answer:")), ("train", make_template(data.label_names))):
+        settings = bench.Settings(task=task, qwen=str(tmp_path))
+        assert bench.make_chat(settings, data).template == expected
+    assert Reader(tmp_path).settings == {}  # a run.json that says no more than that is no error
 
 
 def test_scoring(qwen_run, tmp_path, capsys, monkeypatch):
