@@ -44,7 +44,7 @@ harder) # 77 classes, and 20.
     bert 20newsgroups-bert --data data/20newsgroups --max-length 128 --learning-rate 3e-4 --max-train-rows 2000 --epochs 1 \
         --max-eval-rows 1000
     # 20 letters to choose from.
-    qwen 20newsgroups-qwen --model models/qwen3-small --data data/20newsgroups --max-length 256 --epochs 1 --max-eval-rows 1000
+    qwen 20newsgroups-qwen --model models/qwen3-small --data data/20newsgroups --max-train-rows 4000 --epochs 1 --max-eval-rows 1000
     ;;
 qwen)
     # Chinese.
