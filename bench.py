@@ -293,7 +293,7 @@ def side_process(s: Settings, side: str) -> tuple[list[str], dict[str, str]]:
     if side == "vllm":
         python = s.vllm_python or python
         env |= engines.vllm_environment(s.threads or os.cpu_count())
-    elif s.compile and s.task != "train":
+    if side == "minicls" and s.compile and s.task != "train":
         env["TORCHINDUCTOR_FREEZING"] = "1"  # weights are constants: a CPU keeps them in the layout that its products want
     return [python, __file__, *command_line(asdict(replace(s, side=side, output_dir=None, vllm_python=None)))], env
 

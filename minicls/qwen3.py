@@ -247,7 +247,8 @@ class Qwen3Model(nn.Module):
         x = self.embed_tokens(input_ids)  # (N, D)
         rope = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta)
         slots = cache_slots(position_ids, cu_seqlens, max_seqlen, cache.shape[1]) if cache is not None else None
-        where = position_ids, Rows(cu_seqlens, max_seqlen, shared), rope, cache, slots
+        rows = Rows(cu_seqlens, max_seqlen, shared) if cache is None else None  # beside a cache, slots say where a row ends
+        where = position_ids, rows, rope, cache, slots
         for layer in self.layers:
             wanted = at if layer is self.layers[-1] else None
             if self.activation_checkpointing and self.training:

@@ -54,3 +54,9 @@ def qwen_run(tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("qwen") / "run"
     train_qwen.main([*TINY, "--max-steps", "16", "--dtype", "fp32", "--eval-every", "0.5", "--output-dir", str(run_dir)])
     return run_dir
+
+
+@pytest.fixture(params=[256, 0], ids=["multiplied out", "fused"])
+def way(request, monkeypatch):
+    """Both ways of attention on a CPU, multiplied out and PyTorch's kernel, whatever the length of a test's rows."""
+    monkeypatch.setattr("minicls.attention.MAX_PLAIN", request.param)

@@ -122,12 +122,6 @@ def packed(lengths: list[int], shared: int = 0) -> Rows:
     return Rows(torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32), max(lengths), shared)
 
 
-@pytest.fixture(params=[256, 0], ids=["scores kept", "fused"])
-def way(request, monkeypatch):
-    """Both ways of training on a CPU, whatever the length of a test's rows."""
-    monkeypatch.setattr("minicls.attention.MAX_PLAIN", request.param)
-
-
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_in_bf16_goes_backward_near_fp32(causal, way):
     """bf16 has 8 bits: values of the order of 1, rounded a few times, are within 0.05 and stay bf16."""

@@ -265,7 +265,7 @@ def cuts(length: int, pieces: int, rng: np.random.Generator) -> list[int]:
 
 @pytest.mark.parametrize("pieces", [1, 2, 5])
 @pytest.mark.parametrize("config", CONFIGS)
-def test_rows_fed_in_chunks_equal_whole_rows(config, pieces):
+def test_rows_fed_in_chunks_equal_whole_rows(config, pieces, way):
     model, rows = make_model(config=config), random_rows([7, 12, 5, POSITIONS, *range(6, 42)])
     rng = np.random.default_rng(0)
     bounds = [cuts(len(row), pieces, rng) for row in rows]
@@ -285,7 +285,7 @@ def test_token_by_token_equals_whole_rows():
     assert_logits_close([torch.cat(logits) for logits in zip(*steps, strict=True)], all_logits(model, rows))
 
 
-def test_going_back_overwrites_what_came_later():
+def test_going_back_overwrites_what_came_later(way):
     model, beginnings = make_model(), random_rows([7, 1, 20, 3])
     cache = KVCache(4, 32)
     feed(model, cache, beginnings, [0] * 4)
@@ -304,7 +304,7 @@ def test_going_back_overwrites_what_came_later():
 
 
 @pytest.mark.parametrize("config", ["plain", "wide heads, as many keys"])
-def test_a_prefix_cache_is_shared_by_rows_and_left_as_it_was(config):
+def test_a_prefix_cache_is_shared_by_rows_and_left_as_it_was(config, way):
     model, (prefix,) = make_model(config=config), random_rows([6])
     prefix_cache = KVCache(1, len(prefix))
     feed(model, prefix_cache, [prefix], [0])
@@ -319,7 +319,7 @@ def test_a_prefix_cache_is_shared_by_rows_and_left_as_it_was(config):
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["no cache", "cache"])
-def test_a_row_does_not_depend_on_its_batch(cached):
+def test_a_row_does_not_depend_on_its_batch(cached, way):
     model, rows = make_model(), random_rows(MANY)
     alone = [all_logits(model, [row])[0] for row in rows]
     for order in ([*range(40)], [*range(39, -1, -1)], [*range(0, 40, 3)], [39, 0], [5, 5, 5]):

@@ -58,7 +58,7 @@ def assert_scores_close(found: torch.Tensor, wanted: torch.Tensor) -> None:
         *(("one a prefix of another", options) for options in ("several tokens", "prefixes of one another")),
     ],
 )
-def test_score_equals_the_brute_force(questions, options, model):
+def test_score_equals_the_brute_force(questions, options, model, way):
     questions, options = QUESTIONS[questions], OPTIONS[options]
     total = score_brute_force(model, questions, options, CPU, "sum")
     mean = total / torch.tensor([len(option) for option in options])
