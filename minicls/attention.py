@@ -121,15 +121,17 @@ def _dot_product_attention(
     with torch.autocast(q.device.type, enabled=False):  # it would change dtypes
         # The CPU's fused kernel takes twice the time in bf16, as long in fp32, and has no dropout.
         if on_cpu and (S <= MAX_PLAIN or dropout_p > 0.0):
-            q = q.unflatten(1, (Hkv, H // Hkv)).flatten(2, 3) * Dh**-0.5  # (B, Hkv, H / Hkv * T, Dh): heads that share keys
+            # Heads that share keys stand below one another from here to the end: softmax does not mind, and torch.compile, which
+            # does not know T, would find each number of a reshape by division, one at a time.
+            group = H // Hkv
+            q = q.unflatten(1, (Hkv, group)).flatten(2, 3) * Dh**-0.5  # (B, Hkv, group * T, Dh)
             # A product with keys that lie scattered takes many times as long as to copy them.
-            scores = (q @ k.contiguous().transpose(2, 3)).view(-1, H, T, S)  # (B, H, T, S)
+            scores = q @ k.contiguous().transpose(2, 3)  # (B, Hkv, group * T, S)
             if causal:
-                mask = torch.ones(T, S, dtype=torch.bool).tril()
+                mask = torch.ones(1, 1, T, S, dtype=torch.bool).tril()
             if mask is not None:
-                scores.masked_fill_(~mask, -torch.inf)
-            weights = F.dropout(scores.softmax(-1), dropout_p)  # (B, H, T, S)
-            return (weights.view(-1, Hkv, H // Hkv * T, S) @ v).view(-1, H, T, Dh)
+                scores.masked_fill_(~(mask if mask.shape[2] == 1 else mask.repeat(1, 1, group, 1)), -torch.inf)
+            return (F.dropout(scores.softmax(-1), dropout_p) @ v).view(-1, H, T, Dh)
         # Backward, it is several times as fast in fp32 as in bf16.
         inputs = [x.float() for x in (q, k, v)] if on_cpu and q.requires_grad and q.dtype == torch.bfloat16 else (q, k, v)
         how = {"attn_mask": mask, "dropout_p": dropout_p, "is_causal": causal, "enable_gqa": Hkv != H}
