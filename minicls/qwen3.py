@@ -141,7 +141,8 @@ def rope_tables(position_ids: torch.Tensor, head_dim: int, theta: float) -> tupl
     powers = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim  # (Dh / 2,)
     angles = position_ids[:, None, None].float() / theta**powers  # (N, 1, Dh / 2)
     cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)  # (N, 1, Dh) each
+    # Written as one tensor, which torch.compile keeps; the cosines alone it would compute anew in each head of each layer.
+    return torch.cat([cos, cos, -sin, sin], dim=-1).chunk(2, dim=-1)  # (N, 1, Dh) each
 
 
 class _Rotation(torch.autograd.Function):
