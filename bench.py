@@ -1,11 +1,11 @@
 """Requests per second of minicls, transformers and vLLM on the same rows and weights; and training beside the HF Trainer.
 
     python bench.py --bert RUN --qwen RUN --qwen-linear RUN --data DIR  # trained runs: answers are compared, too
-    python bench.py --model-size real --data synthetic                  # BERT-base and Qwen3-0.6B with random weights: no files
+    python bench.py --model-size real --data synthetic                  # the published sizes, both heads of Qwen3: no files
     python bench.py --init random --qwen DIR ...                        # DIR gives config and tokenizer, and needs no weights
     python bench.py --mode server --rate 4 --slo-ms 500 ...             # requests at random moments rather than in turn
     python bench.py --task train --bert DIR --data DIR                  # training steps beside the HF Trainer's
-    python bench.py --task train --qwen DIR --data DIR                  # SFT steps, likewise
+    python bench.py --task train --qwen DIR --data DIR                  # steps of supervised fine-tuning (SFT), likewise
     python bench.py --task score --qwen DIR --data DIR                  # options scored beside the brute force of a harness
 
 Each engine runs in processes of its own, started in turn on the same machine. Prints a table, writes bench.json (and rps.png), and
@@ -86,7 +86,7 @@ class Settings:
     qwen_linear: str | None = setting(None, "likewise, with --head linear; for --task rps")
     init: str = setting("pretrained", "random needs no weights in the directory", choices=("pretrained", "random"))
     model_size: str = setting(
-        "given", "real: --init random; models not named are of the published sizes", choices=("given", "real")
+        "given", "real: --init random; where no model is named, all three in the published sizes", choices=("given", "real")
     )
     data: str = setting("fancyzhx/ag_news", "hub id, directory, or synthetic")
     text_column: str = setting("text", "column of the texts")
@@ -98,7 +98,7 @@ class Settings:
         ("single", "offline"), "one request at a time, all at once, as they arrive; for --task rps", choices=MODES
     )
     num_requests: int = setting(
-        64, "requests of a row, each a test row of its own; of fewer test rows, again but in mode server", minimum=1
+        64, "requests of a row; with fewer test rows they are asked again, except in mode server", minimum=1
     )
     min_seconds: float = setting(10.0, "least seconds of a row, in the modes single and offline", minimum=0)
     rate: float = setting(2.0, "requests a second that arrive in mode server", minimum=1e-3)
@@ -133,9 +133,14 @@ def read_data(s: Settings) -> Data:
     return load_data(s.data, s.text_column, s.label_column)
 
 
+def find(s: Settings, role: str) -> Path:
+    """The directory of the model that --bert, --qwen or --qwen-linear names."""
+    return weights.find_model(getattr(s, role), flag=f"--{role.replace('_', '-')}")[0]
+
+
 def make_chat(s: Settings, data: Data) -> Chat:
     """The default question, which training begins with; --task score asks as a run was trained."""
-    directory = weights.find_model(s.qwen)[0]
+    directory = find(s, "qwen")
     trained = checkpoint.info_of_model(directory).get("template") if s.task == "score" else None
     return Chat(load_tokenizer(directory), tuple(trained or make_template(data.label_names)), len(data.label_names), s.max_length)
 
@@ -143,7 +148,7 @@ def make_chat(s: Settings, data: Data) -> Chat:
 def training_rows(s: Settings, data: Data, rows: np.ndarray) -> list[list[int]]:
     texts = [data.train.texts[row] for row in rows]
     if s.bert:
-        return bert_rows(load_tokenizer(weights.find_model(s.bert)[0]), texts, s.max_length)[0]
+        return bert_rows(load_tokenizer(find(s, "bert")), texts, s.max_length)[0]
     return make_chat(s, data).training_rows(texts, data.train.labels[rows])[0]
 
 
@@ -189,10 +194,10 @@ def train_transformers(s: Settings) -> dict:
     rows = np.concatenate([step_rows(step, len(data.train), s.global_batch_size, s.seed) for step in range(s.max_steps)])
     ids = training_rows(s, data, rows)
     if s.bert:
-        directory, labels = weights.find_model(s.bert)[0], data.train.labels[rows].tolist()
+        directory, labels = find(s, "bert"), data.train.labels[rows].tolist()
         model = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=len(data.label_names))
     else:
-        directory, chat = weights.find_model(s.qwen)[0], make_chat(s, data)
+        directory, chat = find(s, "qwen"), make_chat(s, data)
         trained = [sum(chat.target_counts(label)) for label in data.train.labels[rows]]
         labels = [[-100] * (len(row) - n) + row[-n:] for row, n in zip(ids, trained, strict=True)]
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -258,7 +263,7 @@ def make_engine(s: Settings, directory: Path, device: torch.device, max_length: 
             return engines.Minicls(directory, dtype, device, s.compile)
         if s.side == "transformers":
             return engines.Transformers(directory, dtype, device, **how)
-        vllm = engines.VLLMServer if s.mode == ("server",) else engines.VLLM
+        vllm = engines.VLLMServer if s.task == "rps" and s.mode == ("server",) else engines.VLLM
         return vllm(directory, dtype, device, max_length)
     except ImportError as error:
         raise UserError(f"{s.side} does not import ({error}); install it, or leave it out") from None
@@ -270,13 +275,14 @@ def ask(s: Settings) -> dict:
     device = dist.start(s.device, s.threads)
     data = read_data(s)
     chat = make_chat(s, data)
-    engine = make_engine(s, weights.find_model(s.qwen)[0], device, s.max_length + 1, batch_size=1, logits_to_keep=0)
+    engine = make_engine(s, find(s, "qwen"), device, s.max_length + 1, batch_size=1, logits_to_keep=0)
     texts = question_texts(s, data)
 
     def answer(texts: list[str]) -> list[int]:
         return engine.score(chat.questions(texts)[0], chat.options).argmax(1).tolist()
 
-    answer(data.train.texts[: min(8, len(texts))])  # other texts: engines may remember what they have seen
+    # Other texts: engines may remember what they have seen. As many where a batch of another kind would be compiled in the clock.
+    answer(data.train.texts[: len(texts) if s.compile else min(8, len(texts))])
     begin = time.perf_counter()
     predictions = answer(texts)
     seconds = [time.perf_counter() - begin]
@@ -427,8 +433,8 @@ def figures(latencies: list[float], seconds: float, requests: int, tokens: float
     }
 
 
-def goodput(latencies: list[float], slo_ms: float) -> float:
-    """The share of requests that were answered in time."""
+def slo_attainment(latencies: list[float], slo_ms: float) -> float:
+    """The share of requests that were answered within `slo_ms`."""
     return float(np.mean([1000 * latency <= slo_ms for latency in latencies]))
 
 
@@ -458,7 +464,7 @@ def measure_row(s: Settings, reader: Reader, engine, method: str, mode: str, tex
             feed = engines.Feed(due, lambda i: encode([texts[i]])[0])
             latencies, answers = engines.serve_batches(due, feed, answer, BATCH_TOKENS, BATCH_WAIT)
         ended = max(moment + latency for moment, latency in zip(due, latencies, strict=True))
-        row = figures(latencies, ended, len(texts), tokens) | {"goodput": goodput(latencies, s.slo_ms)}
+        row = figures(latencies, ended, len(texts), tokens) | {"slo_attainment": slo_attainment(latencies, s.slo_ms)}
     else:
         how = (lambda texts: answer(encode(texts))), engine.forget, s.num_requests, s.min_seconds
         latencies, requests, answers = closed_loop(texts, at_once, *how)
@@ -486,7 +492,7 @@ def rps_side(s: Settings) -> None:
             try:
                 row |= measure_row(s, reader, engine, method, mode, question_texts(s, data), data.train.texts)
             except Exception as error:  # whatever an engine cannot do; the next method may go
-                row["failed"] = f"{type(error).__name__}: {error}"
+                row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             print(ROW + json.dumps(row), flush=True)
     finally:
         engine.close()
@@ -496,7 +502,7 @@ def rps_side(s: Settings) -> None:
 
 
 def models(s: Settings) -> dict[str, Path]:
-    return {role: weights.find_model(getattr(s, role))[0] for role in METHODS if getattr(s, role)}
+    return {role: find(s, role) for role in METHODS if getattr(s, role)}
 
 
 def start_side(s: Settings, engine: str) -> Iterator[dict]:
@@ -561,8 +567,8 @@ def median_row(rows: list[dict]) -> dict:
     merged = dict(worst)
     for name in worst:
         values = [row[name] for row in rows if row["status"] != "failed" and not isinstance(row[name], (str, type(None)))]
-        if values and name != "threads":
-            merged[name] = statistics.median(values)
+        if values:  # counts are the same in all rounds, and stay whole
+            merged[name] = values[0] if len({*values}) == 1 else statistics.median(values)
     return merged
 
 
@@ -592,12 +598,12 @@ def rps(s: Settings) -> tuple[list[dict], Path]:
     measured: dict[tuple, list[dict]] = {}
 
     def note(role: str, engine: str, row: dict) -> None:
-        name = f"{role.replace('_', '-')}: {models(s)[role].name}"
+        name = f"{role.replace('_', '-')}: {Path(getattr(s, role)).name}"
         verdict = {"accuracy": None, "agreement": None, "status": "failed", "reason": row.get("failed")}
         if "failed" not in row:
             verdict = judge(row, expected[role], test.labels, s)
         values = {"model": name, "engine": engine, "mode": row["mode"]} | about | row | verdict
-        names = COLUMNS + (("goodput",) if row["mode"] == "server" else ())
+        names = COLUMNS + (("slo_attainment",) if row["mode"] == "server" else ())
         measured.setdefault((role, engine, row["method"], row["mode"]), []).append({name: values.get(name) for name in names})
         checkpoint.write_json(file, [median_row(rounds) for rounds in measured.values()])
         print(f"{name}, {engine}, {row['method']}, {row['mode']}: {verdict['status']}", file=sys.stderr)
@@ -621,16 +627,17 @@ def rps(s: Settings) -> tuple[list[dict], Path]:
 
 
 def rps_table(rows: list[dict]) -> str:
-    header = f"{'model':26}{'engine':22}{'method':10}{'mode':9}{'requests/s':>11}{'p50':>8}{'p90':>8}{'p99 ms':>8}{'tokens/s':>10}"
+    header = f"{'model':26}{'engine':25}{'method':10}{'mode':9}{'requests/s':>11}{'p50':>8}{'p90':>8}{'p99 ms':>8}{'tokens/s':>10}"
     lines = [header + f"{'GiB':>7}{'accuracy':>10}{'agreement':>11}  status"]
     for row in rows:
-        line = f"{row['model']:26}{row['engine']} {row['engine_version'] or '':{21 - len(row['engine'])}}"
+        line = f"{row['model']:26}{row['engine']} {row['engine_version'] or '':{24 - len(row['engine'])}}"
         line += f"{row['method']:10}{row['mode']:9}"
         if row["status"] != "failed":
             line += f"{row['requests_per_second']:11.2f}" + "".join(f"{row[f'latency_p{p}_ms']:8.0f}" for p in (50, 90, 99))
-            line += f"{row['input_tokens_per_second']:10.0f}{row['peak_memory_bytes'] / 2**30:7.2f}"
+            line += f"{row['input_tokens_per_second']:10.0f}"
+            line += f"{'-':>7}" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**30:7.2f}"
             line += "".join(f"{row[name]:{w}.4f}" if row[name] is not None else f"{'-':>{w}}" for name, w in SHARES.items())
-        good = f", {row['goodput']:.1%} in time" if row.get("goodput") is not None else ""
+        good = f", {row['slo_attainment']:.1%} in time" if row.get("slo_attainment") is not None else ""
         lines.append(f"{line}  {row['status']}{good}" + (f" ({row['reason']})" if row["reason"] else ""))
     return "\n".join(lines)
 
@@ -644,8 +651,8 @@ def with_random_weights(s: Settings, folder: str) -> Settings:
     made = {}
     for role, kind in KINDS.items():
         if getattr(s, role):
-            directory = weights.find_model(getattr(s, role))[0]
-            tokenizer, config, name = load_tokenizer(directory), weights.read_config(directory, kind), directory.name
+            directory = find(s, role)
+            tokenizer, config, name = load_tokenizer(directory), weights.read_config(directory, kind), Path(getattr(s, role)).name
         elif s.model_size == "real" and not (s.bert or s.qwen or s.qwen_linear):
             name, config = PUBLISHED[kind.model_type]
             texts = data.train.texts[:20_000]
@@ -675,6 +682,8 @@ def main(argv: list[str] | None = None) -> None:
     if s.model_size == "real":
         s = replace(s, init="random")
     s = replace(s, global_batch_size=s.global_batch_size or (64 if s.bert else 12))
+    if s.side and (named != 1 if s.task == "rps" else s.task == "train" and s.side == "vllm"):
+        raise UserError(f"--side {s.side}: measures one model, and vLLM does not train; name one, and another side")
     if s.side and s.task == "rps":
         rps_side(s)
         return
@@ -685,6 +694,10 @@ def main(argv: list[str] | None = None) -> None:
     if s.vllm_python and s.task == "train":
         raise UserError("--vllm-python: vLLM does not train; leave it out")
     checkpoint.check_output_dir(s.output_dir)
+    if s.task == "train" and s.max_steps * s.global_batch_size > (rows := len(read_data(s).train)):
+        # The last step of an epoch is a short one here; the Trainer, given the same rows as one list, would fill it up.
+        steps = f"{s.max_steps} steps of {s.global_batch_size} rows"
+        raise UserError(f"--max-steps: {steps} are more than the {rows} training rows; ask for fewer")
     with tempfile.TemporaryDirectory() as folder:
         same = with_random_weights(s, folder) if s.init == "random" else s
         if s.task == "rps":

@@ -3,7 +3,7 @@
     python train_bert.py                                        # the published experiment: bert-base-cased on AG News
     python train_bert.py --model DIR --data DIR                 # files instead of the hub
     python train_bert.py --model tiny --data synthetic --epochs 1 --learning-rate 1e-3      # a minute, no network, no GPU
-    torchrun --nproc-per-node 2 train_bert.py                   # several devices, same result
+    torchrun --nproc-per-node 2 train_bert.py                   # several devices, same batch and schedule
     python train_bert.py --resume runs/train_bert-...           # go on after a stop or a crash, exactly
 
 train_qwen.py keeps the same order of sections, so that a diff of the two is the comparison.
@@ -134,8 +134,11 @@ def main(argv: list[str] | None = None) -> None:
     if dist.is_first():
         run_dir = previous.dir if previous else checkpoint.new_run_dir(s.output_dir, "train_bert")
         if not previous:
+            trained_rows = len(data.train)
+            if s.eval_only:  # those that the model was trained on before, as far as is known
+                trained_rows = checkpoint.info_of_model(directory).get("num_train_rows", 0) if directory else 0
             about = {"total_steps": total_steps, "revision": revision, "data_revision": data.revision}
-            about |= {"data_fingerprint": data.fingerprint(), "num_train_rows": len(data.train)}
+            about |= {"data_fingerprint": data.fingerprint(), "num_train_rows": trained_rows}
             checkpoint.write_run_info(run_dir, dataclasses.asdict(s), device, about)
     logger = Logger(run_dir, state["step"], total_steps, drop_later=not s.eval_only)
     for name, (rows, cut) in tokenized.items():

@@ -6,7 +6,7 @@
     python train_qwen.py --model tiny --data synthetic --train-on letter --learning-rate 2e-3 --global-batch-size 12
                                                                 # a minute, no network, no GPU
     python train_qwen.py --model DIR --data DIR --eval-only     # zero-shot: the model as it is
-    torchrun --nproc-per-node 2 train_qwen.py                   # several devices, same result
+    torchrun --nproc-per-node 2 train_qwen.py                   # several devices, same batch and schedule
     python train_qwen.py --resume runs/train_qwen-...           # go on after a stop or a crash, exactly
 
 train_bert.py keeps the same order of sections, so that a diff of the two is the comparison.
@@ -59,7 +59,7 @@ class Settings:
     head: str = setting("options", "answer by option perplexity, or by a linear head", choices=("options", "linear"))
     linear_input: str = setting("text", "what the linear head reads: the bare text or the question", choices=("text", "prompt"))
     train_on: str = setting("response", "the whole response, or the letter alone", choices=("response", "letter"))
-    think_in: str = setting("response", "whose the empty think block is", choices=("response", "prompt"))
+    think_in: str = setting("response", "what the empty think block is part of", choices=("response", "prompt"))
     options: str = setting(
         "after", "where the published question and its options stand: after or before the text", choices=("after", "before")
     )
@@ -167,8 +167,11 @@ def main(argv: list[str] | None = None) -> None:
     if dist.is_first():
         run_dir = previous.dir if previous else checkpoint.new_run_dir(s.output_dir, "train_qwen")
         if not previous:
+            trained_rows = len(data.train)
+            if s.eval_only:  # those that the model was trained on before, as far as is known
+                trained_rows = checkpoint.info_of_model(directory).get("num_train_rows", 0) if directory and not random else 0
             about = {"total_steps": total_steps, "revision": revision, "data_revision": data.revision}
-            about |= {"data_fingerprint": data.fingerprint(), "num_train_rows": len(data.train), "template": template}
+            about |= {"data_fingerprint": data.fingerprint(), "num_train_rows": trained_rows, "template": template}
             checkpoint.write_run_info(run_dir, dataclasses.asdict(s), device, about)
     logger = Logger(run_dir, state["step"], total_steps, drop_later=not s.eval_only)
     for name, (rows, cut) in tokenized.items():
@@ -181,7 +184,8 @@ def main(argv: list[str] | None = None) -> None:
         trained = checkpoint.info_of_model(directory)["settings"]
         asked = [name for name in ("options", "language", "prompt", "linear_input") if trained.get(name) != getattr(s, name)]
         if asked and trained.get("head") == s.head:
-            flags = " ".join(f"--{name.replace('_', '-')} {trained.get(name)}" for name in asked)
+            how = {name: f"--{name.replace('_', '-')}" for name in asked}
+            flags = " ".join(f"{flag} {trained[name]}" if trained.get(name) else f"no {flag}" for name, flag in how.items())
             logger.print(f"note: {s.model} was trained with {flags}, and is asked otherwise here")
 
     # 3. The loss of one batch.

@@ -14,7 +14,7 @@ from pathlib import Path
 from minicls import dist
 from minicls.comparison import open_runs, read_bench, runs_table, write_report
 from minicls.config import Parser, UserError, run
-from minicls.data import lines_of
+from minicls.data import checked_text, lines_of
 from minicls.predict import Classifier, gather_texts, jsonl, table
 
 
@@ -44,8 +44,12 @@ def main(argv: list[str] | None = None) -> None:
     if not args.run.is_dir():
         raise UserError(f"{args.run}: no such run directory; check the path")
     # A line of standard input is a text, whatever it looks like: it may come from anybody, and must not name a file to open.
-    piped = "" if args.inputs or sys.stdin.isatty() else sys.stdin.read()
-    texts = gather_texts(args.inputs, args.text_column) + (lines_of(piped) if piped else [])
+    try:
+        piped = lines_of("" if args.inputs or sys.stdin.isatty() else sys.stdin.read())
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input: not {error.encoding} ({error.reason}); convert it") from None
+    texts = gather_texts(args.inputs, args.text_column)
+    texts += [checked_text(line, f"standard input, line {number}") for number, line in enumerate(piped, start=1)]
     if not texts:
         raise UserError("FILE|TEXT: nothing to classify; pass texts or files, or write texts to standard input, one a line")
     classifier = Classifier(args.run, dist.start(args.device, args.threads))

@@ -81,10 +81,14 @@ def open_run(run_dir: Path) -> Run:
 
 def info_of_model(directory: Path) -> dict:
     """The run.json of a run directory, or of the run that a checkpoint is in; with no settings for a model from elsewhere,
-    which may have a run.json of its own."""
+    which may have a run.json of its own. Raises UserError where the file is broken."""
     places = [directory, *directory.resolve().parents[1:2]]  # a run, or its checkpoints/step-…
     file = next((place / "run.json" for place in places if (place / "run.json").is_file()), None)
-    return {"settings": {}} | (json.loads(file.read_text(encoding="utf-8")) if file else {})
+    try:
+        info = json.loads(file.read_text(encoding="utf-8")) if file else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable ({error}); restore it, or delete it to lose the run's settings") from None
+    return {"settings": {}} | (info if isinstance(info, dict) else {})
 
 
 def write_json(path: Path, values: dict | list) -> None:
@@ -158,6 +162,9 @@ def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimiz
                 slots[key] = torch.empty_like(parameter, requires_grad=False).copy_(moment)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{directory}: not a whole checkpoint ({error}); delete it and resume from the one before") from None
+    best = state["best_on_validation"]
+    if best and best[0] not in checkpoints(directory.parents[1]):
+        raise UserError(f"{directory}: step {best[0]}, the best on validation, has no checkpoint any more; restore it")
     return state
 
 

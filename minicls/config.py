@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
-            flag = message.split()[2].split("=")[0]
+            flag = message.removeprefix("unrecognized arguments: ").split(" ")[0].split("=")[0] or "''"
             close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
             message = f"unknown flag {flag}; " + (f"did you mean {close[0]}?" if close else "see --help")
         elif message.startswith("argument "):

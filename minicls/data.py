@@ -85,7 +85,7 @@ def load_data(
     read = {split: _read_split(directory, split, text_column, label_column) for split in ("train", "test")}
     for columns in read.values():
         for label, place in zip(columns.labels, columns.places, strict=True):
-            if label is None or label == "":
+            if label is None or label == "" or label != label:  # NaN is how pandas writes that there is none
                 raise UserError(f"{place}: the label is empty; give every row a label or drop the row")
             if not isinstance(label, (str, int, float)):
                 raise UserError(f"{place}: label {label!r} is neither a class name nor an index; mend the row")
@@ -160,7 +160,7 @@ def _read_split(directory: Path, split: str, text_column: str, label_column: str
     texts, labels, places = [], [], []
     for file in files:
         for (text, label), place in _READERS[file.suffix[1:]](file, {"--text-column": text_column, "--label-column": label_column}):
-            texts.append(_checked_text(text, place))
+            texts.append(checked_text(text, place))
             labels.append(label)
             places.append(place)
     if not texts:
@@ -169,18 +169,19 @@ def _read_split(directory: Path, split: str, text_column: str, label_column: str
 
 
 def lines_of(text: str) -> list[str]:
-    """Its lines. Not str.splitlines, which also ends them at U+2028, form feeds and the like."""
-    return text.removesuffix("\n").split("\n")
+    """Its lines, ended by LF or CR LF. Not str.splitlines, which also ends them at U+2028, form feeds and the like."""
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 
 def read_texts(file: Path, text_column: str) -> list[str]:
     """The texts of one parquet, CSV or JSONL file, labels or none, or the lines of a .txt file."""
     if file.suffix[1:] not in FORMATS:
         return lines_of(_read_text(file))
-    return [_checked_text(text, place) for (text,), place in _READERS[file.suffix[1:]](file, {"--text-column": text_column})]
+    return [checked_text(text, place) for (text,), place in _READERS[file.suffix[1:]](file, {"--text-column": text_column})]
 
 
-def _checked_text(text, place: str) -> str:
+def checked_text(text, place: str) -> str:
+    """The text, found at `place`. Raises UserError where it is none that a tokenizer takes."""
     if not isinstance(text, str):
         raise UserError(f"{place}: the text is {text!r}; mend the row, or name another column with --text-column")
     if not text.isascii():

@@ -1,4 +1,4 @@
-"""Several processes under torchrun, or one: start, sum over ranks, and who prints. Without torchrun every call is a no-op."""
+"""Several processes under torchrun, or one: start, sum over ranks, and who prints. Without torchrun every sum is a no-op."""
 
 import os
 from pathlib import Path

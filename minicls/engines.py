@@ -15,6 +15,7 @@ one token only.
 import functools
 import http.client
 import json
+import os
 import queue
 import socket
 import subprocess
@@ -208,7 +209,7 @@ class VLLMServer:
     def __init__(self, directory: Path, dtype: torch.dtype, device: torch.device, max_length: int, eager: bool = False):
         import vllm
 
-        self.version = vllm.__version__
+        self.version, self.device = vllm.__version__, device
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         flags = ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "model"]
@@ -216,7 +217,8 @@ class VLLMServer:
             flag = "--" + name.replace("_", "-")
             flags += [flag] * value if isinstance(value, bool) else [flag, str(value)]
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
-        self.process = subprocess.Popen(command, stdout=2)  # with its errors: standard output is for results
+        env = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}  # for /reset_prefix_cache
+        self.process = subprocess.Popen(command, stdout=2, env=env)  # with its errors: standard output is for results
         try:
             self._wait_until_it_answers()
         except BaseException:  # interrupted, too: who started the server has nothing yet to close it by
@@ -262,8 +264,10 @@ class VLLMServer:
         return [before_stop(self._complete(row, **how)["token_ids"], stop_ids) for row in rows]
 
     @property
-    def peak_memory_bytes(self) -> int:
-        """Resident memory of the server's processes, each at its peak."""
+    def peak_memory_bytes(self) -> int | None:
+        """Resident memory of the server's processes, each at its peak; None on a GPU, which does not say another's memory."""
+        if self.device.type == "cuda":
+            return None
         processes, total = [self.process.pid], 0
         while processes:
             pid = processes.pop()
@@ -272,7 +276,8 @@ class VLLMServer:
         return total
 
     def forget(self) -> None:
-        pass  # the server has no way to: bench.py sends it no text twice
+        if not self._send("POST", "/reset_prefix_cache").get("success", True):
+            raise RuntimeError("vLLM's server did not empty its prefix cache")
 
     def close(self) -> None:
         self.process.terminate()

@@ -10,7 +10,7 @@ from torch import nn
 from minicls import dist, weights
 from minicls.checkpoint import info_of_model
 from minicls.config import UserError
-from minicls.data import length_batches, pack, read_texts
+from minicls.data import checked_text, length_batches, pack, read_texts
 from minicls.prompt import Chat, make_template
 from minicls.scorer import score
 from minicls.tokenizer import bert_rows, load_tokenizer, text_rows
@@ -94,7 +94,7 @@ def gather_texts(inputs: Sequence[str], text_column: str) -> list[str]:
         is_file_name = len(item) < 4096 and Path(item).suffix in (".parquet", ".csv", ".jsonl", ".txt") and "\n" not in item
         if is_file_name and not Path(item).is_file():
             raise UserError(f"{item}: no such file; check the path")
-        texts += read_texts(Path(item), text_column) if is_file_name else [item]
+        texts += read_texts(Path(item), text_column) if is_file_name else [checked_text(item, "FILE|TEXT")]
     return texts
 
 

@@ -185,7 +185,7 @@ def folded(group: Sequence[Run], names: Sequence[str]) -> tuple[str, str, str]:
 def speed_table(benches: list[dict]) -> str:
     """Markdown of bench.json files, a line for each peer: rates, the ratio with its spread over rounds, and peak memory."""
     header = ["what", "model", "beside", "minicls, rows/s", "peer, rows/s", "times as fast", "peak memory, GiB"]
-    peers = {"train": "HF Trainer", "score": "transformers, a pass a question"}
+    peers = {"train": "HF Trainer {}", "score": "transformers {}, a pass a question"}
     rows = []
     for bench in benches:
         ours, *others = bench["rows"]
@@ -193,8 +193,9 @@ def speed_table(benches: list[dict]) -> str:
         for theirs in others:
             ratios = bench["speedup_of_each_round"][theirs["side"]]
             extremes, rounds = f"{min(ratios):.2f} to {max(ratios):.2f}", len(ratios)
-            peer = "vLLM" if theirs["side"] == "vllm" else peers[bench["task"]]
-            row = [f"{bench['task']}, {s['dtype']}", Path(s["bert"] or s["qwen"]).name, f"{peer} {theirs['version']}"]
+            peer = "vLLM {}" if theirs["side"] == "vllm" else peers[bench["task"]]
+            what = f"{bench['task']}, {s['dtype']}" + ", minicls compiled" * s["compile"]
+            row = [what, Path(s["bert"] or s["qwen"]).name, peer.format(theirs["version"])]
             row += [f"{side['samples_per_second']:.2f}" for side in (ours, theirs)]
             row.append(f"**{bench['speedup'][theirs['side']]:.2f}** ({extremes}, {rounds} round{'s' * (rounds > 1)})")
             rows.append([*row, " against ".join(f"{side['peak_memory_bytes'] / 2**30:.1f}" for side in (ours, theirs))])

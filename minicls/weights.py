@@ -60,12 +60,12 @@ QWEN3_LINEAR = dataclasses.replace(QWEN3, model=Qwen3ForSequenceClassification, 
 ARCHITECTURES = {kind.model.__name__: kind for kind in (BERT, QWEN3, QWEN3_LINEAR)}
 
 
-def find_model(model: str, revision: str | None = None) -> tuple[Path, str | None]:
-    """The directory of `--model`, downloaded from the hub if need be (at this commit), and the hub's commit."""
+def find_model(model: str, revision: str | None = None, flag: str = "--model") -> tuple[Path, str | None]:
+    """The directory of a model, downloaded from the hub if need be (at this commit), and the hub's commit."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path, None
-    return download("--model", model, "model", ["*.json", "*.jinja", "*.safetensors"], revision)
+    return download(flag, model, "model", ["*.json", "*.jinja", "*.safetensors"], revision)
 
 
 def read_config(directory: Path, kind: Architecture | None = None) -> dict:

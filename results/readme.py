@@ -42,22 +42,23 @@ def answer_table() -> str:
     return markdown(header, rows)
 
 
-def requests_table(rows: list[dict]) -> str:
-    """Requests per second and median latency of bench.json's rows, the engines side by side."""
-    found = {(row["model"], row["method"], row["mode"], f"{row['engine']} {row['engine_version']}"): row for row in rows}
-    names = [*dict.fromkeys(key[3] for key in found)]
+def requests_table(benches: list[list[dict]]) -> str:
+    """Requests per second and median latency, the engines side by side: in each line, those of one bench.json."""
+    names = sorted({f"{row['engine']} {row['engine_version']}" for bench in benches for row in bench})
     lines = []
-    for asked in dict.fromkeys(key[:3] for key in found):
-        cells = [found.get((*asked, name)) for name in names]
-        shown = [row and f"{row['requests_per_second']:.2f} ({row['latency_p50_ms']:,.0f} ms)" for row in cells]
-        lines.append([*asked, next(row["dtype"] for row in cells if row), *shown])
+    for bench in benches:
+        found = {(row["model"], row["method"], row["mode"], f"{row['engine']} {row['engine_version']}"): row for row in bench}
+        for asked in dict.fromkeys(key[:3] for key in found):
+            cells = [found.get((*asked, name)) for name in names]
+            shown = [row and f"{row['requests_per_second']:.2f} ({row['latency_p50_ms']:,.0f} ms)" for row in cells]
+            lines.append([*asked, next(row["dtype"] for row in cells if row), *shown])
     return markdown(["model", "method", "mode", "dtype", *names], lines)
 
 
 def tables() -> dict[str, str]:
     """The tables by name."""
     benches = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((ROOT / "results/bench").glob("*.json"))]
-    requests = [row for bench in benches if isinstance(bench, list) for row in bench]
+    requests = [bench for bench in benches if isinstance(bench, list)]
     runs, small = (sorted(file.parent for file in (ROOT / "results").glob(f"{place}/results.json")) for place in ("*", "small/*"))
     grid = {folder.name: open_run(folder) for folder in small if folder.name.startswith("grid-")}
     return {
@@ -65,7 +66,7 @@ def tables() -> dict[str, str]:
         "results": results_table(runs),
         "speed": speed_table([bench for bench in benches if isinstance(bench, dict)]),
         "served": requests_table(requests),
-        "requests": bench_table(requests),
+        "requests": bench_table([row for bench in requests for row in bench]),
         "small": results_table(small),
         "grid": "\n\n".join(grid_tables(grid)),
     }

@@ -94,12 +94,28 @@ def test_a_side_scores(side, qwen_run, capsys):
         (["--task", "score", "--qwen-linear", "a"], ["--task score", "name one model"]),
         (["--bert", "a", "--engines", "tensorflow"], ["--engines", "tensorflow"]),
         (["--bert", "a", "--mode", "batch"], ["--mode", "batch"]),
+        (["--bert", "no/such/dir", "--data", "synthetic"], ["--bert: no directory no/such/dir"]),
+        (["--bert", "a", "--qwen", "b", "--side", "minicls"], ["--side minicls", "one model"]),
+        (["--task", "train", "--bert", "a", "--side", "vllm"], ["--side vllm", "does not train"]),
+        (
+            ["--task", "train", "--bert", "a", "--data", "synthetic", "--max-steps", "999"],
+            ["--max-steps: 999 steps of 64 rows", "fewer"],
+        ),
     ],
 )
 def test_mistakes(flags, parts, tmp_path):
     with pytest.raises(UserError) as error:
         bench.main([*flags, "--output-dir", str(tmp_path / "out")])
     assert all(part in str(error.value) for part in parts) and not (tmp_path / "out").exists()
+
+
+def test_counts_of_several_rounds_stay_whole():
+    rounds = [
+        {"status": "ok", "num_requests": 64, "threads": 2, "requests_per_second": rate, "reason": None} for rate in (2.0, 3.0)
+    ]
+    assert json.dumps(bench.median_row(rounds)) == json.dumps(rounds[0] | {"requests_per_second": 2.5})
+    failed = {"status": "failed", "num_requests": None, "threads": 2, "requests_per_second": None, "reason": "it broke"}
+    assert bench.median_row([failed, rounds[0]]) == failed | {"num_requests": 64, "requests_per_second": 2.0}
 
 
 def test_a_side_that_fails_is_named(qwen_run, tmp_path):
@@ -204,7 +220,7 @@ def fake_start(rates, broken=(), interrupt_after=None):
                     raise UserError(f"{engine} broke")
                 yielded.append(engine)
                 row = {"method": method, "mode": mode, "engine_version": "1", "peak_memory_bytes": 2**30, "num_requests": 4}
-                row |= bench.figures([1 / rate], 1 / rate, 1, 10.0) | ({"goodput": 0.5} if mode == "server" else {})
+                row |= bench.figures([1 / rate], 1 / rate, 1, 10.0) | ({"slo_attainment": 0.5} if mode == "server" else {})
                 yield row | {"predictions": [0] * 4, "log_probabilities": [[0.0, -9.0, -9.0, -9.0]] * 4}
 
     return start
@@ -232,7 +248,7 @@ def test_table_plot_and_json_line(bert_run, qwen_run, tmp_path, capsys, monkeypa
     rps(monkeypatch, tmp_path, start, *models, "--mode", "single", "server", "--rounds", "3")
     rows, printed = read_rows(tmp_path), capsys.readouterr().out
     assert json.loads(printed.splitlines()[-1]) == rows and (tmp_path / "out" / "rps.png").stat().st_size > 0
-    assert all([*row] == KEYS + ["goodput"] * (row["mode"] == "server") for row in rows)
+    assert all([*row] == KEYS + ["slo_attainment"] * (row["mode"] == "server") for row in rows)
     assert {(r["model"].split(":")[0], r["engine"], r["method"], r["mode"]) for r in rows} == {
         (model, engine, method, mode)
         for model, methods in (("bert", ["classify"]), ("qwen", ["generate", "score"]))
@@ -290,7 +306,7 @@ def test_a_process_measures_every_method_and_mode(qwen_run, capsys, monkeypatch)
     data = bench.read_data(s)
     expected = bench.reference(s, "qwen", Reader(qwen_run), qwen_run, bench.torch.device("cpu"), bench.question_texts(s, data))
     for row in rows:
-        assert "failed" not in row and row["num_requests"] == 8 and ("goodput" in row) == (row["mode"] == "server")
+        assert "failed" not in row and row["num_requests"] == 8 and ("slo_attainment" in row) == (row["mode"] == "server")
         if row["method"] == "score":
             np.testing.assert_allclose(row["log_probabilities"], expected, atol=1e-4)
             assert row["predictions"] == expected.argmax(1).tolist()

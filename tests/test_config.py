@@ -89,6 +89,11 @@ def test_help_lists_every_flag_with_type_default_and_meaning(cls, capsys, monkey
             assert choice in entry
 
 
+def test_an_empty_argument_is_shown():
+    with pytest.raises(UserError, match="unknown flag ''; see --help"):
+        parse(Settings, ["--fast", ""])  # as of an unset "$FLAGS"
+
+
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [

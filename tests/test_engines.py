@@ -162,15 +162,15 @@ def test_a_stall_shows_in_the_tail():
     latencies, _, _ = serve(FakeFeed(np.arange(50.0)), lambda call: 10.0 if call == 20 else 0.125)
     row = bench.figures(latencies, 50.0, 50, tokens=1)
     assert row["latency_p50_ms"] == 125 and row["latency_p99_ms"] > 9000
-    assert sum(latency > 1 for latency in latencies) == 10 and bench.goodput(latencies, 1000) == 0.8
+    assert sum(latency > 1 for latency in latencies) == 10 and bench.slo_attainment(latencies, 1000) == 0.8
 
 
 @pytest.mark.parametrize(("rate", "share"), [(4, 1.0), (16, 0.08)])
-def test_overload_shows_in_goodput(rate, share):
+def test_overload_shows_in_slo_attainment(rate, share):
     """An engine of 8 requests a second, a row a batch. At 16 a second a request waits 1/16 s longer than the one before."""
     due = np.arange(200) / rate
     latencies, _, _ = serve(FakeFeed(due), lambda call: 0.125, max_tokens=1)
-    assert bench.goodput(latencies, 1000) == pytest.approx(share, abs=0.006)
+    assert bench.slo_attainment(latencies, 1000) == pytest.approx(share, abs=0.006)
     assert latencies[-1] == pytest.approx(0.125 if rate == 4 else 200 / 8 - due[-1])
 
 

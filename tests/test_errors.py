@@ -206,6 +206,7 @@ DATA = {  # what is wrong: (file, content, parts of the message); other files of
     "text is no text": ("train.jsonl", b'{"text": "a", "label": 0}\n{"text": 3, "label": 1}', ["train.jsonl, line 2", "3", "mend"]),
     "text is null": ("train.parquet", parquet({"text": ["a", None], "label": [0, 1]}), ["train.parquet, row 1", "None", "mend"]),
     "empty label": ("train.csv", CSV.encode() + b"more,\n", ["train.csv, line 10", "label is empty", "drop the row"]),
+    "label not a number": ("train.jsonl", b'{"text": "a", "label": 0}\n{"text": "b", "label": NaN}', ["train.jsonl, line 2", "label is empty"]),
     "null label": ("train.parquet", parquet({"text": ["a", "b"], "label": [0, None]}), ["train.parquet, row 1", "label is empty"]),
     "list of labels": ("train.jsonl", b'{"text": "a", "label": ["good", "bad"]}', ["train.jsonl, line 1", "['good', 'bad']"]),
     "label only in test": ("test.csv", CSV.encode() + b"more,ugly\n", ["test.csv, line 10", "'ugly'", "bad, good", "mend"]),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,9 +93,31 @@ def test_a_line_of_standard_input_is_a_text_whatever_it_looks_like(bert_run, tmp
     assert [json.loads(line)["text"] for line in lines(capsys, bert_run, "--format", "jsonl")] == texts
 
 
-@pytest.mark.parametrize("argv", [["RUN"], ["RUN", "empty.csv"]])
+def test_text_files_of_other_systems(bert_run, tmp_path, capsys):
+    (tmp_path / "a.txt").write_bytes(b"Shares fell.\r\nthe striker\r\n")
+    rows = lines(capsys, bert_run, tmp_path / "a.txt", "--format", "jsonl")
+    assert [json.loads(row)["text"] for row in rows] == ["Shares fell.", "the striker"]
+
+
+@pytest.mark.parametrize("argument", [True, False])
+def test_texts_that_are_no_text(argument, bert_run, monkeypatch):
+    """Python hands bytes that are not UTF-8 on as halves of characters, or refuses them."""
+    with pytest.raises(UserError, match=r"FILE\|TEXT: the text is no valid Unicode" if argument else "standard input: not utf-8"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"abc \xff\n"), "utf-8"))
+        main(["predict", str(bert_run), *(["abc \udcff"] if argument else [])])
+
+
+def test_a_broken_run_json(bert_run, tmp_path):
+    copy = shutil.copytree(bert_run, tmp_path / "run")
+    (copy / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run.json: not readable"):
+        main(["predict", str(copy), "Shares fell."])
+
+
+@pytest.mark.parametrize("argv", [["RUN"], ["RUN", "empty.csv"], ["RUN", "empty.txt"]])
 def test_nothing_to_classify(argv, bert_run, tmp_path, monkeypatch):
     (tmp_path / "empty.csv").write_text("text\n")
+    (tmp_path / "empty.txt").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     with pytest.raises(UserError, match="nothing to classify"):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from minicls import metrics
+from minicls import comparison, metrics
 from minicls.__main__ import main
 from minicls.comparison import PUBLISHED
 from minicls.config import UserError
@@ -244,6 +244,11 @@ def test_seeds_are_folded_and_every_cell_is_told(bert_run, tmp_path):
 
 def test_a_curve_over_training_rows(bert_run, qwen_run, tmp_path):
     runs = [bert_run, copy_run(bert_run, tmp_path / "less", {"f1": 0.4}, 64, max_train_rows=64), qwen_run]
+    zero_shot = copy_run(bert_run, tmp_path / "zero", {"f1": 0.1}, 999, eval_only=True)
+    curves = comparison.learning_curves(comparison.open_runs([*runs, zero_shot]))
+    all_rows = json.loads((bert_run / "run.json").read_text())["num_train_rows"]
+    drawn = {name: [point[:2] for point in points] for name, points in curves.items()}
+    assert drawn == {"BERT (tiny), linear": [(64, 0.4), (all_rows, found(bert_run)["f1"])]}
     sections = report(tmp_path / "out", *runs)
     assert "(rows.png)" in sections["Training rows"] and (tmp_path / "out" / "rows.png").stat().st_size > 5000
     grid = read_table(sections["Settings and seeds"])

@@ -182,6 +182,10 @@ def test_best_on_validation_is_remembered(tmp_path, monkeypatch):
     monkeypatch.setattr(train_bert.report, "evaluate_logits", evaluate_logits)
     with interrupt_at(3), pytest.raises(SystemExit):
         train(tmp_path / "run", "--validation-size", "40", "--max-steps", "6", "--eval-every", "1", "--keep-checkpoints", "1")
+    best = checkpoints(tmp_path / "run")[1].rename(tmp_path / "aside")
+    with pytest.raises(UserError, match="step 1, the best on validation, has no checkpoint any more"):
+        resume(tmp_path / "run")
+    best.rename(tmp_path / "run/checkpoints/step-000001")
     found = results(resume(tmp_path / "run"))
     assert (found["headline_step"], found["final_step"]) == (1, 6)
     assert [*checkpoints(tmp_path / "run")] == [1, 6]

@@ -218,6 +218,8 @@ def test_eval_only_of_a_directory_repeats_its_predictions(learned, news, tmp_pat
     assert predictions(run) == predictions(learned)
     assert results(run)["f1"] == results(learned)["f1"] and results(run)["final_step"] == 0
     assert not events(run, "train") and not checkpoints(run)
+    counts = [json.loads((folder / "run.json").read_text())["num_train_rows"] for folder in (run, learned)]
+    assert counts[0] == counts[1]  # what the model was trained on, not what the data set holds
 
 
 @pytest.mark.parametrize("model", ["tiny", "trained on other classes"])

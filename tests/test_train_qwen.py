@@ -247,14 +247,17 @@ class TestOptions:
         run = run_qwen(tmp_path / "run", *flags)
         assert results(run)["num_test_rows"] == 20 and results(run)["final_step"] == 0
         assert "note:" not in capsys.readouterr().out
-        run_qwen(tmp_path / "before", *flags, "--options", "before")
-        assert f"note: {learned} was trained with --options after, and is asked otherwise here" in capsys.readouterr().out
+        (tmp_path / "prompt.txt").write_text("{text}\nA or B?")
+        run_qwen(tmp_path / "before", *flags, "--options", "before", "--prompt", str(tmp_path / "prompt.txt"))
+        note = f"note: {learned} was trained with --options after no --prompt, and is asked otherwise here"
+        assert note in capsys.readouterr().out
 
     @pytest.mark.parametrize("flags", [["--model", "tiny"], ["--model", "learned", "--init", "random"]], ids=" ".join)
     def test_eval_only_of_random_weights(self, flags, learned, tmp_path):
         flags = [str(learned) if flag == "learned" else flag for flag in flags]
         run = run_qwen(tmp_path / "run", *flags, "--max-eval-rows", "20", "--eval-only", "--dtype", "fp32")
         assert results(run)["final_step"] == 0 and results(run)["loss"] == pytest.approx(np.log(4), abs=0.2)  # it knows nothing
+        assert json.loads((run / "run.json").read_text())["num_train_rows"] == 0
 
     def test_eval_only_of_a_run_without_a_checkpoint_is_an_error(self, learned, tmp_path):
         copy = shutil.copytree(learned, tmp_path / "run")
