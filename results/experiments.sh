@@ -36,8 +36,13 @@ long) # Texts cut to their start, or to start and end. Chinese ones by a small B
         bert "movie_reviews-bert-$long_text" --data data/movie_reviews --long-text $long_text --learning-rate 1e-4 \
             --max-train-rows 200 --epochs 2 --micro-batch-size 8
         train train_bert.py "fudan_long-bert-$long_text" --model models/bert-chinese-small --init random --data data/fudan_long \
-            --long-text $long_text --learning-rate 1e-3 --epochs 2 --micro-batch-size 8
+            --long-text $long_text --learning-rate 5e-4 --global-batch-size 8 --epochs 3 --micro-batch-size 8
     done
+    # At their full length.
+    qwen movie_reviews-qwen --model models/qwen3-small --data data/movie_reviews --max-length 4096 --max-train-rows 200 \
+        --epochs 2 --micro-batch-size 4
+    qwen fudan_long-qwen --model models/qwen3-small-zh --data data/fudan_long --language zh --max-length 4096 --threads 2 \
+        --global-batch-size 4 --epochs 1 --micro-batch-size 4
     ;;
 harder) # 77 classes, and 20.
     bert banking77-bert --data data/banking77 --learning-rate 3e-4 --epochs 2
@@ -60,8 +65,5 @@ qwen)
     qwen rows-qwen-all --model models/qwen3-small --data data/ag_news --epochs 1 --max-eval-rows 2000
     # The last one on the whole test set, beside BERT's.
     qwen all-qwen --eval-only --init pretrained --model runs/rows-qwen-all --data data/ag_news
-    # Long texts at their full length.
-    qwen movie_reviews-qwen --model models/qwen3-small --data data/movie_reviews --max-length 4096 --max-train-rows 200 \
-        --epochs 2 --micro-batch-size 4
     ;;
 esac
