@@ -37,7 +37,6 @@ parser.add_argument("--output", type=Path, required=True)
 parser.add_argument("--num-questions", type=int, default=64)
 parser.add_argument("--rounds", type=int, default=2)
 parser.add_argument("--threads", type=int, default=2)
-parser.add_argument("--compile", action="store_true", help="minicls' side, as bench.py --compile")
 args = parser.parse_args()
 
 torch.set_num_threads(args.threads)
@@ -47,8 +46,7 @@ chat = Chat(tokenizer, make_template(data.label_names), len(data.label_names), 5
 test = data.test.select(stratified_rows(data.test, args.num_questions))
 questions = chat.questions(test.texts)[0]
 flags = ["--task", "score", "--side", "minicls", "--qwen", args.model, "--data", args.data]
-flags += ["--num-questions", args.num_questions, "--threads", args.threads, *(["--compile"] if args.compile else [])]
-env = os.environ | ({"TORCHINDUCTOR_FREEZING": "1"} if args.compile else {})
+flags += ["--num-questions", args.num_questions, "--threads", args.threads]
 
 with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / "questions.jsonl"
@@ -73,7 +71,7 @@ with tempfile.TemporaryDirectory() as folder:
     rounds = []
     for _ in range(args.rounds):
         command = [args.minicls_python, ROOT / "bench.py", *flags]
-        said = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=True, env=env).stdout
+        said = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=True).stdout
         ours = json.loads(said.splitlines()[-1])
         started = time.perf_counter()
         found = lm_eval.simple_evaluate(model=model, tasks=[task], bootstrap_iters=0, log_samples=True)
@@ -85,6 +83,5 @@ with tempfile.TemporaryDirectory() as folder:
         rounds.append({"minicls_seconds": ours["seconds"][0], "lm_eval_seconds": seconds, "same_answers": same})
         print(rounds[-1], flush=True)
 result = {"rounds": rounds, "num_questions": args.num_questions, "threads": args.threads, "dtype": "bf16", "batch_size": 16}
-result |= {"compile": args.compile}
 result |= {"lm_eval": lm_eval.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
 args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

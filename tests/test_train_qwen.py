@@ -247,7 +247,7 @@ class TestOptions:
         run = run_qwen(tmp_path / "run", *flags)
         assert results(run)["num_test_rows"] == 20 and results(run)["final_step"] == 0
         assert "note:" not in capsys.readouterr().out
-        (tmp_path / "prompt.txt").write_text("{text}\nA or B?")
+        (tmp_path / "prompt.txt").write_text("{text}\n{options}")
         run_qwen(tmp_path / "before", *flags, "--options", "before", "--prompt", str(tmp_path / "prompt.txt"))
         note = f"note: {learned} was trained with --options after no --prompt, and is asked otherwise here"
         assert note in capsys.readouterr().out
