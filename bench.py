@@ -317,9 +317,8 @@ def measure(s: Settings, side: str) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def compare(s: Settings) -> dict:
+def compare(s: Settings, data: Data) -> dict:
     """Every side in alternating processes. Returns medians over all steps or requests, and each round's ratios to minicls."""
-    data = read_data(s)
     sides = [*SIDES[:2], *(["vllm"] if s.vllm_python else [])]
     runs: dict[str, list[dict]] = {side: [] for side in sides}
     for number in range(s.rounds):
@@ -682,8 +681,10 @@ def main(argv: list[str] | None = None) -> None:
     if s.model_size == "real":
         s = replace(s, init="random")
     s = replace(s, global_batch_size=s.global_batch_size or (64 if s.bert else 12))
-    if s.side and (named != 1 if s.task == "rps" else s.task == "train" and s.side == "vllm"):
-        raise UserError(f"--side {s.side}: measures one model, and vLLM does not train; name one, and another side")
+    if s.task == "train" and (s.vllm_python or s.side == "vllm"):
+        raise UserError(f"{'--side vllm' if s.side else '--vllm-python'}: vLLM does not train; leave it out")
+    if s.side and named != 1:
+        raise UserError(f"--side {s.side}: measures one model; name one")
     if s.side and s.task == "rps":
         rps_side(s)
         return
@@ -691,13 +692,7 @@ def main(argv: list[str] | None = None) -> None:
         training = {"minicls": train_minicls, "transformers": train_transformers}
         print(json.dumps(training[s.side](s) if s.task == "train" else ask(s)))
         return
-    if s.vllm_python and s.task == "train":
-        raise UserError("--vllm-python: vLLM does not train; leave it out")
     checkpoint.check_output_dir(s.output_dir)
-    if s.task == "train" and s.max_steps * s.global_batch_size > (rows := len(read_data(s).train)):
-        # The last step of an epoch is a short one here; the Trainer, given the same rows as one list, would fill it up.
-        steps = f"{s.max_steps} steps of {s.global_batch_size} rows"
-        raise UserError(f"--max-steps: {steps} are more than the {rows} training rows; ask for fewer")
     with tempfile.TemporaryDirectory() as folder:
         same = with_random_weights(s, folder) if s.init == "random" else s
         if s.task == "rps":
@@ -706,8 +701,13 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{output_dir / 'bench.json'}, {plots.plot_rps(rows, output_dir)}")
             print(json.dumps(rows))
             return
+        data = read_data(s)
+        if s.task == "train" and s.max_steps * s.global_batch_size > len(data.train):
+            # The last step of an epoch is a short one here; the Trainer, given the same rows as one list, would fill it up.
+            steps = f"{s.max_steps} steps of {s.global_batch_size} rows"
+            raise UserError(f"--max-steps: {steps} are more than the {len(data.train)} training rows; ask for fewer")
         output_dir = checkpoint.new_run_dir(s.output_dir, "bench")
-        result = compare(same)
+        result = compare(same, data)
     result["settings"] = asdict(replace(s, vllm_python=None, output_dir=None))  # paths of this machine say nothing elsewhere
     checkpoint.write_json(output_dir / "bench.json", result)
     print(f"{'':14}{'samples/s':>11}{'tokens/s':>11}{'seconds':>9}{'peak memory':>14}")

@@ -130,13 +130,13 @@ def main(argv: list[str] | None = None) -> None:
     splits |= ({"validation": validation} if validation else {}) | {"test": data.test}
     tokenized = {name: bert_rows(tokenizer, split.texts, s.max_length, s.long_text) for name, split in splits.items()}
     train_rows = [] if s.eval_only else tokenized["train"][0]
+    # A model that is only evaluated was trained before: what its run says of that, if it is one of ours.
+    before = checkpoint.info_of_model(directory) if s.eval_only and directory else {}
+    trained_rows = before.get("num_train_rows", 0) if s.eval_only else len(data.train)
     run_dir = None
     if dist.is_first():
         run_dir = previous.dir if previous else checkpoint.new_run_dir(s.output_dir, "train_bert")
         if not previous:
-            trained_rows = len(data.train)
-            if s.eval_only:  # those that the model was trained on before, as far as is known
-                trained_rows = checkpoint.info_of_model(directory).get("num_train_rows", 0) if directory else 0
             about = {"total_steps": total_steps, "revision": revision, "data_revision": data.revision}
             about |= {"data_fingerprint": data.fingerprint(), "num_train_rows": trained_rows}
             checkpoint.write_run_info(run_dir, dataclasses.asdict(s), device, about)

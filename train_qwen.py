@@ -163,13 +163,13 @@ def main(argv: list[str] | None = None) -> None:
         answered = name == "train" and s.head == "options"
         tokenized[name] = chat.training_rows(split.texts, split.labels) if answered else read(split.texts)
     train_rows = [] if s.eval_only else tokenized["train"][0]
+    # A model that is only evaluated was trained before: what its run says of that, if it is one of ours.
+    before = checkpoint.info_of_model(directory) if s.eval_only and directory and not random else {}
+    trained_rows = before.get("num_train_rows", 0) if s.eval_only else len(data.train)
     run_dir = None
     if dist.is_first():
         run_dir = previous.dir if previous else checkpoint.new_run_dir(s.output_dir, "train_qwen")
         if not previous:
-            trained_rows = len(data.train)
-            if s.eval_only:  # those that the model was trained on before, as far as is known
-                trained_rows = checkpoint.info_of_model(directory).get("num_train_rows", 0) if directory and not random else 0
             about = {"total_steps": total_steps, "revision": revision, "data_revision": data.revision}
             about |= {"data_fingerprint": data.fingerprint(), "num_train_rows": trained_rows, "template": template}
             checkpoint.write_run_info(run_dir, dataclasses.asdict(s), device, about)
@@ -180,8 +180,8 @@ def main(argv: list[str] | None = None) -> None:
     logger.print(f"example: {data.label_names[splits[first].labels[0]]} <- {tokenizer.decode(tokenized[first][0][0])}")
     logger.print(f"{s.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {load_report}; {dist.device_name(device)}")
 
-    if s.eval_only and not previous and not random and directory:
-        trained = checkpoint.info_of_model(directory)["settings"]
+    if before and not previous:
+        trained = before["settings"]
         asked = [name for name in ("options", "language", "prompt", "linear_input") if trained.get(name) != getattr(s, name)]
         if asked and trained.get("head") == s.head:
             how = {name: f"--{name.replace('_', '-')}" for name in asked}

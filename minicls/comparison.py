@@ -260,7 +260,9 @@ def length_table(runs: dict[str, Run]) -> str | None:
 def learning_curves(runs: dict[str, Run]) -> dict[str, list[tuple[int, float, float, float]]]:
     """(training rows, macro F1, low, high) of all runs of a model and head that were trained on different numbers of rows."""
     curves = {}
-    for run in (run for run in runs.values() if not run.info["settings"]["eval_only"]):
+    for run in runs.values():
+        if run.info["settings"]["eval_only"]:
+            continue
         point = run.info["num_train_rows"], *(run.results[key] for key in ("f1", "f1_low", "f1_high"))
         curves.setdefault(_label(kind(run)), []).append(point)
     return {name: sorted(points) for name, points in curves.items() if len({point[0] for point in points}) > 1}
