@@ -71,8 +71,8 @@ class Settings:
     keep_checkpoints: int = setting(2, "newest checkpoints to keep, beside the best on validation", minimum=1)
     log_every: int = setting(10, "steps between lines of metrics.jsonl", minimum=1)
     validation_size: int = setting(0, "training rows to hold out and choose the step by; 0: the last step counts", minimum=0)
-    max_train_rows: int | None = setting(None, "use a stratified part of the training rows", minimum=1)
-    max_eval_rows: int | None = setting(None, "use a stratified part of the test rows", minimum=1)
+    max_train_rows: int | None = setting(None, "use a stratified sample of the training rows, drawn by --seed", minimum=1)
+    max_eval_rows: int | None = setting(None, "use a stratified sample of the test rows, the same for every seed", minimum=1)
     dtype: str = setting("bf16", "bf16 is autocast over fp32 weights", choices=("bf16", "fp32"))
     device: str | None = setting(None, "cpu, cuda or cuda:N; off: cuda if there is one")
     threads: int | None = setting(None, "CPU threads; off: torch's choice", minimum=1)
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     # 2. Tokenizer, data, model, optimizer.
     pinned = previous.info if previous else {"revision": None, "data_revision": None, "template": None}
     data = load_data(s.data, s.text_column, s.label_column, s.label_names, pinned["data_revision"])
-    data, validation = split_data(data, s.validation_size, s.max_train_rows, s.max_eval_rows)
+    data, validation = split_data(data, s.validation_size, s.max_train_rows, s.max_eval_rows, s.seed)
     if previous and previous.info["data_fingerprint"] != data.fingerprint():
         raise UserError(f"--data: {s.data} has other rows than {s.resume} was started on; restore them or start a new run")
     template = pinned["template"]
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     if dist.is_first():
         run_dir = previous.dir if previous else checkpoint.new_run_dir(s.output_dir, "train_qwen")
         if not previous:
-            about = {"total_steps": total_steps, "revision": revision, "data_revision": data.revision}
+            about = {"script": "train_qwen", "total_steps": total_steps, "revision": revision, "data_revision": data.revision}
             about |= {"data_fingerprint": data.fingerprint(), "num_train_rows": trained_rows, "template": template}
             checkpoint.write_run_info(run_dir, dataclasses.asdict(s), device, about)
     logger = Logger(run_dir, state["step"], total_steps, drop_later=not s.eval_only)

@@ -26,16 +26,17 @@ FORMATS = ("parquet", "csv", "jsonl")
 
 @dataclass(frozen=True)
 class Split:
-    """n texts and their class indices (n,) int64."""
+    """n texts, their class indices (n,) int64, and the number of each row in the file it came from, (n,) int64."""
 
     texts: list[str]
     labels: np.ndarray
+    rows: np.ndarray
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def select(self, rows: np.ndarray) -> "Split":
-        return Split([self.texts[row] for row in rows], self.labels[rows])
+        return Split([self.texts[row] for row in rows], self.labels[rows], self.rows[rows])
 
     def fingerprint(self) -> str:
         """SHA-256 over texts and labels in their order: two runs with equal fingerprints saw the same rows."""
@@ -117,7 +118,7 @@ def load_data(
                     f"{place}: label {label!r} is none of the {len(names)} classes ({', '.join(names)[:80]}); "
                     "mend the row, labels.txt or --label-names"
                 )
-        splits[split] = Split(columns.texts, np.array([index[key] for key in keys], np.int64))
+        splits[split] = Split(columns.texts, np.array([index[key] for key in keys], np.int64), np.arange(len(keys)))
     return Data(splits["train"], splits["test"], names, revision)
 
 
@@ -341,17 +342,19 @@ def synthetic(num_train: int = 4000, num_test: int = 1000) -> Data:
             words.append(rng.choice(topics[topic] if kind < 0.16 else topics[rng.randrange(4)] if kind < 0.3 else common))
         texts.append(" ".join(words).capitalize() + ".")
         labels.append(rng.randrange(4) if rng.random() < 0.05 else topic)
-    everything = Split(texts, np.array(labels, np.int64))
-    rows = np.arange(num_train + num_test)
-    return Data(everything.select(rows[:num_train]), everything.select(rows[num_train:]), AG_NEWS_LABELS)
+    labels = np.array(labels, np.int64)
+    train = Split(texts[:num_train], labels[:num_train], np.arange(num_train))
+    test = Split(texts[num_train:], labels[num_train:], np.arange(num_test))
+    return Data(train, test, AG_NEWS_LABELS)
 
 
-def stratified_rows(split: Split, size: int) -> np.ndarray:
+def stratified_rows(split: Split, size: int, seed: int | None = None) -> np.ndarray:
     """`size` rows with the classes in the split's own proportions, chosen by a hash of their texts; ascending.
 
-    The choice depends on nothing but the texts: not on a seed, nor on the order of the file. A smaller choice is part of
-    a larger one, up to one row a class.
+    Without a seed, the choice depends on the texts alone, not on the order of the file. With one, it is another sample for
+    each seed. A smaller choice is part of a larger one of the same seed, up to one row a class.
     """
+    salt = b"" if seed is None else b"%d " % seed
     counts = np.bincount(split.labels)
     shares = counts * size / len(split)
     quotas = np.floor(shares).astype(int)
@@ -359,15 +362,23 @@ def stratified_rows(split: Split, size: int) -> np.ndarray:
     rows = []
     for label, quota in enumerate(quotas):
         members = np.flatnonzero(split.labels == label)
-        keys = {row: hashlib.sha256(split.texts[row].encode()).digest() for row in members}
+        keys = {row: hashlib.sha256(salt + split.texts[row].encode()).digest() for row in members}
         rows += sorted(members, key=keys.__getitem__)[:quota]
     return np.sort(np.array(rows, np.int64))
 
 
 def split_data(
-    data: Data, validation_size: int = 0, max_train_rows: int | None = None, max_eval_rows: int | None = None
+    data: Data,
+    validation_size: int = 0,
+    max_train_rows: int | None = None,
+    max_eval_rows: int | None = None,
+    seed: int | None = None,
 ) -> tuple[Data, Split | None]:
-    """Holds `validation_size` training rows out, then cuts both splits to at most so many rows."""
+    """Holds `validation_size` training rows out, then cuts both splits to at most so many rows.
+
+    The training rows that are kept are a sample of their own for each seed, so that runs with several seeds cover the variance
+    of sampling. The validation and test rows are the same for all seeds.
+    """
     train, test, validation = data.train, data.test, None
     if validation_size >= len(train):
         raise UserError(f"--validation-size: {validation_size} leaves none of the {len(train)} training rows; pass less")
@@ -375,7 +386,7 @@ def split_data(
         held_out = stratified_rows(train, validation_size)
         validation, train = train.select(held_out), train.select(np.setdiff1d(np.arange(len(train)), held_out))
     if max_train_rows and max_train_rows < len(train):
-        train = train.select(stratified_rows(train, max_train_rows))
+        train = train.select(stratified_rows(train, max_train_rows, seed))
     if max_eval_rows and max_eval_rows < len(test):
         test = test.select(stratified_rows(test, max_eval_rows))
     return Data(train, test, data.label_names, data.revision), validation

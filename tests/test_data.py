@@ -255,7 +255,7 @@ def test_synthetic_texts_are_balanced_and_learnable_but_not_perfectly():
 
 def make_split(counts, seed=0) -> Split:
     labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
-    return Split([f"text {i} of class {c}" for i, c in enumerate(labels)], labels.astype(np.int64))
+    return Split([f"text {i} of class {c}" for i, c in enumerate(labels)], labels.astype(np.int64), np.arange(len(labels)))
 
 
 @pytest.mark.parametrize(
@@ -274,9 +274,9 @@ def make_split(counts, seed=0) -> Split:
 def test_fingerprint_changes_with_any_change(change, same):
     texts, labels = ["ab", "c", "d"], [0, 1, 0]
     changed, changed_labels = change(texts, labels)
-    fingerprint = Split(texts, np.array(labels)).fingerprint()
-    assert (Split(changed, np.array(changed_labels)).fingerprint() == fingerprint) is same
-    data = Data(Split(texts, np.array(labels)), Split(changed, np.array(changed_labels)), ("a", "b"))
+    fingerprint = Split(texts, np.array(labels), np.arange(len(labels))).fingerprint()
+    assert (Split(changed, np.array(changed_labels), np.arange(len(changed))).fingerprint() == fingerprint) is same
+    data = Data(Split(texts, np.array(labels), np.arange(len(labels))), Split(changed, np.array(changed_labels), np.arange(len(changed))), ("a", "b"))
     assert data.fingerprint()["train"] == fingerprint and len(fingerprint) == 64
 
 

@@ -73,7 +73,7 @@ def copy_run(run: Path, folder: Path, results: dict | None = None, num_train_row
 @pytest.mark.parametrize("held_out", [True, False])
 def test_temperature_is_fitted_on_validation_and_used_on_test(held_out, tmp_path):
     rng = np.random.default_rng(0)
-    splits = [Split(["a b c"] * n, rng.integers(0, 3, n)) for n in (300, 200)]
+    splits = [Split(["a b c"] * n, rng.integers(0, 3, n), np.arange(n)) for n in (300, 200)]
     logits = [torch.from_numpy(8 * (np.eye(3)[s.labels] * 0.5 + rng.normal(size=(len(s), 3)))).float() for s in splits]
     data, validation = Data(splits[1], splits[0], ("x", "y", "z")), splits[1] if held_out else None
 

@@ -62,7 +62,7 @@ def predictions(run_dir):
 
 
 def test_the_defaults_are_the_published_steps(tmp_path, monkeypatch):
-    split = Split(["news"] * 120_000, np.arange(120_000) % 4)
+    split = Split(["news"] * 120_000, np.arange(120_000) % 4, np.arange(120_000))
     monkeypatch.setattr(train_bert, "load_data", lambda *_: Data(split, split.select(np.arange(8)), CLASSES))
     with interrupt_at(1), pytest.raises(SystemExit):
         train_bert.main(["--model", "tiny", "--device", "cpu", "--threads", "1", "--output-dir", str(tmp_path / "run")])

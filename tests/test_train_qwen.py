@@ -48,7 +48,7 @@ def plain(tmp_path_factory):
 
 
 def test_the_defaults_are_the_published_steps(tmp_path, monkeypatch):
-    split = Split(["news"] * 120_000, np.arange(120_000) % 4)
+    split = Split(["news"] * 120_000, np.arange(120_000) % 4, np.arange(120_000))
     question = tmp_path / "question.txt"
     question.write_text("{text} {options}")  # a short one: 120,000 are encoded
     monkeypatch.setattr(train_qwen, "load_data", lambda *_: Data(split, split.select(np.arange(8)), CLASSES))
