@@ -44,7 +44,7 @@ from minicls.tokenizer import QWEN_CONTROL_TOKENS, bert_rows, load_tokenizer, tr
 SIDES = ("minicls", "transformers", "vllm")
 MODES = ("single", "offline", "server")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-KINDS = {"bert": weights.BERT, "qwen": weights.QWEN3, "qwen_linear": weights.QWEN3_LINEAR}
+KINDS = {"bert": weights.BERT, "qwen": weights.DECODER, "qwen_linear": weights.DECODER_LINEAR}
 METHODS = {"bert": ("classify",), "qwen": ("generate", "score"), "qwen_linear": ("classify",)}
 ROW = "ROW "  # begins the lines of a process that are rows: engines print, too
 MARGIN = 0.05  # nats between the two best options, from where on an answer must be the same
@@ -653,7 +653,7 @@ def with_random_weights(s: Settings, folder: str) -> Settings:
             directory = find(s, role)
             tokenizer, config, name = load_tokenizer(directory), weights.read_config(directory, kind), Path(getattr(s, role)).name
         elif s.model_size == "real" and not (s.bert or s.qwen or s.qwen_linear):
-            name, config = PUBLISHED[kind.model_type]
+            name, config = PUBLISHED["bert" if role == "bert" else "qwen3"]
             texts = data.train.texts[:20_000]
             before, after = make_template(data.label_names)
             turns = [before + text + after for text in texts]

@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
         directory, revision = previous.newest, pinned["revision"]
     else:
         directory, revision = (None, None) if s.model == "tiny" else weights.find_model(s.model, pinned["revision"])
-    kind = weights.QWEN3 if s.head == "options" else weights.QWEN3_LINEAR
+    kind = weights.DECODER if s.head == "options" else weights.DECODER_LINEAR
     config = weights.read_config(directory, kind) if directory else TINY
     if directory:
         tokenizer = load_tokenizer(directory)

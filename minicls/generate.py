@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from minicls.data import length_batches, pack
-from minicls.qwen3 import KVCache
+from minicls.decoder import KVCache
 from minicls.tokenizer import Tokenizer
 
 

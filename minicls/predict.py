@@ -47,7 +47,7 @@ class Reader:
         longest = self.settings.get("max_length", positions)
         self.max_length = min(longest, max_length or longest)
         self.chat = None
-        if self.kind is weights.QWEN3 or self.settings.get("linear_input") == "prompt":
+        if self.kind is weights.DECODER or self.settings.get("linear_input") == "prompt":
             template = info.get("template") or make_template(self.label_names)
             self.chat = Chat(self.tokenizer, tuple(template), len(self.label_names), self.max_length)
 
@@ -73,7 +73,7 @@ class Classifier(Reader):
         """The head's logits, or the options' scores, (n, C) float64: a softmax over them gives the probabilities."""
         rows = self.rows(texts)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.get("dtype") == "bf16"):
-            if self.kind is weights.QWEN3:
+            if self.kind is weights.DECODER:
                 scores = score(self.model, rows, self.chat.options, self.device, self.settings.get("normalize", "mean"))
             else:
                 scores = classify_rows(self.model, rows, self.device)
@@ -81,7 +81,7 @@ class Classifier(Reader):
 
     def perplexities(self, scores: torch.Tensor) -> torch.Tensor | None:
         """The perplexity of each option, (n, C), from its scores; None where there are no options."""
-        if self.kind is not weights.QWEN3:
+        if self.kind is not weights.DECODER:
             return None
         lengths = torch.tensor([len(option) if self.settings.get("normalize") == "sum" else 1 for option in self.chat.options])
         return (-scores / lengths).exp()

@@ -13,7 +13,7 @@ from torch import nn
 
 from minicls import dist
 from minicls.data import length_batches, pack
-from minicls.qwen3 import KVCache
+from minicls.decoder import KVCache
 
 MAX_TOKENS = {"cpu": 1536, "cuda": 16_384}  # of a batch and its cache: no result depends on it, only speed and memory
 

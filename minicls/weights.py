@@ -19,7 +19,7 @@ from torch import nn
 from minicls.bert import BertConfig, BertForSequenceClassification
 from minicls.config import UserError
 from minicls.data import derived_seed, download
-from minicls.qwen3 import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
+from minicls.decoder import FAMILIES, DecoderConfig, DecoderForCausalLM, DecoderForSequenceClassification
 from minicls.tokenizer import Tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -29,9 +29,9 @@ INDEX = "model.safetensors.index.json"
 class Architecture:
     """A model class, and how the names in a file may differ from its own; any other difference is an error."""
 
-    model: type[nn.Module]  # of the name that transformers gives it
+    model: type[nn.Module]
     config: type
-    model_type: str
+    model_types: tuple[str, ...]  # the values of config.json's model_type
     prefix: str  # of the encoder, which files without a head leave out (sentence-transformers' layout)
     fresh: tuple[str, ...]  # begin the names that a file may lack: they start from random values
     ignored: tuple[str, ...]  # begin the names in a file that the model has no use for
@@ -41,23 +41,36 @@ class Architecture:
 BERT = Architecture(
     model=BertForSequenceClassification,
     config=BertConfig,
-    model_type="bert",
+    model_types=("bert",),
     prefix="bert.",
     fresh=("classifier.", "bert.pooler."),
     ignored=("cls.", "bert.embeddings.position_ids"),
     renamed=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
 )
 
-QWEN3 = Architecture(
-    model=Qwen3ForCausalLM,
-    config=Qwen3Config,
-    model_type="qwen3",
+DECODER = Architecture(
+    model=DecoderForCausalLM,
+    config=DecoderConfig,
+    model_types=tuple(FAMILIES),
     prefix="model.",
     fresh=(),
     ignored=("lm_head.",),  # where it is the embedding once more; a model with a head of its own has the parameter
 )
-QWEN3_LINEAR = dataclasses.replace(QWEN3, model=Qwen3ForSequenceClassification, fresh=("score.",))
-ARCHITECTURES = {kind.model.__name__: kind for kind in (BERT, QWEN3, QWEN3_LINEAR)}
+DECODER_LINEAR = dataclasses.replace(DECODER, model=DecoderForSequenceClassification, fresh=("score.",))
+
+# By the name that transformers gives a model's class.
+ARCHITECTURES = {"BertForSequenceClassification": BERT}
+ARCHITECTURES |= {f"{family.prefix}ForCausalLM": DECODER for family in FAMILIES.values()}
+ARCHITECTURES |= {f"{family.prefix}ForSequenceClassification": DECODER_LINEAR for family in FAMILIES.values()}
+SUPPORTED = (
+    "train_bert.py takes bert; train_qwen.py takes llama, qwen2 and qwen3, without sliding windows, stretched RoPE and other biases"
+)
+
+
+def class_name(model: nn.Module) -> str:
+    """The name that transformers gives the model's class."""
+    name = type(model).__name__
+    return name.replace("Decoder", model.config.family.prefix) if name.startswith("Decoder") else name
 
 
 def find_model(model: str, revision: str | None = None, flag: str = "--model") -> tuple[Path, str | None]:
@@ -76,8 +89,8 @@ def read_config(directory: Path, kind: Architecture | None = None) -> dict:
             raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
         raise UserError(f"{directory / 'config.json'}: not readable ({error}); pass a directory in Hugging Face layout") from None
-    if kind and config.get("model_type") != kind.model_type:
-        raise UserError(f"--model: {directory} is a {config.get('model_type')} model, not {kind.model_type}; pass another")
+    if kind and config.get("model_type") not in kind.model_types:
+        raise UserError(f"--model: {directory} is a {config.get('model_type')} model; {SUPPORTED}")
     return config
 
 
@@ -108,7 +121,7 @@ def build_model(
     try:
         config = kind.config(**{name: value for name, value in values.items() if name in known} | num_labels)
     except (ValueError, TypeError, ArithmeticError) as error:
-        raise UserError(f"--model: its config.json does not fit ({error}); pass another model") from None
+        raise UserError(f"--model: its config.json does not fit ({error}); {SUPPORTED}") from None
     with torch.device("meta"):  # shapes only: the memory is taken once, and the default initialisation skipped
         model = kind.model(config).to(dtype)
     model.to_empty(device=device)
@@ -231,7 +244,7 @@ def save_model(model: nn.Module, config: dict, tokenizer: Tokenizer, directory: 
     tokenizer.save(directory)
     config = {name: value for name, value in config.items() if name not in ("torch_dtype", "_name_or_path")}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    config |= {"architectures": [type(model).__name__], "dtype": dtype, "pad_token_id": model.config.pad_token_id}
+    config |= {"architectures": [class_name(model)], "dtype": dtype, "pad_token_id": model.config.pad_token_id}
     (directory / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
