@@ -38,8 +38,8 @@ from minicls.config import UserError, parse, run, setting
 from minicls.data import Data, load_data, step_rows, stratified_rows
 from minicls.generate import read_answers
 from minicls.predict import Reader
-from minicls.prompt import Chat, make_template
-from minicls.tokenizer import QWEN_CONTROL_TOKENS, bert_rows, load_tokenizer, train_bert_tokenizer, train_qwen_tokenizer
+from minicls.prompt import Chat, ChatFormat, make_template, thinks
+from minicls.tokenizer import bert_rows, load_tokenizer, train_bert_tokenizer, train_qwen_tokenizer
 
 SIDES = ("minicls", "transformers", "vllm")
 MODES = ("single", "offline", "server")
@@ -141,8 +141,10 @@ def find(s: Settings, role: str) -> Path:
 def make_chat(s: Settings, data: Data) -> Chat:
     """The default question, which training begins with; --task score asks as a run was trained."""
     directory = find(s, "qwen")
-    trained = checkpoint.info_of_model(directory).get("template") if s.task == "score" else None
-    return Chat(load_tokenizer(directory), tuple(trained or make_template(data.label_names)), len(data.label_names), s.max_length)
+    tokenizer, asked = load_tokenizer(directory), checkpoint.how_asked(directory) if s.task == "score" else {}
+    template = asked.get("template") or make_template(data.label_names, no_think=thinks(tokenizer))
+    form = ChatFormat(**asked["chat"]) if asked.get("chat") else None
+    return Chat(tokenizer, tuple(template), len(data.label_names), s.max_length, format=form)
 
 
 def training_rows(s: Settings, data: Data, rows: np.ndarray) -> list[list[int]]:
@@ -380,7 +382,7 @@ def method_calls(s: Settings, reader: Reader, engine, method: str) -> tuple[Call
     letter_alone = reader.settings.get("train_on") == "letter"
     think_given = letter_alone or reader.settings.get("think_in") == "prompt"
     longest = min(s.max_new_tokens, max(map(len, reader.chat.options))) if letter_alone else s.max_new_tokens
-    stop_ids = [] if s.init == "random" else reader.tokenizer.control_ids(["<|im_end|>", "<|endoftext|>"])
+    stop_ids = [] if s.init == "random" else reader.chat.stop_ids
     ask = reader.chat.questions if think_given else reader.chat.prompts
     return lambda texts: ask(texts)[0], lambda rows: engine.generate(rows, longest, stop_ids)
 
@@ -655,14 +657,14 @@ def with_random_weights(s: Settings, folder: str) -> Settings:
         elif s.model_size == "real" and not (s.bert or s.qwen or s.qwen_linear):
             name, config = PUBLISHED["bert" if role == "bert" else "qwen3"]
             texts = data.train.texts[:20_000]
-            before, after = make_template(data.label_names)
+            before, after = make_template(data.label_names, no_think=True)
             turns = [before + text + after for text in texts]
             tokenizer = train_bert_tokenizer(texts, 20_000) if role == "bert" else train_qwen_tokenizer(turns, 20_000)
         else:
             continue
         config = config | weights.label_config(data.label_names)
         if role != "bert":
-            pad, _, end, *_ = tokenizer.control_ids(QWEN_CONTROL_TOKENS)
+            end, pad = train_qwen.end_and_pad(tokenizer, config)
             config |= {"pad_token_id": pad, "eos_token_id": end}
         dtype = torch.float32 if role == "bert" else torch.bfloat16
         model, _, _ = weights.build_model(kind, config, None, s.seed, torch.device("cpu"), dtype)

@@ -55,7 +55,8 @@ class Data:
     revision: str | None = None  # the hub's commit, where the data came from there
 
     def fingerprint(self) -> dict[str, str]:
-        return {"train": self.train.fingerprint(), "test": self.test.fingerprint()}
+        names = hashlib.sha256(json.dumps(self.label_names).encode()).hexdigest()
+        return {"train": self.train.fingerprint(), "test": self.test.fingerprint(), "label_names": names}
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from minicls import dist, weights
-from minicls.checkpoint import info_of_model
+from minicls.checkpoint import how_asked
 from minicls.config import UserError
 from minicls.data import checked_text, length_batches, pack, read_texts
-from minicls.prompt import Chat, make_template
+from minicls.prompt import Chat, ChatFormat, make_template, thinks
 from minicls.scorer import score
 from minicls.tokenizer import bert_rows, load_tokenizer, text_rows
 
@@ -41,15 +41,17 @@ class Reader:
             raise self.untrained
         self.label_names = [self.config["id2label"][str(i)] for i in range(len(self.config["id2label"]))]
         # As the run did it, so that its predictions come out again; a directory from elsewhere is read in full precision.
-        info = info_of_model(directory)
-        self.settings = info["settings"]
+        self.settings = how_asked(directory)
+        if tuple(self.settings.get("label_names") or self.label_names) != tuple(self.label_names):
+            raise UserError(f"{directory}: minicls.json and config.json name other classes; copy the whole model directory again")
         positions = self.config.get("max_position_embeddings", self.kind.config.max_position_embeddings)
         longest = self.settings.get("max_length", positions)
         self.max_length = min(longest, max_length or longest)
         self.chat = None
         if self.kind is weights.DECODER or self.settings.get("linear_input") == "prompt":
-            template = info.get("template") or make_template(self.label_names)
-            self.chat = Chat(self.tokenizer, tuple(template), len(self.label_names), self.max_length)
+            template = self.settings.get("template") or make_template(self.label_names, no_think=thinks(self.tokenizer))
+            form = ChatFormat(**self.settings["chat"]) if self.settings.get("chat") else None
+            self.chat = Chat(self.tokenizer, tuple(template), len(self.label_names), self.max_length, format=form)
 
     def rows(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids that the head is asked about: of each text, or of the question about it."""

@@ -71,6 +71,7 @@ def write_results(
     results |= {
         "headline_step": headline_step,
         "final_step": state["step"],
+        "stopped_early": state.get("stopped_early", False),
         "best_step_on_test": best_step,
         "best_f1_on_test": best_f1,
         "best_step_on_validation": state["best_on_validation"][0] if state["best_on_validation"] else None,

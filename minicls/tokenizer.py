@@ -31,6 +31,7 @@ class Tokenizer:
         spec["truncation"] = spec["padding"] = None
         self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
         self._tokenizer.encode_special_tokens = True
+        self.added_tokens = [token["content"] for token in spec["added_tokens"]]
 
     def __len__(self) -> int:
         """Rows that an embedding needs: the largest id plus one, also where a vocabulary has holes."""
@@ -63,6 +64,25 @@ class Tokenizer:
         if missing:
             raise UserError(f"--model: its tokenizer lacks {', '.join(missing)}; is it the tokenizer of this kind of model?")
         return ids
+
+    def special_token(self, name: str) -> str | None:
+        """The token that tokenizer_config.json names, `eos_token` for one."""
+        token = self.config.get(name)
+        return token["content"] if isinstance(token, dict) else token
+
+    def added_before(self) -> list[int]:
+        """The ids that the tokenizer's own post-processor puts before a text: Llama's <s>, BERT's [CLS], often none."""
+        (text,) = self.encode(["a"])
+        ids = self._tokenizer.encode("a", add_special_tokens=True).ids
+        return ids[: next((i for i in range(len(ids)) if ids[i : i + len(text)] == text), 0)]
+
+    def encode_with_control_tokens(self, text: str) -> list[int]:
+        """The ids of a trusted text, in which the spelling of a control token is that token: a rendered chat template."""
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        finally:
+            self._tokenizer.encode_special_tokens = True
 
     def save(self, directory: Path) -> None:
         (directory / "tokenizer.json").write_text(self.json_text, encoding="utf-8")
@@ -108,12 +128,14 @@ def bert_rows(tokenizer: Tokenizer, texts: Sequence[str], max_length: int, long_
 
 
 def text_rows(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> tuple[list[list[int]], int]:
-    """The ids of each text and nothing else, for Qwen3's linear head, cut to `max_length`; and how many had to be cut.
+    """The ids of each text alone, for a decoder's linear head, cut to `max_length`; and the number of texts that were cut.
 
-    An empty text is one `<|im_end|>`: the head needs a token to stand on.
+    What the tokenizer's own post-processor puts before a text, Llama's `<s>` for one, is put there. A row without ids, an
+    empty text's, is one end-of-sequence token: the head needs a token to read.
     """
-    (empty,) = tokenizer.control_ids(["<|im_end|>"])
-    rows = [ids or [empty] for ids in tokenizer.encode(texts)]
+    before = tokenizer.added_before()
+    empty = tokenizer.control_ids([tokenizer.special_token("eos_token") or "<|im_end|>"])
+    rows = [[*before, *ids] or empty for ids in tokenizer.encode(texts)]
     return [ids[:max_length] for ids in rows], sum(len(ids) > max_length for ids in rows)
 
 

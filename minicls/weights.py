@@ -90,7 +90,8 @@ def read_config(directory: Path, kind: Architecture | None = None) -> dict:
     except (OSError, ValueError) as error:
         raise UserError(f"{directory / 'config.json'}: not readable ({error}); pass a directory in Hugging Face layout") from None
     if kind and config.get("model_type") not in kind.model_types:
-        raise UserError(f"--model: {directory} is a {config.get('model_type')} model; {SUPPORTED}")
+        name = config.get("model_type") or "nameless"
+        raise UserError(f"--model: {directory} is a {name} model; pass another: {SUPPORTED}")
     return config
 
 
@@ -121,7 +122,7 @@ def build_model(
     try:
         config = kind.config(**{name: value for name, value in values.items() if name in known} | num_labels)
     except (ValueError, TypeError, ArithmeticError) as error:
-        raise UserError(f"--model: its config.json does not fit ({error}); {SUPPORTED}") from None
+        raise UserError(f"--model: its config.json does not fit ({error}); pass another: {SUPPORTED}") from None
     with torch.device("meta"):  # shapes only: the memory is taken once, and the default initialisation skipped
         model = kind.model(config).to(dtype)
     model.to_empty(device=device)

@@ -518,7 +518,7 @@ def test_a_config_of_another_model_is_a_user_error(reason, kind):
 def test_a_bert_directory_is_refused_by_its_name(tmp_path):
     bert = BertForSequenceClassification(BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
     directory = write(tmp_path, {"model_type": "bert", "vocab_size": 10, "hidden_size": 8}, tensors_of(bert))
-    with pytest.raises(UserError, match=rf"{directory} is a bert model; .*llama, qwen2 and qwen3"):
+    with pytest.raises(UserError, match=rf"{directory} is a bert model; pass another: .*llama, qwen2 and qwen3"):
         build(directory)
 
 

@@ -86,7 +86,6 @@ FLAGS = {  # flags -> parts of the message
     "--prompt data/train.csv": ["--prompt", "data/train.csv", "{text} 0 times", "put it in once"],
     "--prompt model/model.safetensors": ["--prompt", "model/model.safetensors", "not readable", "pass a UTF-8 text file"],
     "--head lines": ["--head", "'lines'", "options", "linear"],
-    "--language fr": ["--language", "'fr'", "en", "zh"],
     "--long-text head": ["unknown flag --long-text"],
     "--think-on prompt": ["unknown flag --think-on", "--think-in"],
     "--output-dir model": ["--output-dir", "model", "not empty", "new directory", "--resume"],

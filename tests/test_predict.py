@@ -29,7 +29,7 @@ def linear_runs(tmp_path_factory) -> Path:
     import train_qwen
 
     folder = tmp_path_factory.mktemp("linear")
-    flags = {"text": [], "prompt": ["--linear-input", "prompt", "--options", "before", "--language", "zh"]}
+    flags = {"text": [], "prompt": ["--linear-input", "prompt", "--prompt", "published-zh"]}
     for name, more in flags.items():
         argv = [*TINY, "--head", "linear", *more, "--dtype", "fp32", "--max-steps", "2", "--max-train-rows", "64"]
         train_qwen.main([*argv, "--output-dir", str(folder / name)])

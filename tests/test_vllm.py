@@ -75,7 +75,7 @@ def texts():
 def test_options(engine, dtype, tolerance, qwen_run, texts):
     """Greedy tokens up to a stop token, and the options' log-probabilities, in the engine's process and over HTTP."""
     tokenizer, model = load_tokenizer(qwen_run), load(qwen_run, weights.DECODER)
-    chat = Chat(tokenizer, make_template(load_data("synthetic").label_names), 4, 256)
+    chat = Chat(tokenizer, make_template(load_data("synthetic").label_names, no_think=True), 4, 256)
     questions, _ = chat.questions(texts)
     stop = tokenizer.control_ids(["<|im_end|>", "<|endoftext|>"])
     stop += generate(model, questions[:1], 3, [], CPU)[0][2:]  # and one that does come

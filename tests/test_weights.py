@@ -161,7 +161,7 @@ DAMAGES = {  # what happens to a directory of one file, and what the message has
     "torn config": (lambda d: truncate(d / "config.json", 30), "config.json"),
     "config is a list": (lambda d: (d / "config.json").write_text("[]"), "config.json"),
     "another architecture": (lambda d: write_config(d, model_type="roberta"), "roberta"),
-    "no architecture": (lambda d: write_config(d, model_type=None), "not bert"),
+    "no architecture": (lambda d: write_config(d, model_type=None), "nameless model"),
     "another activation": (lambda d: write_config(d, hidden_act="relu"), "relu"),
     "heads that do not divide": (lambda d: write_config(d, num_attention_heads=3), "16.*3"),
 }
