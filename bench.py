@@ -34,8 +34,9 @@ import minicls
 import train_bert
 import train_qwen
 from minicls import checkpoint, dist, engines, plots, weights
+from minicls.batch import step_rows
 from minicls.config import UserError, parse, run, setting
-from minicls.data import Data, load_data, step_rows, stratified_rows
+from minicls.data import Data, load_data, stratified_rows
 from minicls.generate import read_answers
 from minicls.predict import Reader
 from minicls.prompt import Chat, ChatFormat, make_template, thinks

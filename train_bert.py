@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 
 from minicls import checkpoint, dist, plots, report, weights
+from minicls.batch import pack, step_rows
 from minicls.config import UserError, parse, run, setting
-from minicls.data import load_data, pack, split_data, step_rows
+from minicls.data import load_data, split_data
 from minicls.logger import Logger
 from minicls.optim import class_weights, cosine_lr, every_steps, make_optimizer
 from minicls.predict import classify_rows

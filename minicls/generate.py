@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from minicls.data import length_batches, pack
+from minicls.batch import length_batches, pack
 from minicls.decoder import KVCache
 from minicls.tokenizer import Tokenizer
 

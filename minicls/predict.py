@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from minicls import dist, weights
+from minicls.batch import length_batches, pack
 from minicls.checkpoint import how_asked
 from minicls.config import UserError
-from minicls.data import checked_text, length_batches, pack, read_texts
+from minicls.data import checked_text, read_texts
 from minicls.prompt import Chat, ChatFormat, make_template, thinks
 from minicls.scorer import score
 from minicls.tokenizer import bert_rows, load_tokenizer, text_rows

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from minicls import dist
-from minicls.data import length_batches, pack
+from minicls.batch import length_batches, pack
 from minicls.decoder import KVCache
 
 MAX_TOKENS = {"cpu": 1536, "cuda": 16_384}  # of a batch and its cache: no result depends on it, only speed and memory

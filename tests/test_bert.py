@@ -14,8 +14,9 @@ import transformers
 
 import train_bert
 from minicls.attention import Rows, attention, padded_attention
+from minicls.batch import pack, step_rows
 from minicls.bert import BertConfig, BertForSequenceClassification
-from minicls.data import load_data, pack, split_data, step_rows
+from minicls.data import load_data, split_data
 from minicls.logger import read_metrics
 from minicls.tokenizer import bert_rows, train_bert_tokenizer
 from minicls.weights import BERT, label_config, load_weights

@@ -18,9 +18,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from minicls import weights
+from minicls.batch import Batch, pack, pack_shared
 from minicls.bert import BertConfig, BertForSequenceClassification
 from minicls.config import UserError
-from minicls.data import Batch, pack, pack_shared
 from minicls.decoder import FAMILIES, DecoderConfig, DecoderForCausalLM, DecoderForSequenceClassification, KVCache
 from minicls.tokenizer import train_qwen_tokenizer
 

@@ -27,6 +27,7 @@ ORDER = [
     "optim",
     "metrics",
     "dist",
+    "batch",
     "tokenizer",
     "data",
     "prompt",

@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 
 import train_bert
 from minicls import checkpoint, report, weights
+from minicls.batch import pack, step_rows
 from minicls.checkpoint import checkpoints
 from minicls.config import UserError
-from minicls.data import Data, Split, load_data, pack, split_data, step_rows
+from minicls.data import Data, Split, load_data, split_data
 from minicls.optim import cosine_lr, every_steps, make_optimizer, warmup_steps
 from minicls.tokenizer import bert_rows, load_tokenizer
 

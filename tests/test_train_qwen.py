@@ -17,8 +17,9 @@ from runs import CLASSES, MODEL_FILES, events, interrupt_at, losses, results, tr
 from safetensors.torch import load_file
 
 import train_qwen
+from minicls.batch import step_rows
 from minicls.config import UserError
-from minicls.data import Data, Split, load_data, split_data, step_rows
+from minicls.data import Data, Split, load_data, split_data
 from minicls.optim import every_steps
 from minicls.prompt import Chat, make_template
 from minicls.report import steps_table

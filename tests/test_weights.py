@@ -18,9 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from minicls import dist, weights
+from minicls.batch import pack
 from minicls.bert import BertConfig, BertForSequenceClassification
 from minicls.config import UserError
-from minicls.data import load_data, pack, split_data
+from minicls.data import load_data, split_data
 from minicls.tokenizer import bert_rows, load_tokenizer, train_bert_tokenizer
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
