@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from minicls.attention import Rows, attention, cache_slots, cached_attention
+from minicls.attention import Rows, attention, cache_slots, cached_attention, products_dtype
 from minicls.kernels import cast_once, rms_norm, rotate
 
 
@@ -251,8 +251,13 @@ class DecoderModel(nn.Module):
         """
         x = self.embed_tokens(input_ids)  # (N, D)
         rope = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta)
-        slots = cache_slots(position_ids, cu_seqlens, max_seqlen, cache.shape[1]) if cache is not None else None
-        rows = Rows(cu_seqlens, max_seqlen, shared) if cache is None else None  # beside a cache, slots say where a row ends
+        rows = slots = None
+        if cache is None:
+            rows = Rows(cu_seqlens, max_seqlen, shared)
+            rows.prepare(x, self.config.head_dim)
+        else:
+            group = self.config.num_attention_heads // self.config.num_key_value_heads
+            slots = cache_slots(position_ids, cu_seqlens, max_seqlen, cache.shape[1], products_dtype(x), group)
         where = position_ids, rows, rope, cache, slots
         for layer in self.layers:
             wanted = at if layer is self.layers[-1] else None

@@ -7,6 +7,8 @@ functions convert to fp32 once, keep less, and write over results that nobody ne
 import torch
 import torch.nn.functional as F
 
+from minicls.attention import on_gpu, products_dtype
+
 
 class _RMSNorm(torch.autograd.Function):
     """RMSNorm with a backward pass by hand: autograd would keep three fp32 copies of x, where x and one scale per vector suffice."""
@@ -31,7 +33,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x²) + eps) * weight over the last dimension, in fp32; returns x's shape and dtype (arXiv 1910.07467)."""
-    if x.is_cuda:  # PyTorch's fused kernel keeps as little as ours
+    if on_gpu(x.device):  # PyTorch's fused kernel keeps as little as ours
         return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
     return _RMSNorm.apply(x, weight, eps)
 
@@ -64,5 +66,4 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 def cast_once(x: torch.Tensor) -> torch.Tensor:
     """Casts x to autocast's dtype, where autocast is on, so that several linear layers share the copy."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    return x.to(products_dtype(x))

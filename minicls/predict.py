@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from minicls import dist, weights
-from minicls.batch import length_batches, pack
+from minicls.attention import on_gpu
+from minicls.batch import length_batches, pack, to_device
 from minicls.checkpoint import how_asked
 from minicls.config import UserError
 from minicls.data import checked_text, read_texts
@@ -16,15 +17,15 @@ from minicls.prompt import Chat, ChatFormat, make_template, thinks
 from minicls.scorer import score
 from minicls.tokenizer import bert_rows, load_tokenizer, text_rows
 
-EVAL_TOKENS = {"cpu": 1024, "cuda": 16_384}  # of a batch: no result depends on it, only memory and speed
+EVAL_TOKENS = 1024, 16_384  # of a batch, on a CPU and on a GPU: no result depends on it, only memory and speed
 
 
 @torch.inference_mode()
 def classify_rows(model: nn.Module, rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
     """The logits (n, C) fp32 of n tokenized rows, on the CPU. Ranks take batches in turn, and each ends up with all rows."""
     logits = torch.zeros(len(rows), model.config.num_labels, device=device)
-    for batch in length_batches(rows, EVAL_TOKENS[device.type])[dist.rank() :: dist.world_size()]:
-        logits[torch.from_numpy(batch).to(device)] = model(*pack([rows[row] for row in batch], device))
+    for batch in length_batches(rows, EVAL_TOKENS[on_gpu(device)])[dist.rank() :: dist.world_size()]:
+        logits[to_device(batch, device)] = model(*pack([rows[row] for row in batch], device))
     return dist.all_sum(logits).cpu()  # a row is zero on all ranks but one, so the sum is exact
 
 
