@@ -192,7 +192,7 @@ def train_transformers(s: Settings) -> dict:
     import transformers
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-    device = dist.start(s.device, s.threads)
+    device = dist.start(s.device, s.threads, s.dtype)
     data = read_data(s)
     rows = np.concatenate([step_rows(step, len(data.train), s.global_batch_size, s.seed) for step in range(s.max_steps)])
     ids = training_rows(s, data, rows)
@@ -275,7 +275,7 @@ def make_engine(s: Settings, directory: Path, device: torch.device, max_length: 
 def ask(s: Settings) -> dict:
     """minicls' scorer, vLLM's one token with the options' log-probabilities, or transformers as lm-evaluation-harness uses it:
     a pass a question that gives the logits of all positions."""
-    device = dist.start(s.device, s.threads)
+    device = dist.start(s.device, s.threads, s.dtype)
     data = read_data(s)
     chat = make_chat(s, data)
     engine = make_engine(s, find(s, "qwen"), device, s.max_length + 1, batch_size=1, logits_to_keep=0)
@@ -483,7 +483,7 @@ def measure_row(s: Settings, reader: Reader, engine, method: str, mode: str, tex
 def rps_side(s: Settings) -> None:
     """Loads the one model that is named into the engine of --side, and prints a line for each method and mode."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through `finally`: a server must not outlive this process
-    device = dist.start(s.device, s.threads)
+    device = dist.start(s.device, s.threads, s.dtype)
     data = read_data(s)
     ((role, directory),) = models(s).items()
     reader = Reader(directory, s.max_length)
@@ -579,7 +579,7 @@ def rps(s: Settings) -> tuple[list[dict], Path]:
 
     That file holds what is done so far at any moment.
     """
-    device = dist.start(s.device, s.threads)
+    device = dist.start(s.device, s.threads, s.dtype)
     data = read_data(s)
     test = data.test.select(question_rows(s, data))
     readers = {role: Reader(directory, s.max_length) for role, directory in models(s).items()}

@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if previous and s.eval_only and not previous.newest:
         raise UserError(f"--eval-only: {s.resume} has no complete checkpoint; go on with it first, without --eval-only")
-    device = dist.start(s.device, s.threads)
+    device = dist.start(s.device, s.threads, s.dtype)
     grad_accum_steps = dist.grad_accum_steps(s.global_batch_size, s.micro_batch_size)
     if dist.is_first() and not previous:
         checkpoint.check_output_dir(s.output_dir)
