@@ -123,15 +123,23 @@ def confusion_table(run: Run) -> str:
 
 def runs_table(runs: dict[str, Run]) -> str:
     """The headlines, a line for each run, the seeds of a setting folded into one."""
-    header = ["run", "model", "head", "steps", "accuracy", "macro F1 (95 % interval)", "training, s", "evaluation, s"]
+    header = ["run", "model", "head", "steps", "test rows", "accuracy", "constant answer", "macro F1 (95 % interval)"]
+    header += ["training, s", "evaluation, s"]
     rows = []
     for group in fold(runs.values()):
         name, accuracy, f1 = folded(group, [str(run.dir) for run in group])
         reached = " ".join(dict.fromkeys(f"{run.results['headline_step']} of {run.results['final_step']}" for run in group))
         seconds = [spread([run.results[f"{what}_seconds"] for run in group], 0) for what in ("train", "eval")]
         s = group[0].info["settings"]
-        rows.append([name, s["model"], s.get("head", "linear"), reached, accuracy, f1, *seconds])
+        scores = [f"{group[0].results['num_test_rows']:,}", accuracy, constant_answer(group), f1]
+        rows.append([name, s["model"], s.get("head", "linear"), reached, *scores, *seconds])
     return markdown(header, rows)
+
+
+def constant_answer(group: Sequence[Run]) -> str | None:
+    """Accuracy of always answering the class with most training rows; None where the results are from before it was kept."""
+    values = [run.results.get("majority_accuracy") for run in group]
+    return None if None in values else spread(values)
 
 
 def about_table(runs: dict[str, Run]) -> str:
@@ -146,19 +154,20 @@ def about_table(runs: dict[str, Run]) -> str:
 
 def selection_table(runs: dict[str, Run]) -> str:
     """What no look at the test rows has chosen, and beside it the published protocol: the best of the steps on the test rows."""
-    header = ["run", "headline", "step", "accuracy (95 % interval)", "macro F1 (95 % interval)", "best on test: step", "macro F1"]
+    header = ["run", "headline", "step", "accuracy (95 % interval)", "constant answer", "macro F1 (95 % interval)"]
+    header += ["best on test: step", "macro F1"]
     rows, published = [], set()
     for name, run in runs.items():
         found = run.results
         chosen = "last step" if found["best_step_on_validation"] is None else "best on validation"
         accuracy = interval(found["accuracy"], *metrics.accuracy_interval(found["accuracy"], found["num_test_rows"]))
         best = found["best_step_on_test"], found["best_f1_on_test"]
-        rows.append([name, chosen, found["headline_step"], accuracy, f1_with_interval(found), *best])
+        rows.append([name, chosen, found["headline_step"], accuracy, constant_answer([run]), f1_with_interval(found), *best])
         published |= {published_kind(run)} - {None}
     for name in sorted(published):
         last = {column: values[-1] for column, values in PUBLISHED[name].items()}
         accuracy = interval(last["accuracy"], *metrics.accuracy_interval(last["accuracy"], 7600))
-        rows.append([f"published {name}", "last of its table", last["step"], accuracy, last.get("F1"), *PUBLISHED_BEST[name]])
+        rows.append([f"published {name}", "last of its table", last["step"], accuracy, 0.25, last.get("F1"), *PUBLISHED_BEST[name]])
     return markdown(header, rows)
 
 

@@ -276,7 +276,11 @@ def test_fingerprint_changes_with_any_change(change, same):
     changed, changed_labels = change(texts, labels)
     fingerprint = Split(texts, np.array(labels), np.arange(len(labels))).fingerprint()
     assert (Split(changed, np.array(changed_labels), np.arange(len(changed))).fingerprint() == fingerprint) is same
-    data = Data(Split(texts, np.array(labels), np.arange(len(labels))), Split(changed, np.array(changed_labels), np.arange(len(changed))), ("a", "b"))
+    data = Data(
+        Split(texts, np.array(labels), np.arange(len(labels))),
+        Split(changed, np.array(changed_labels), np.arange(len(changed))),
+        ("a", "b"),
+    )
     assert data.fingerprint()["train"] == fingerprint and len(fingerprint) == 64
 
 

@@ -6,6 +6,8 @@ Counts and quotients agree to a few units of the last of 16 digits: 1e-12. The b
 everything is seeded, so nothing fails by chance.
 """
 
+import tracemalloc
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -19,9 +21,11 @@ from minicls.metrics import (
     calibration_error,
     classification_metrics,
     confusion_matrix,
+    constant_metrics,
     f1_interval,
     fit_temperature,
     mcnemar,
+    occurs,
     paired_bootstrap,
     per_class,
 )
@@ -58,7 +62,8 @@ def test_metrics_equal_scikit_learn(C, labels, predictions):
         np.testing.assert_allclose(ours, reference, **CLOSE)
     scores = classification_metrics(confusion)
     assert list(scores) == ["accuracy", "precision", "recall", "f1"] and {type(x) for x in scores.values()} == {float}
-    macro = sklearn_metrics.precision_recall_fscore_support(labels, predictions, average="macro", zero_division=0, **classes)
+    # Without `labels`, scikit-learn's macro mean is over the classes that occur in labels or predictions.
+    macro = sklearn_metrics.precision_recall_fscore_support(labels, predictions, average="macro", zero_division=0)
     reference = [sklearn_metrics.accuracy_score(labels, predictions), *macro[:3]]
     np.testing.assert_allclose([*scores.values()], reference, **CLOSE)
 
@@ -73,6 +78,38 @@ def test_metrics_counted_by_hand():
     np.testing.assert_allclose(f1, [4 / 7, 1 / 2, 0], **CLOSE)
     scores = classification_metrics(confusion)
     assert scores == pytest.approx({"accuracy": 3 / 6, "precision": 1 / 3, "recall": 7 / 18, "f1": 5 / 14}, abs=1e-12)
+
+
+def test_macro_means_are_over_the_classes_that_occur():
+    """Classes 0 and 1 have rows; 2 has none and is predicted once, so it counts as 0; 3 is nowhere, and does not count."""
+    labels, predictions = np.array([0, 0, 1, 1]), np.array([0, 0, 1, 2])
+    confusion = confusion_matrix(labels, predictions, 4)
+    assert occurs(confusion).tolist() == [True, True, True, False]
+    assert classification_metrics(confusion)["f1"] == pytest.approx((1 + 2 / 3 + 0) / 3, abs=1e-12)
+    assert classification_metrics(np.diag([3, 2, 0]))["f1"] == 1.0 and f1_interval(np.diag([3, 2, 0])) == (1.0, 1.0)
+    assert paired_bootstrap(labels, labels, labels, 4)["f1"] == (0, 0, 0)
+
+
+def test_a_constant_answer_counted_by_hand():
+    """3, 6 and 1 rows; always the second: accuracy 6/10, its F1 12/16, the others' 0."""
+    assert constant_metrics(np.array([3, 6, 1]), 1) == pytest.approx({"accuracy": 0.6, "f1": 0.75 / 3}, abs=1e-12)
+    assert constant_metrics(np.array([3, 0]), 1) == {"accuracy": 0.0, "f1": 0.0}
+
+
+def test_a_thousand_classes_need_no_table_of_a_million_cells_a_draw():
+    """1,000 rows fill at most 1,000 of the cells; all cells of 10,000 draws would be 80 GB, of 500 draws 4 GB."""
+    labels, a = random_rows(1000, 1000, 0.5)
+    b = random_rows(1000, 1000, 0.5, seed=1)[1]
+    confusion = confusion_matrix(labels, a, 1000)
+    tracemalloc.start()
+    low, high = f1_interval(confusion)
+    found = paired_bootstrap(labels, a, b, 1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200e6 and 0 < low < high < 1
+    assert found["f1"][0] == pytest.approx(
+        sklearn_metrics.f1_score(labels, a, average="macro") - sklearn_metrics.f1_score(labels, b, average="macro"), abs=0.02
+    )  # each over the classes that it predicts or that have rows
 
 
 def test_nothing_counted_gives_zeros():

@@ -3,9 +3,11 @@
 Figures are those of the files, digit by digit; comparisons are reckoned again, with scipy where it has them.
 """
 
+import hashlib
 import json
 import re
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from minicls.comparison import PUBLISHED
 from minicls.config import UserError
 from minicls.data import AG_NEWS_LABELS, Data, Split
 from minicls.logger import read_metrics
-from minicls.report import results_table, steps_table, write_results
+from minicls.report import advice, results_table, steps_table, summary, write_results
 
 
 def cells(line: str) -> list[str]:
@@ -69,6 +71,104 @@ def copy_run(run: Path, folder: Path, results: dict | None = None, num_train_row
 
 # A run's own files.
 
+STATE = {"step": 4, "train_seconds": 0.0, "eval_seconds": 0.0, "evaluations": 0, "samples": 0, "tokens": 0}
+STATE |= {"best_on_validation": None, "best_on_test": None}
+TRAIN = '{"event": "train", "step": %d, "loss": %f, "peak_memory_bytes": 1}\n'
+
+
+class Words:
+    def encode(self, texts):
+        return [text.split() for text in texts]
+
+
+def write_three(run_dir: Path, labels: list[int], predictions: list[int], names=("x", "y", "z"), train=(1, 1, 0)) -> dict:
+    """results.json of a run on these test rows."""
+    train, test = (Split([f"text {row}" for row in range(len(of))], np.array(of), 7 + np.arange(len(of))) for of in (train, labels))
+    logits = torch.from_numpy(4.0 * np.eye(len(names))[predictions]).float()
+    data = Data(train, test, names)
+    return write_results(run_dir, data, train, Words(), {"test": logits, "validation": logits[:3]}, STATE, 4, torch.device("cpu"))
+
+
+def test_predictions_of_both_splits_name_their_rows_and_classes(tmp_path):
+    """The row is that of the file, and the schema names the classes where `datasets` and `load_data` look for them."""
+    write_three(tmp_path, [2, 0, 1, 1], [2, 0, 1, 0])
+    for file, labels in (("predictions", [2, 0, 1, 1]), ("validation", [1, 1, 0])):
+        table = pq.read_table(tmp_path / f"{file}.parquet")
+        assert table.column_names == [
+            "row",
+            "label",
+            "prediction",
+            "num_tokens",
+            "text_hash",
+            *(f"probability_{c}" for c in range(3)),
+        ]
+        assert table["row"].to_pylist() == [7 + row for row in range(len(labels))] and table["label"].to_pylist() == labels
+        digests = [hashlib.sha256(f"text {row}".encode()).digest() for row in range(len(labels))]
+        assert table["text_hash"].to_pylist() == [struct.unpack("<q", digest[:8])[0] for digest in digests]
+        features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+        assert [*features] == table.column_names and features["probability_0"] == {"dtype": "float32", "_type": "Value"}
+        assert features["label"] == features["prediction"] == {"names": ["x", "y", "z"], "_type": "ClassLabel"}
+
+
+def test_the_constant_answer_is_the_commonest_class_of_train(tmp_path):
+    """Of train y, y, x it is y, with one of four test rows; its F1 is 2 / 5, over the classes x, y and z that occur."""
+    results = write_three(tmp_path, [2, 0, 1, 2], [2, 0, 1, 0])
+    assert (results["majority_class"], results["majority_accuracy"]) == ("y", 0.25)
+    assert results["majority_f1"] == pytest.approx(2 / 5 / 3, abs=1e-12)
+    assert [of["support"] for of in results["per_class"].values()] == [1, 1, 2]
+    assert "accuracy 0.7500 (always answering y: 0.2500)" in summary(results)
+
+
+def test_classes_without_test_rows_are_named(tmp_path):
+    names = tuple(f"c{i}" for i in range(15))
+    results = write_three(tmp_path, [0, 1, 1], [0, 1, 2], names)
+    assert results["absent_classes"] == [*names[2:]] and results["macro_classes"] == 3
+    assert results["f1"] == pytest.approx((1 + 2 / 3 + 0) / 3, abs=1e-12)
+    said = "macro means are over 3 of 15 classes; no test rows of c2, c3, c4, c5, c6, c7, c8, c9, c10, c11 and 3 more; "
+    assert said + "1 of them predicted, which counts as 0" in summary(results)
+    assert "macro means" not in summary(write_three(tmp_path, [0, 1, 2], [0, 1, 2]))
+
+
+def test_a_run_that_learned_nothing_says_which_flags_to_change(tmp_path):
+    labels = [0, 1] * 50
+    learned = write_three(tmp_path, labels, labels, ("a", "b"))
+    assert advice(learned) == []
+    guessed = write_three(tmp_path, labels, [1] * 100, ("a", "b"))
+    assert advice(guessed) == ["note: no better than always answering b (accuracy 0.5000, macro F1 0.3333), within the interval"]
+    (tmp_path / "metrics.jsonl").write_text("".join(TRAIN % pair for pair in enumerate((9, 0.7, 0.68, 0.7, 0.68, 0.69))))
+    trained = write_three(tmp_path, labels, labels, ("a", "b"))
+    note, flags = advice(trained)
+    assert note == "note: the last training loss, 0.690, is near ln 2 = 0.693, that of a guess"
+    assert all(flag in flags for flag in ("--learning-rate", "--epochs", "--warmup-ratio", "python -m minicls baseline"))
+    assert summary(trained).endswith(f"{note}\n{flags}")
+
+
+def test_a_rare_class_that_is_often_right_is_no_constant_answer(tmp_path):
+    """Accuracy 0.97 where always "no" has 0.96, but half of the rare rows are right: macro F1 tells them apart."""
+    labels, predictions = [0] * 960 + [1] * 40, [0] * 955 + [1] * 5 + [1] * 15 + [0] * 25
+    results = write_three(tmp_path, labels, predictions, ("no", "yes"), (0, 0, 1))
+    low, _ = metrics.accuracy_interval(results["accuracy"], 1000)
+    assert low < results["majority_accuracy"] == 0.96 and advice(results) == []
+
+
+def test_the_best_step_on_test_is_told_where_a_published_table_has_one(tmp_path):
+    results = write_three(tmp_path, [0, 1, 2], [0, 1, 2]) | {"best_step_on_test": 2, "best_f1_on_test": 0.9, "evaluations": 3}
+    assert "best step" not in summary(results)
+    scores = results["per_class"]["x"]
+    results |= {"per_class": dict.fromkeys(AG_NEWS_LABELS, scores)}
+    assert "best step on test: 2 with F1 0.9000 (the published protocol" in summary(results)
+    assert "best step" not in summary(results | {"evaluations": 1}) and "best step" not in summary(
+        results | {"best_step_on_test": 0}
+    )
+
+
+@pytest.mark.parametrize("broken", ["{", "5", "[1]", '{"event": "eval"}', '{"event": "eval", "step": "x"}', "\udcff"])
+def test_a_broken_line_of_metrics_leaves_the_others(broken, tmp_path):
+    lines = [TRAIN % (step, 1.0) for step in (1, 2, 3)]
+    text = lines[0] + broken + "\n" + lines[1] + lines[2][:-5]
+    (tmp_path / "metrics.jsonl").write_bytes(text.encode(errors="surrogateescape"))
+    assert [event["step"] for event in read_metrics(tmp_path)] == [1, 2]
+
 
 @pytest.mark.parametrize("held_out", [True, False])
 def test_temperature_is_fitted_on_validation_and_used_on_test(held_out, tmp_path):
@@ -77,14 +177,8 @@ def test_temperature_is_fitted_on_validation_and_used_on_test(held_out, tmp_path
     logits = [torch.from_numpy(8 * (np.eye(3)[s.labels] * 0.5 + rng.normal(size=(len(s), 3)))).float() for s in splits]
     data, validation = Data(splits[1], splits[0], ("x", "y", "z")), splits[1] if held_out else None
 
-    class Words:
-        def encode(self, texts):
-            return [text.split() for text in texts]
-
-    state = {"step": 4, "train_seconds": 0.0, "eval_seconds": 0.0, "evaluations": 0, "samples": 0, "tokens": 0}
-    state |= {"best_on_validation": None, "best_on_test": None}
     of_splits = {"test": logits[0]} | ({"validation": logits[1]} if held_out else {})
-    results = write_results(tmp_path, data, validation, Words(), of_splits, state, 4, torch.device("cpu"))
+    results = write_results(tmp_path, data, validation, Words(), of_splits, STATE, 4, torch.device("cpu"))
     assert results == found(tmp_path) and columns(tmp_path)["num_tokens"].tolist() == [3] * 300
     if not held_out:
         assert results["temperature"] is results["calibration_error_scaled"] is None
@@ -128,6 +222,7 @@ def test_two_runs_and_all_their_figures(bert_run, qwen_run, tmp_path, capsys):
         interval = f"{of_run['f1']:.4f} ({of_run['f1_low']:.4f} to {of_run['f1_high']:.4f})"
         assert row["macro F1 (95 % interval)"] == interval
         assert row["accuracy"] == f"{of_run['accuracy']:.4f}"
+        assert (row["test rows"], row["constant answer"]) == ("100", f"{of_run['majority_accuracy']:.4f}")
         assert [row["training, s"], row["evaluation, s"]] == [f"{of_run[f'{what}_seconds']:.0f}" for what in ("train", "eval")]
         row = tables["How the step was chosen"][i]
         assert (row["headline"], row["step"], row["macro F1 (95 % interval)"]) == ("last step", "16", interval)
@@ -284,7 +379,17 @@ def test_what_is_kept_of_runs_will_do(bert_run, qwen_run, tmp_path):
         (run / "predictions.parquet").unlink()
         (run / "metrics.jsonl").unlink()
         old = found(run)
-        del old["temperature"], old["calibration_error_scaled"], old["evaluations"]  # of before they were kept
+        for key in (
+            "temperature",
+            "calibration_error_scaled",
+            "evaluations",
+            "majority_accuracy",
+            "macro_classes",
+            "absent_classes",
+        ):
+            del old[key]  # of before they were kept
+        for scores in old["per_class"].values():
+            del scores["support"]
         (run / "results.json").write_text(json.dumps(old))
     sections = report(tmp_path / "out", *runs)
     assert "Left out, without predictions.parquet: bert, qwen." in sections["Two by two"]
