@@ -5,13 +5,14 @@ python -m minicls predict RUN news.csv --format jsonl
 cat texts.txt | python -m minicls predict RUN
 python -m minicls report RUN RUN ...                              # finished runs side by side: report.md and its pictures
 python -m minicls report results/a results/b --bench bench.json   # what is kept of runs will do; requests/s beside accuracy
+python -m minicls baseline --data DIR                            # logistic regression on word counts, as a run to compare with
 """
 
 import sys
 import time
 from pathlib import Path
 
-from minicls import dist
+from minicls import baseline, dist
 from minicls.comparison import open_runs, read_bench, runs_table, write_report
 from minicls.config import Parser, UserError, run
 from minicls.data import checked_text, lines_of
@@ -32,6 +33,11 @@ def main(argv: list[str] | None = None) -> None:
     compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories with results")
     compare.add_argument("--bench", type=Path, metavar="FILE", help="a bench.json of bench.py --task rps")
     compare.add_argument("--out", type=Path, metavar="DIR", help="new or empty directory (default: runs/report-<time>)")
+    commands.add_parser("baseline", help="logistic regression on word counts or frozen embeddings: what a network has to beat")
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["baseline"]:  # its settings are a dataclass, as the training scripts' are
+        baseline.main(argv[1:])
+        return
     args = parser.parse_args(argv)
     if args.command == "report":
         out = args.out or Path(f"runs/report-{time.strftime('%Y%m%d-%H%M%S')}")

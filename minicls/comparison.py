@@ -57,7 +57,7 @@ def open_runs(run_dirs: Sequence[Path]) -> dict[str, Run]:
 
 
 def predictions(run: Run) -> dict[str, np.ndarray] | None:
-    """The columns of predictions.parquet, (n,) each; None where it was not kept."""
+    """The columns of predictions.parquet that hold values, (n,) each; None where the file was not kept."""
     import pyarrow.parquet as pq
 
     file = run.dir / "predictions.parquet"
@@ -67,7 +67,7 @@ def predictions(run: Run) -> dict[str, np.ndarray] | None:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not a readable parquet file ({error}); run --eval-only --resume {run.dir} again") from None
-    return {name: table[name].to_numpy() for name in table.column_names}
+    return {name: table[name].to_numpy() for name in table.column_names if not table[name].null_count}
 
 
 def hardware(run: Run) -> str:
@@ -87,7 +87,7 @@ def published_kind(run: Run) -> str | None:
     """Which published table a run stands beside; None where it was not on AG News."""
     if tuple(run.results["per_class"]) != AG_NEWS_LABELS or run.info["settings"]["data"] == "synthetic":
         return None
-    return kind(run)[0]
+    return kind(run)[0] if kind(run)[0] in PUBLISHED else None
 
 
 def published_table(run: Run) -> str | None:
@@ -130,9 +130,9 @@ def runs_table(runs: dict[str, Run]) -> str:
         name, accuracy, f1 = folded(group, [str(run.dir) for run in group])
         reached = " ".join(dict.fromkeys(f"{run.results['headline_step']} of {run.results['final_step']}" for run in group))
         seconds = [spread([run.results[f"{what}_seconds"] for run in group], 0) for what in ("train", "eval")]
-        s = group[0].info["settings"]
+        s, head = group[0].info["settings"], kind(group[0])[2]
         scores = [f"{group[0].results['num_test_rows']:,}", accuracy, constant_answer(group), f1]
-        rows.append([name, s["model"], s.get("head", "linear"), reached, *scores, *seconds])
+        rows.append([name, s.get("model") or s["features"], head, reached, *scores, *seconds])
     return markdown(header, rows)
 
 
@@ -270,7 +270,7 @@ def learning_curves(runs: dict[str, Run]) -> dict[str, list[tuple[int, float, fl
     """(training rows, macro F1, low, high) of all runs of a model and head that were trained on different numbers of rows."""
     curves = {}
     for run in runs.values():
-        if run.info["settings"]["eval_only"]:
+        if run.info["settings"].get("eval_only"):
             continue
         point = run.info["num_train_rows"], *(run.results[key] for key in ("f1", "f1_low", "f1_high"))
         curves.setdefault(_label(kind(run)), []).append(point)

@@ -113,7 +113,7 @@ def write_results(
         "train_seconds": state["train_seconds"],
         "eval_seconds": state["eval_seconds"],
         "evaluations": state["evaluations"],  # in these seconds
-        "tokens_per_second": state["tokens"] / state["train_seconds"] if state["train_seconds"] else None,
+        "tokens_per_second": state["tokens"] / state["train_seconds"] if state["train_seconds"] and state["tokens"] else None,
         "samples_per_second": state["samples"] / state["train_seconds"] if state["train_seconds"] else None,
         # A later process may only have scored.
         "peak_memory_bytes": max([dist.peak_memory_bytes(device), *(event["peak_memory_bytes"] for event in trained)]),
@@ -252,10 +252,20 @@ def fold(runs: Iterable[Run]) -> list[list[Run]]:
     return [*groups.values()]
 
 
+def script(run: Run) -> str:
+    """train_bert, train_qwen or baseline; runs from before run.json said so have a head if they are of the second."""
+    return run.info.get("script") or ("train_qwen" if "head" in run.info["settings"] else "train_bert")
+
+
 def kind(run: Run) -> tuple[str, str, str]:
-    """What a run is a run of: BERT or Qwen3, the model's name, its head."""
+    """What a run is a run of: BERT, Qwen3 or the baseline; the model's name, or the features'; its head."""
     s = run.info["settings"]
-    return "Qwen3" if "head" in s else "BERT", Path(s["model"]).name, s.get("head", "linear")
+    name = {"train_bert": "BERT", "train_qwen": "Qwen3"}.get(script(run), "baseline")
+    return (
+        name,
+        Path(s.get("model") or s["features"]).name,
+        "logistic regression" if name == "baseline" else s.get("head", "linear"),
+    )
 
 
 def folded(group: Sequence[Run], names: Sequence[str]) -> tuple[str, str, str]:

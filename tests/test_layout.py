@@ -18,10 +18,22 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom to the top: a module imports only what stands before it. A new module gets its place here; some wait to
 # be written.
 ORDER = ["__init__", "config", "attention", "bert", "qwen3", "optim", "metrics", "dist", "tokenizer", "data", "prompt", "weights"]
-ORDER += ["logger", "checkpoint", "scorer", "generate", "predict", "engines", "report", "plots", "comparison", "__main__"]
+ORDER += [
+    "logger",
+    "checkpoint",
+    "scorer",
+    "generate",
+    "predict",
+    "engines",
+    "report",
+    "plots",
+    "comparison",
+    "baseline",
+    "__main__",
+]
 ORDER += ["train_bert", "train_qwen", "bench"]
 MODELS = ["bert", "qwen3"]
-OPTIONAL = {"transformers", "vllm", "matplotlib", "tensorboard", "accelerate"}
+OPTIONAL = {"transformers", "sklearn", "threadpoolctl", "vllm", "matplotlib", "tensorboard", "accelerate"}
 
 SOURCES = {f"minicls.{path.stem}": path for path in sorted((ROOT / "minicls").rglob("*.py"))}
 SOURCES |= {path.stem: path for path in sorted(ROOT.glob("*.py"))}
