@@ -4,7 +4,7 @@ n rows, C classes. `confusion[i, j]` counts rows of class i that were predicted 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -163,3 +163,71 @@ def paired_bootstrap(
     low, high = np.quantile(drawn, [0.025, 0.975], axis=1)
     values = differences(counts[None])[:, 0]
     return {name: (float(values[i]), float(low[i]), float(high[i])) for i, name in enumerate(("accuracy", "f1"))}
+
+
+def resampled_accuracies(
+    right: np.ndarray, points: Sequence[Sequence[int]], resamples: int = 10_000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean accuracies of groups of runs on the same test rows, and a bootstrap of them over seeds and test rows.
+
+    right: (runs, n) bool; points: for each of P points, the runs that are its seeds. Returns the means, (P,), and their
+    replicates, (resamples, P). A replicate draws n test rows with replacement, the same for all runs, and for each point as many of its
+    runs as it has, with replacement: a point of one run varies with the test rows alone. Seeded.
+    """
+    patterns, counts = np.unique(right, axis=1, return_counts=True)  # (runs, K): rows that all runs treat alike are drawn together
+    rng, replicates = np.random.default_rng((seed, 1)), []
+    for draws in _draws(counts, resamples, seed):
+        accuracies = draws @ patterns.T / right.shape[1]  # (R, runs)
+        drawn = [rng.integers(0, len(runs), (len(draws), len(runs))) for runs in points]
+        parts = [np.take_along_axis(accuracies[:, [*runs]], pick, 1).mean(1) for runs, pick in zip(points, drawn, strict=True)]
+        replicates.append(np.stack(parts, axis=1))
+    return np.array([right[[*runs]].mean() for runs in points]), np.concatenate(replicates)
+
+
+def last_crossing(x: np.ndarray, differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where piecewise linear curves change sign for the last time.
+
+    x: (S,) ascending; differences: (R, S), the curves' values there. Returns the places, (R,), NaN where a curve has no values of both
+    signs; and the sign (R,) from there on, or of the whole curve where there is no change (0 if it is 0 everywhere). Where a
+    curve is 0 for a while between the signs, the place is the end of that.
+    """
+    sign = np.sign(differences[:, -1])  # from here on
+    begins, places = (np.full(len(differences), np.nan) for _ in range(2))
+    for j in range(len(x) - 2, -1, -1):
+        here, following = differences[:, j], differences[:, j + 1]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            zero = x[j] + (x[j + 1] - x[j]) * here / (here - following)
+        other = (sign != 0) & (np.sign(here) != sign)
+        begins = np.where(other & np.isnan(begins), zero, begins)
+        places = np.where(other & (here != 0) & np.isnan(places), begins, places)
+        sign = np.where(sign == 0, np.sign(here), sign)
+    return places, sign
+
+
+def crossing(
+    sizes: Sequence[int], a: np.ndarray, b: np.ndarray, replicates_a: np.ndarray, replicates_b: np.ndarray
+) -> dict[str, float | int | None]:
+    """The number of training rows where a's curve and b's cross for the last time, with its 95 % interval.
+
+    sizes: (S,) numbers of rows, ascending; a, b: (S,) mean accuracies there; replicates_…: (R, S), of the same draws. Between
+    sizes a - b is linear in the logarithm of the rows; outside of them nothing is said. Returns
+    - rows: where a - b changes sign for the last time, None if it does not
+    - later: the sign of a - b from there on (1: a is ahead), or of all of it where it does not change
+    - low, high: percentiles 2.5 and 97.5 of the replicates' crossings, on a scale that holds those without one: a replicate whose
+      a - b has the later sign everywhere has crossed below all sizes (-inf), any other has not crossed yet (inf). So a
+      side with more than 2.5 % of such replicates is open. Where a - b itself has no crossing, the later sign is here that of most
+      crossing replicates. NaN where no replicate crosses
+    - without: the share of replicates that do not cross
+    """
+    x = np.log(sizes)
+    (place,), (later,) = last_crossing(x, (a - b)[None])
+    places, signs = last_crossing(x, replicates_a - replicates_b)
+    none = np.isnan(places)
+    found = {"rows": None if np.isnan(place) else float(np.exp(place)), "later": int(later), "without": float(none.mean())}
+    if none.all():
+        return found | {"low": math.nan, "high": math.nan}
+    towards = later if found["rows"] else np.sign(signs[~none].sum()) or later
+    scale = np.sort(np.where(none, np.where(signs == towards, -np.inf, np.inf), np.exp(places)))
+    cut = math.floor(0.025 * len(scale))  # no interpolation: an end is infinite where more than 2.5 % of the replicates are
+    low, high = scale[cut], scale[len(scale) - 1 - cut]
+    return found | {"low": float(low), "high": float(high)}

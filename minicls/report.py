@@ -244,11 +244,14 @@ def short_names(run_dirs: Sequence[Path]) -> list[str]:
 
 
 def fold(runs: Iterable[Run]) -> list[list[Run]]:
-    """The runs of one setting together: those that differ in seed and place alone."""
+    """The runs of one setting together: those that differ in seed and place alone, and in the training rows where the seed samples them."""
     groups = {}
     for run in runs:
         setting = {name: value for name, value in run.info["settings"].items() if name not in ("seed", "output_dir")}
-        groups.setdefault(json.dumps([setting, run.info["data_fingerprint"]], sort_keys=True), []).append(run)
+        data = dict(run.info["data_fingerprint"])
+        if setting.get("max_train_rows"):
+            data["train"] = run.info["num_train_rows"]
+        groups.setdefault(json.dumps([setting, data], sort_keys=True), []).append(run)
     return [*groups.values()]
 
 

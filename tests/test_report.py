@@ -337,18 +337,140 @@ def test_seeds_are_folded_and_every_cell_is_told(bert_run, tmp_path):
     assert not (tmp_path / "out" / "rows.png").exists()
 
 
-def test_a_curve_over_training_rows(bert_run, qwen_run, tmp_path):
-    runs = [bert_run, copy_run(bert_run, tmp_path / "less", {"f1": 0.4}, 64, max_train_rows=64), qwen_run]
-    zero_shot = copy_run(bert_run, tmp_path / "zero", {"f1": 0.1}, 999, eval_only=True)
-    curves = comparison.learning_curves(comparison.open_runs([*runs, zero_shot]))
-    all_rows = json.loads((bert_run / "run.json").read_text())["num_train_rows"]
-    drawn = {name: [point[:2] for point in points] for name, points in curves.items()}
-    assert drawn == {"BERT (tiny), linear": [(64, 0.4), (all_rows, found(bert_run)["f1"])]}
+def curve_run(like: Path, folder: Path, right: np.ndarray, num_train_rows: int, seed: int = 1, rows=None, **settings) -> Path:
+    """A run trained on so many rows whose predictions are right where `right` is; `rows`: which of the file's rows it tested."""
+    run = copy_run(like, folder, num_train_rows=num_train_rows, max_train_rows=num_train_rows, seed=seed, **settings)
+    rows = np.arange(len(right)) if rows is None else rows
+    labels = rows % 4
+    columns = {"row": rows, "label": labels, "prediction": np.where(right[rows], labels, (labels + 1) % 4), "text_hash": rows * 7}
+    pq.write_table(pa.table(columns), run / "predictions.parquet")
+    info = json.loads((run / "run.json").read_text())
+    info["data_fingerprint"] = {"train": f"{num_train_rows} {seed}", "test": f"{len(rows)}"}
+    (run / "run.json").write_text(json.dumps(info))
+    (run / "results.json").write_text(json.dumps(found(run) | {"num_test_rows": len(rows)}))
+    return run
+
+
+def first(share: float, n: int = 2000) -> np.ndarray:
+    """So large a share of n rows is right, spread evenly."""
+    return np.argsort(np.random.default_rng(0).permutation(n)) < round(share * n)
+
+
+def write_curves(bert_run, qwen_run, folder, seeds=(1, 2, 3)) -> list[Path]:
+    """BERT is at 0.8 everywhere, Qwen3 at 0.6, 0.75 and 0.9: they cross a third of the way from 1,000 to 10,000 rows. The rates
+    go with the rows."""
+    runs = []
+    for size, share in ((100, 0.6), (1000, 0.75), (10_000, 0.9)):
+        for seed in seeds:
+            rate = {"learning_rate": 1e-3 / size, "epochs": 1000 / size}
+            runs.append(curve_run(bert_run, folder / f"b{size}-{seed}", first(0.8), size, seed, **rate))
+            runs.append(curve_run(qwen_run, folder / f"q{size}-{seed}", first(share), size, seed, **rate))
+    return runs
+
+
+def test_learning_curves_and_where_they_cross(bert_run, qwen_run, tmp_path):
+    sections = report(tmp_path / "out", *write_curves(bert_run, qwen_run, tmp_path))
+    body = sections["Training rows"]
+    points = read_table(body)
+    assert [(row["model"], row["training rows"], row["seeds"]) for row in points] == [
+        (model, size, "3") for model in ("BERT (tiny), linear", "Qwen3 (tiny), options") for size in ("100", "1,000", "10,000")
+    ]
+    assert [row["accuracy (95 % interval)"][:6] for row in points] == ["0.8000"] * 3 + ["0.6000", "0.7500", "0.9000"]
+    assert {(row["test rows"], row["the interval covers"]) for row in points} == {("2,000", "seeds and test rows")}
+    (cross,) = read_table(body.split("| the interval covers |")[1].split("\n\n", 1)[1])
+    assert cross["sizes that both have"] == "100, 1,000, 10,000"
+    assert cross["they cross at, rows"] == f"{10 ** (3 + 1 / 3):,.0f}; from there on Qwen3 (tiny), options is ahead"
+    low, high = (float(end.replace(",", "")) for end in cross["95 % interval"].split(" to "))
+    # D at 1,000 rows is 0.05 of 2,000: its standard error is 0.0049, so it is 0.04 to 0.06, and -0.11 to -0.09 at 10,000.
+    assert 10 ** (3 + 0.04 / 0.15) < low < 10 ** (3 + 0.05 / 0.15) < high < 10 ** (3 + 0.06 / 0.15)
+    assert cross["replicates without a crossing"] == "0.0%"
+    assert "(rows.png)" in body and (tmp_path / "out" / "rows.png").stat().st_size > 5000
+    # The seeds of one size are one line, though each has drawn training rows of its own.
+    assert len(read_table(sections["Headlines"])) == 6
+
+
+def test_curves_that_do_not_cross_say_so(bert_run, qwen_run, tmp_path):
+    runs = [curve_run(bert_run, tmp_path / f"b{size}", first(0.9), size) for size in (100, 1000)]
+    runs += [curve_run(qwen_run, tmp_path / f"q{size}", first(share), size) for size, share in ((100, 0.5), (1000, 0.895))]
+    body = report(tmp_path / "out", *runs)["Training rows"]
+    assert {row["the interval covers"] for row in read_table(body)} == {"test rows only"}
+    (cross,) = read_table(body.split("| the interval covers |")[1].split("\n\n", 1)[1])
+    assert cross["they cross at, rows"] == "nowhere: BERT (tiny), linear is ahead from 100 to 1,000"
+    # 10 rows right for BERT alone, none for Qwen3 alone: a resample has none of them with a chance of e^-10.
+    assert cross["replicates without a crossing"] == "100.0%" and cross["95 % interval"] == "-"
+
+
+def test_a_crossing_that_may_be_beyond_the_sizes_is_open(bert_run, qwen_run, tmp_path):
+    """At 1,000 rows Qwen3 is right in 12 rows that BERT is not, and BERT in 10: D is 0.001 +- 0.0023, of either sign."""
+    bert, qwen = first(0.9), first(0.9)
+    qwen[np.flatnonzero(bert)[:10]] = False
+    qwen[np.flatnonzero(~bert)[:12]] = True
+    runs = [curve_run(bert_run, tmp_path / f"b{size}", bert, size) for size in (100, 1000)]
+    runs += [curve_run(qwen_run, tmp_path / f"q{size}", right, size) for size, right in ((100, first(0.5)), (1000, qwen))]
+    body = report(tmp_path / "out", *runs)["Training rows"]
+    (cross,) = read_table(body.split("| the interval covers |")[1].split("\n\n", 1)[1])
+    assert cross["they cross at, rows"].endswith("from there on Qwen3 (tiny), options is ahead")
+    assert cross["95 % interval"].endswith(" to open above 1,000")
+    without = float(cross["replicates without a crossing"].removesuffix("%")) / 100
+    assert without == pytest.approx(0.37, abs=0.05)  # P(Poisson(12) <= Poisson(10)), 0.37
+
+
+def test_what_makes_a_model_of_its_own(bert_run, qwen_run, tmp_path):
+    """The schedule goes with the rows unless one size has two of it; a prompt never does; an absent setting is an unset one."""
+    rates = [
+        curve_run(bert_run, tmp_path / f"b{size}-{rate}", first(0.8), size, learning_rate=rate)
+        for size in (10, 99)
+        for rate in (1, 2)
+    ]
+    prompts = [
+        curve_run(qwen_run, tmp_path / f"q{size}-{p}", first(0.8), size, epochs=size, prompt=p)
+        for size in (10, 99)
+        for p in ("x", "y")
+    ]
+    old = curve_run(qwen_run, tmp_path / "old", first(0.8), 500, prompt="x")
+    info = json.loads((old / "run.json").read_text())
+    del info["script"], info["settings"]["eval_only"], info["settings"]["compile"]
+    (old / "run.json").write_text(json.dumps(info))
+    zero_shot = curve_run(qwen_run, tmp_path / "zero", first(0.8), 700, prompt="x")
+    info = json.loads((zero_shot / "run.json").read_text())
+    (zero_shot / "run.json").write_text(json.dumps(info | {"total_steps": 0}))
+    curves = comparison.learning_curves(comparison.open_runs([*rates, *prompts, old, zero_shot]))
+    assert {curve.label: curve.sizes for curve in curves} == {
+        **{f"BERT (tiny), linear, learning_rate {rate}": {10: [f"b10-{rate}"], 99: [f"b99-{rate}"]} for rate in (1, 2)},
+        "Qwen3 (tiny), options, prompt x": {10: ["q10-x"], 99: ["q99-x"], 500: ["old"]},
+        "Qwen3 (tiny), options, prompt y": {10: ["q10-y"], 99: ["q99-y"]},
+    }
+
+
+def test_runs_with_parts_of_the_test_rows_are_compared_on_those_all_have(bert_run, qwen_run, tmp_path, capsys):
+    part = np.arange(0, 2000, 3)
+    runs = [curve_run(bert_run, tmp_path / f"b{size}", first(0.8), size) for size in (100, 1000)]
+    runs += [curve_run(qwen_run, tmp_path / f"q{size}", first(0.7), size, rows=part[::-1]) for size in (100, 1000)]
     sections = report(tmp_path / "out", *runs)
-    assert "(rows.png)" in sections["Training rows"] and (tmp_path / "out" / "rows.png").stat().st_size > 5000
-    grid = read_table(sections["Settings and seeds"])
-    assert sections["Settings and seeds"].count("BERT (tiny), linear") == 1 and "Qwen3" not in sections["Settings and seeds"]
-    assert [(row["max_train_rows"], row["seed 42: validation / test"]) for row in grid][1] == ("64", "- / 0.4000")
+    note = "The runs have different parts of the same test rows: row by row and over training rows, the 667 that all have count."
+    assert note in sections["Two by two"] and note in sections["Training rows"] and note in capsys.readouterr().out.splitlines()
+    assert [row["test rows"] for row in read_table(sections["Headlines"])] == ["2,000", "2,000", "667", "667"]
+    pair = read_table(sections["Two by two"])[1]
+    assert (pair["only a right"], pair["only b right"]) == (str((first(0.8) & ~first(0.7))[part].sum()), "0")
+    points = read_table(sections["Training rows"])
+    assert [row["accuracy (95 % interval)"][:6] for row in points] == [f"{first(x)[part].mean():.4f}" for x in (0.8, 0.8, 0.7, 0.7)]
+
+
+@pytest.mark.parametrize("change", ["a row of another text", "another label", "a row that the larger has not", "no hashes"])
+def test_other_rows_are_refused(change, bert_run, qwen_run, tmp_path):
+    large = curve_run(bert_run, tmp_path / "large", first(0.8), 100)
+    small = curve_run(qwen_run, tmp_path / "small", first(0.8), 100, rows=np.arange(50))
+    table = columns(small)
+    if change == "no hashes":
+        del table["text_hash"]
+    elif change == "a row that the larger has not":
+        table["row"][3] = 5000
+    else:
+        table["label" if change == "another label" else "text_hash"][3] += 1
+    pq.write_table(pa.table(table), small / "predictions.parquet")
+    with pytest.raises(UserError, match=r"other test rows than .*; test both on the same"):
+        report(tmp_path / "out", large, small)
+    assert not (tmp_path / "out").exists()
 
 
 BENCH = {"model": "bert", "engine": "minicls", "engine_version": "0.1.0", "method": "classify", "mode": "offline", "dtype": "fp32"}
@@ -405,6 +527,8 @@ def test_other_test_rows_are_no_comparison(bert_run, tmp_path):
     info = json.loads((other / "run.json").read_text())
     info["data_fingerprint"]["test"] = "0" * 64
     (other / "run.json").write_text(json.dumps(info))
+    table = columns(other)  # other texts, with the same labels
+    pq.write_table(pa.table(table | {"text_hash": table["text_hash"] + 1}), other / "predictions.parquet")
     with pytest.raises(UserError, match=f"{other}: other test rows than {bert_run}"):
         report(tmp_path / "out", bert_run, other)
     assert not (tmp_path / "out").exists()
