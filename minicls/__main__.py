@@ -5,14 +5,15 @@ python -m minicls predict RUN news.csv --format jsonl
 cat texts.txt | python -m minicls predict RUN
 python -m minicls report RUN RUN ...                              # finished runs side by side: report.md and its pictures
 python -m minicls report results/a results/b --bench bench.json   # what is kept of runs will do; requests/s beside accuracy
+python -m minicls baseline --data DIR                            # logistic regression on word counts, as a run to compare with
 """
 
 import sys
 import time
 from pathlib import Path
 
-from minicls import dist
-from minicls.comparison import open_runs, read_bench, runs_table, write_report
+from minicls import baseline, dist
+from minicls.comparison import common_note, common_predictions, open_runs, read_bench, runs_table, write_report
 from minicls.config import Parser, UserError, run
 from minicls.data import checked_text, lines_of
 from minicls.predict import Classifier, gather_texts, jsonl, table
@@ -32,14 +33,21 @@ def main(argv: list[str] | None = None) -> None:
     compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories with results")
     compare.add_argument("--bench", type=Path, metavar="FILE", help="a bench.json of bench.py --task rps")
     compare.add_argument("--out", type=Path, metavar="DIR", help="new or empty directory (default: runs/report-<time>)")
+    commands.add_parser("baseline", help="logistic regression on word counts or frozen embeddings: what a network has to beat")
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["baseline"]:  # its settings are a dataclass, as the training scripts' are
+        baseline.main(argv[1:])
+        return
     args = parser.parse_args(argv)
     if args.command == "report":
         out = args.out or Path(f"runs/report-{time.strftime('%Y%m%d-%H%M%S')}")
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise UserError(f"--out: {out} is not empty; name a new directory")
         runs, bench = open_runs(args.runs), read_bench(args.bench) if args.bench else []
-        file = write_report(runs, bench, out)
-        print(f"{runs_table(runs)}\nreport: {file}")
+        found = common_predictions(runs)
+        file = write_report(runs, found, bench, out)
+        note = common_note(runs, found)
+        print(f"{runs_table(runs)}\n" + f"{note}\n" * bool(note) + f"report: {file}")
         return
     if not args.run.is_dir():
         raise UserError(f"{args.run}: no such run directory; check the path")

@@ -55,14 +55,14 @@ def _value_type(annotation) -> tuple[type, bool]:
     return annotation, False
 
 
-def parse(cls: type, argv: list[str] | None = None, description: str | None = None):
+def parse(cls: type, argv: list[str] | None = None, description: str | None = None, prog: str | None = None):
     """Reads the command line into an instance of the dataclass `cls`.
 
     Where `cls` has a field `resume` and the flag is given, all settings come from that run's `run.json`; beside it only
     `--eval-only` and `--device` may be given, so that a resumed run cannot silently become another experiment.
     Raises UserError for unknown flags and for values of the wrong type or outside their bounds.
     """
-    parser = Parser(description=description)
+    parser = Parser(prog, description)
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         kind, several = _value_type(hints[field.name])

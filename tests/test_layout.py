@@ -17,26 +17,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the bottom to the top: a module imports only what stands before it. A new module gets its place here; some wait to
 # be written.
-ORDER = [
-    "__init__",
-    "config",
-    "attention",
-    "kernels",
-    "bert",
-    "decoder",
-    "optim",
-    "metrics",
-    "dist",
-    "batch",
-    "tokenizer",
-    "data",
-    "prompt",
-    "weights",
-]
-ORDER += ["logger", "checkpoint", "scorer", "generate", "predict", "engines", "report", "plots", "comparison", "__main__"]
-ORDER += ["train_bert", "train_qwen", "bench"]
+ORDER = """
+    __init__ config attention kernels bert decoder optim metrics dist batch tokenizer data prompt weights
+    logger checkpoint scorer generate predict engines report plots comparison baseline __main__
+    train_bert train_qwen bench
+""".split()
 MODELS = ["bert", "decoder"]
-OPTIONAL = {"transformers", "vllm", "matplotlib", "tensorboard", "accelerate", "sklearn", "onnxruntime"}
+OPTIONAL = {"transformers", "sklearn", "threadpoolctl", "vllm", "matplotlib", "tensorboard", "accelerate", "onnxruntime"}
 
 SOURCES = {f"minicls.{path.stem}": path for path in sorted((ROOT / "minicls").rglob("*.py"))}
 SOURCES |= {path.stem: path for path in sorted(ROOT.glob("*.py"))}

@@ -188,7 +188,7 @@ def test_results(learned):
 def test_predictions(learned, news):
     found, labels = predictions(learned), load_data(str(news)).test.labels
     probabilities = np.array([found[f"probability_{c}"] for c in range(4)])
-    assert [*found] == ["row", "label", "prediction", "num_tokens", *(f"probability_{c}" for c in range(4))]
+    assert [*found] == ["row", "label", "prediction", "num_tokens", "text_hash", *(f"probability_{c}" for c in range(4))]
     assert found["row"] == [*range(200)] and found["label"] == labels.tolist()
     assert found["prediction"] == probabilities.argmax(0).tolist()
     assert probabilities.sum(0) == pytest.approx(np.ones(200), abs=1e-6)
