@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
         return logits
 
     def save(directory: Path) -> None:
-        weights.save_model(model, config, tokenizer, directory)
+        weights.save_model(model, config, tokenizer, directory, s.max_length)
 
     # 5. The loop: lr -> micro-batches -> clip -> step -> log -> evaluate and save at intervals.
     model.train()

@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
         return logits
 
     def save(directory: Path) -> None:
-        weights.save_model(model, config, tokenizer, directory)
+        weights.save_model(model, config, tokenizer, directory, None if chat else s.max_length)
         if s.head == "options":  # greedy, whatever the pretrained model's file says: an answer is not to be sampled
             generation = {"do_sample": False, "eos_token_id": [end, pad], "pad_token_id": pad}
             checkpoint.write_json(directory / "generation_config.json", generation)

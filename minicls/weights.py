@@ -236,12 +236,15 @@ def check_fits(config, tokenizer: Tokenizer, max_length: int) -> None:
         )
 
 
-def save_model(model: nn.Module, config: dict, tokenizer: Tokenizer, directory: Path) -> None:
-    """Writes config.json, model.safetensors and the tokenizer; the weights aside first, so that they are whole or absent."""
+def save_model(model: nn.Module, config: dict, tokenizer: Tokenizer, directory: Path, text_length: int | None = None) -> None:
+    """Writes config.json, model.safetensors and the tokenizer; the weights aside first, so that they are whole or absent.
+
+    `text_length`: for a model that reads bare texts, of at most so many ids (see `Tokenizer.save`).
+    """
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(dict(model.named_parameters()), directory / ".model.tmp")
     (directory / ".model.tmp").replace(directory / "model.safetensors")
-    tokenizer.save(directory)
+    tokenizer.save(directory, text_length, model.config.pad_token_id)
     config = {name: value for name, value in config.items() if name not in ("torch_dtype", "_name_or_path")}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     config |= {"architectures": [class_name(model)], "dtype": dtype, "pad_token_id": model.config.pad_token_id}
@@ -250,8 +253,11 @@ def save_model(model: nn.Module, config: dict, tokenizer: Tokenizer, directory: 
 
 def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
     """Writes a safetensors file; raises OSError (the library has an error of its own for a full disk)."""
+    file.touch()
+    mode = file.stat().st_mode  # as the umask says; the library makes its files readable by nobody else
     try:
         save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, file, metadata={"format": "pt"})
+        file.chmod(mode)
     except SafetensorError as error:
         file.unlink(missing_ok=True)
         raise OSError(f"{file}: {error}") from None

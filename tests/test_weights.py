@@ -14,15 +14,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+from runs import train
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import train_qwen
 from minicls import dist, weights
 from minicls.bert import BertConfig, BertForSequenceClassification
 from minicls.config import UserError
 from minicls.data import load_data, pack, split_data
+from minicls.predict import Classifier
 from minicls.tokenizer import bert_rows, load_tokenizer, train_bert_tokenizer
 
+TEXTS = ["[SEP] shares [CLS]", "<|im_end|> <think> profit", "Ünï cafe\u0301 中文 😀", "\n", "a" * 300, "profit of shares " * 300]
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 SIZES |= {"max_position_embeddings": 32, "num_labels": 3}
 VALUES = SIZES | {"model_type": "bert"}
@@ -293,6 +297,24 @@ def test_a_run_directory_opens_in_transformers_with_the_same_results(bert_run):
     assert table["prediction"] == expected.argmax(1).tolist()
     probabilities = torch.tensor([table[f"probability_{c}"] for c in range(4)]).T
     torch.testing.assert_close(probabilities, expected.softmax(1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("run", ["bert", "linear"])
+def test_a_pipeline_on_a_run_directory_gives_its_labels_and_probabilities(run, bert_run, tmp_path):
+    """From text to label in transformers, control tokens and all; long texts are cut as in training, where one asks for a cut."""
+    folder = bert_run
+    if run == "linear":
+        folder = train(
+            tmp_path / "run", "--head", "linear", "--max-steps", "8", "--max-length", "40", "--dtype", "fp32", script=train_qwen
+        )
+    texts = [*split_data(load_data("synthetic"), max_eval_rows=40)[0].test.texts, *TEXTS]
+    classifier = Classifier(folder, torch.device("cpu"))
+    probabilities = classifier.scores(texts).softmax(1)
+    theirs = transformers.pipeline("text-classification", str(folder), device="cpu")(texts, truncation=True, top_k=None)
+    scores = [{row["label"]: row["score"] for row in rows} for rows in theirs]
+    expected = torch.tensor([[row[name] for name in classifier.label_names] for row in scores], dtype=torch.float64)
+    torch.testing.assert_close(probabilities, expected, rtol=0, atol=1e-6)
+    assert len({tuple(row) for row in probabilities.tolist()}) == len(texts)
 
 
 @pytest.mark.parametrize(("name", "dataset"), [("bert-base-cased", "ag_news"), ("bert-base-chinese", "thucnews_small")])
