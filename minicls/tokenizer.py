@@ -62,9 +62,7 @@ class Tokenizer:
 
     def _named_tokens(self) -> dict[str, str]:
         """The control tokens that tokenizer_config.json names, such as {"eos_token": "<|im_end|>"}."""
-        named = {name: self.config.get(name) for name in TOKEN_NAMES}
-        named = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
-        return {name: token for name, token in named.items() if token}
+        return {name: token for name in TOKEN_NAMES if (token := self.special_token(name))}
 
     def _additional_tokens(self) -> list[str]:
         """The control tokens that it lists without a name."""
@@ -104,6 +102,17 @@ class Tokenizer:
             raise UserError(f"--model: its tokenizer lacks {', '.join(missing)}; is it the tokenizer of this kind of model?")
         return ids
 
+    def special_token(self, name: str) -> str | None:
+        """The token that tokenizer_config.json names, `eos_token` for one."""
+        token = self.config.get(name)
+        return token["content"] if isinstance(token, dict) else token
+
+    def added_before(self) -> list[int]:
+        """The ids that the tokenizer's own post-processor puts before a text: Llama's <s>, BERT's [CLS], often none."""
+        (text,) = self.encode(["a"])
+        ids = self._tokenizer.encode("a", add_special_tokens=True).ids
+        return ids[: next((i for i in range(len(ids)) if ids[i : i + len(text)] == text), 0)]
+
     def save(self, directory: Path, text_length: int | None = None, pad_token_id: int | None = None) -> None:
         """Writes tokenizer.json and tokenizer_config.json, from which transformers' AutoTokenizer reads texts as `encode` does.
 
@@ -129,11 +138,13 @@ class Tokenizer:
         if self.is_bert:
             cls, sep = self.control_ids(["[CLS]", "[SEP]"])
             spec["post_processor"] = {"type": "BertProcessing", "sep": ["[SEP]", sep], "cls": ["[CLS]", cls]}
-        else:
-            # Nothing is put around a text here, so no BOS token there either. ByteLevel corrects offsets and adds nothing.
-            steps = spec.get("post_processor") or {}
-            steps = steps.get("processors", [steps])
-            spec["post_processor"] = next((step for step in steps if step.get("type") == "ByteLevel"), None)
+        else:  # what stands before a text stays; nothing comes after it, as in text_rows
+            before = [(self._tokenizer.id_to_token(i), i) for i in self.added_before()]
+            parts = [{"SpecialToken": {"id": token, "type_id": 0}} for token, _ in before]
+            single, second = [*parts, {"Sequence": {"id": "A", "type_id": 0}}], {"Sequence": {"id": "B", "type_id": 0}}
+            tokens = {token: {"id": token, "ids": [i], "tokens": [token]} for token, i in before}
+            processor = {"type": "TemplateProcessing", "single": single, "pair": [*single, second], "special_tokens": tokens}
+            spec["post_processor"] = processor if before else None
         if text_length:
             config |= {"model_max_length": text_length, "split_special_tokens": True}
             for token in spec["added_tokens"]:
@@ -179,12 +190,14 @@ def bert_rows(tokenizer: Tokenizer, texts: Sequence[str], max_length: int, long_
 
 
 def text_rows(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> tuple[list[list[int]], int]:
-    """The ids of each text and nothing else, for Qwen3's linear head, cut to `max_length`; and how many had to be cut.
+    """The ids of each text alone, for a decoder's linear head, cut to `max_length`; and the number of texts that were cut.
 
-    An empty text is one `<|im_end|>`: the head needs a token to stand on.
+    What the tokenizer's own post-processor puts before a text, Llama's `<s>` for one, is put there. A row without ids, an
+    empty text's, is one end-of-sequence token: the head needs a token to read.
     """
-    (empty,) = tokenizer.control_ids(["<|im_end|>"])
-    rows = [ids or [empty] for ids in tokenizer.encode(texts)]
+    before = tokenizer.added_before()
+    empty = tokenizer.control_ids([tokenizer.special_token("eos_token") or "<|im_end|>"])
+    rows = [[*before, *ids] or empty for ids in tokenizer.encode(texts)]
     return [ids[:max_length] for ids in rows], sum(len(ids) > max_length for ids in rows)
 
 

@@ -463,11 +463,20 @@ def test_transformers_reads_a_published_tokenizer_s_export_as_training_did(name,
     assert transformers.AutoTokenizer.from_pretrained(tmp_path)(texts, truncation=True)["input_ids"] == rows
 
 
-def template(single: list, *tokens: str) -> dict:
-    """A post-processor that puts tokens around a text, "$A"."""
-    parts = [{"Sequence": {"id": "A", "type_id": 0}} if t == "$A" else {"SpecialToken": {"id": t, "type_id": 0}} for t in single]
-    special = {token: {"id": token, "ids": [7], "tokens": [token]} for token in tokens}
-    return {"type": "TemplateProcessing", "single": parts, "pair": [*parts, *parts], "special_tokens": special}
+def surround(*parts: str, byte_level: bool = False) -> Callable:
+    """Sets a post-processor that puts control tokens around a text, "$A"."""
+
+    def change(spec: dict, config: dict) -> None:
+        ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        single = [
+            {"Sequence": {"id": "A", "type_id": 0}} if p == "$A" else {"SpecialToken": {"id": p, "type_id": 0}} for p in parts
+        ]
+        special = {p: {"id": p, "ids": [ids[p]], "tokens": [p]} for p in parts if p != "$A"}
+        processor = {"type": "TemplateProcessing", "single": single, "pair": [*single, *single], "special_tokens": special}
+        both = {"type": "Sequence", "processors": [BYTE_LEVEL, processor]}
+        spec["post_processor"] = both if byte_level else processor
+
+    return change
 
 
 def digits_first(spec: dict, config: dict) -> None:
@@ -486,13 +495,9 @@ DECODER_FILES = {
     "no config": ("qwen3", lambda spec, config: config.clear()),
     "another normalizer": ("qwen3", lambda spec, config: spec.update(normalizer={"type": "NFKC"})),
     "digits": ("llama", digits_first),
-    "a BOS token": ("llama", lambda spec, config: spec.update(post_processor=template(["<think>", "$A"], "<think>"))),
-    "a BOS token after ByteLevel": (
-        "llama",
-        lambda spec, config: spec.update(
-            post_processor={"type": "Sequence", "processors": [BYTE_LEVEL, template(["<think>", "$A", "<think>"], "<think>")]}
-        ),
-    ),
+    "a BOS token": ("llama", surround("<think>", "$A")),
+    "a BOS token and an EOS token": ("llama", surround("<think>", "$A", "</think>", byte_level=True)),
+    "an EOS token": ("llama", surround("$A", "</think>")),
     "add_bos_token": (
         "llama",
         set_config(add_bos_token=True, add_eos_token=True, bos_token="<think>", tokenizer_class="LlamaTokenizer"),
@@ -519,6 +524,7 @@ def test_transformers_reads_a_decoder_s_export_as_training_did(case, tiny_qwen, 
     rows, cut = text_rows(ours, texts, 100)
     theirs = transformers.AutoTokenizer.from_pretrained(run_dir)
     encoded = theirs(texts, truncation=True)
+    assert {row[0] == ours.control_ids(["<think>"])[0] for row in rows} == {"a BOS token" in case}
     assert encoded["input_ids"] == rows and cut and [*encoded] == ["input_ids", "attention_mask"]
     assert theirs.pad_token_id == end and len(theirs) == len(ours)
     assert load_tokenizer(run_dir).encode(texts) == ours.encode(texts)
@@ -528,4 +534,4 @@ def test_transformers_reads_a_decoder_s_export_as_training_did(case, tiny_qwen, 
     chat = "<|im_start|>user\nthe cat 12\n<|im_end|>\n<think>\n\n</think>\n\n"
     start, end, think, no_think = ours.control_ids(["<|im_start|>", "<|im_end|>", "<think>", "</think>"])
     turn, newline, blank = ours.encode(["user\nthe cat 12\n", "\n", "\n\n"])
-    assert theirs(chat)["input_ids"] == [start, *turn, end, *newline, think, *blank, no_think, *blank]
+    assert theirs(chat, add_special_tokens=False)["input_ids"] == [start, *turn, end, *newline, think, *blank, no_think, *blank]
