@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
         return s.patience is not None and state["evaluations_since_best"] >= s.patience
 
     def save(directory: Path) -> None:
-        weights.save_model(model, config, tokenizer, directory)
+        weights.save_model(model, config, tokenizer, directory, s.max_length)
         checkpoint.write_json(directory / "minicls.json", asked)
 
     # 5. The loop: lr -> micro-batches -> clip -> step -> log -> evaluate and save at intervals.

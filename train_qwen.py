@@ -367,7 +367,7 @@ def main(argv: list[str] | None = None) -> None:
         return s.patience is not None and state["evaluations_since_best"] >= s.patience
 
     def save(directory: Path) -> None:
-        weights.save_model(model, config, tokenizer, directory)
+        weights.save_model(model, config, tokenizer, directory, None if chat else s.max_length)
         checkpoint.write_json(directory / "minicls.json", asked)
         if s.head == "options":  # greedy, whatever the pretrained model's file says: an answer is not to be sampled
             generation = {"do_sample": False, "eos_token_id": chat.stop_ids, "pad_token_id": pad}

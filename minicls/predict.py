@@ -39,9 +39,9 @@ class Reader:
         self.untrained = UserError(
             f"{directory}: holds no trained classifier; pass a finished run of train_bert.py or train_qwen.py"
         )
-        if self.kind is None or "id2label" not in self.config:
+        if self.kind is None or (self.kind is weights.DECODER and "id2label" not in self.config):
             raise self.untrained
-        self.label_names = [self.config["id2label"][str(i)] for i in range(len(self.config["id2label"]))]
+        self.label_names = weights.head_labels(self.config, directory)
         # As the run did it, so that its predictions come out again; a directory from elsewhere is read in full precision.
         self.settings = how_asked(directory)
         if tuple(self.settings.get("label_names") or self.label_names) != tuple(self.label_names):
