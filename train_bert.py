@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from minicls import checkpoint, dist, plots, report, weights
 from minicls.config import UserError, parse, run, setting
-from minicls.data import load_data, pack, split_data, step_rows
+from minicls.data import describe, load_data, pack, split_data, step_rows
 from minicls.logger import Logger
 from minicls.optim import cosine_lr, every_steps, make_optimizer
 from minicls.predict import classify_rows
@@ -55,9 +55,17 @@ class Settings:
     save_every: float = setting(0.1, "likewise, for checkpoints", minimum=0)
     keep_checkpoints: int = setting(2, "newest checkpoints to keep, beside the best on validation", minimum=1)
     log_every: int = setting(10, "steps between lines of metrics.jsonl", minimum=1)
-    validation_size: int = setting(0, "training rows to hold out and choose the step by; 0: the last step counts", minimum=0)
+    validation_size: float = setting(
+        0.0,
+        "training rows (below 1: a share of them) to hold out and choose the step by; 0: none, "
+        "the last step counts unless --data has a validation split",
+        minimum=0,
+    )
+    test_size: float = setting(0.0, "the same, to test on where --data has no test split", minimum=0)
     max_train_rows: int | None = setting(None, "use a stratified sample of the training rows, drawn by --seed", minimum=1)
-    max_eval_rows: int | None = setting(None, "use a stratified sample of the test rows, the same for every seed", minimum=1)
+    max_eval_rows: int | None = setting(
+        None, "use a stratified sample of the test (and validation) rows, the same for every seed", minimum=1
+    )
     dtype: str = setting("bf16", "bf16 is autocast over fp32 weights", choices=("bf16", "fp32"))
     device: str | None = setting(None, "cpu, cuda or cuda:N; off: cuda if there is one")
     threads: int | None = setting(None, "CPU threads; off: torch's choice", minimum=1)
@@ -95,10 +103,13 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2. Tokenizer, data, model, optimizer.
     pinned = previous.info if previous else {"revision": None, "data_revision": None}  # the hub's commits
-    data = load_data(s.data, s.text_column, s.label_column, s.label_names, pinned["data_revision"])
+    columns = (s.text_column, s.label_column)
+    data = load_data(s.data, *columns, s.label_names, pinned["data_revision"], s.test_size)
     data, validation = split_data(data, s.validation_size, s.max_train_rows, s.max_eval_rows, s.seed)
-    if previous and previous.info["data_fingerprint"] != data.fingerprint():
-        raise UserError(f"--data: {s.data} has other rows than {s.resume} was started on; restore them or start a new run")
+    if previous and not data.matches(previous.info["data_fingerprint"]):
+        raise UserError(
+            f"--data: {s.data} has other rows or classes than {s.resume} was started on; restore them or start a new run"
+        )
     if previous and previous.newest:
         directory, revision = previous.newest, pinned["revision"]
     else:
@@ -141,6 +152,8 @@ def main(argv: list[str] | None = None) -> None:
             about |= {"data_fingerprint": data.fingerprint(), "num_train_rows": trained_rows}
             checkpoint.write_run_info(run_dir, dataclasses.asdict(s), device, about)
     logger = Logger(run_dir, state["step"], total_steps, drop_later=not s.eval_only)
+    for line in describe(data, validation):
+        logger.print(line)
     for name, (rows, cut) in tokenized.items():
         logger.print(f"{name}: {len(rows):,} rows, {sum(map(len, rows)):,} tokens, {cut:,} rows cut to {s.max_length}")
     first = next(iter(splits))
