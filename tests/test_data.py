@@ -582,6 +582,102 @@ def test_split_data_holds_out_then_cuts():
     assert split_data(data, max_train_rows=1000, max_eval_rows=1000)[0].fingerprint() == data.fingerprint()
 
 
+@pytest.mark.parametrize(("size", "rows"), [(10, 10), (0.1, 10), (0.07, 7), (0.001, 1), (0.101, 11), (99, 99), (0.985, 99)])
+def test_a_share_below_one_is_rounded_up(size, rows):
+    data = Data(make_split([60, 40]), make_split([10, 10], seed=1), ("a", "b"))
+    rest, validation = split_data(data, validation_size=size)
+    assert (len(validation), len(rest.train)) == (rows, 100 - rows)
+
+
+@pytest.mark.parametrize("size", [20, 0.2])
+def test_a_test_split_is_held_out_of_the_training_rows(tmp_path, size):
+    texts = [(f"text {i}", "ab"[i % 5 < 2]) for i in range(100)]  # 60 of a, 40 of b
+    for folder, rows in (("one", texts), ("other", texts[::-1])):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.csv").write_bytes(as_csv(rows))
+    data = load_data(str(tmp_path / "one"), test_size=size)
+    assert np.bincount(data.train.labels).tolist() == [48, 32] and np.bincount(data.test.labels).tolist() == [12, 8]
+    for split in (data.train, data.test):
+        assert split.texts == [f"text {row}" for row in split.rows]  # rows are numbered as in the file
+    assert sorted([*data.train.rows, *data.test.rows]) == [*range(100)]
+    assert set(load_data(str(tmp_path / "other"), test_size=size).test.texts) == set(data.test.texts)  # whatever the order
+    assert "test: 20 of the training rows, held out by --test-size" in describe(data)
+    rest, validation = split_data(data, validation_size=0.25)
+    assert (len(rest.train), len(validation), rest.test) == (60, 20, data.test)
+
+
+def test_validation_files_are_the_validation_split(tmp_path):
+    write(tmp_path, as_csv([(f"text {i}", i % 2) for i in range(10)]), "csv", as_csv([("t", 0)]))
+    (tmp_path / "dev.csv").write_bytes(as_csv([(f"dev {i}", i % 2) for i in range(6)]))
+    data, validation = split_data(load_data(str(tmp_path)))
+    assert validation.texts == [f"dev {i}" for i in range(6)] and len(data.train) == 10
+    assert "validation: dev.csv (6 rows)" in describe(data, validation)
+    cut, validation = split_data(load_data(str(tmp_path)), max_eval_rows=4)
+    assert np.bincount(validation.labels).tolist() == [2, 2] and cut.validation == validation
+    with pytest.raises(UserError, match="--validation-size: the data has a validation split; leave the flag out"):
+        split_data(data, validation_size=2)
+    (tmp_path / "dev.csv").write_bytes(as_csv([("dev", 2)]))
+    with pytest.raises(UserError, match=r"dev.csv, line 2: label '2' is none of the 2 classes"):
+        load_data(str(tmp_path))
+
+
+def test_a_fingerprint_matches_the_same_rows_and_classes():
+    splits = make_split([3, 3]), make_split([2, 2], seed=1)
+    data = Data(*splits, ("a", "b"))
+    saved = json.loads(json.dumps(data.fingerprint()))
+    assert data.matches(saved) and data.matches({"train": saved["train"], "test": saved["test"]})  # an older run's
+    assert not Data(*splits, ("b", "a")).matches(saved)
+    assert not Data(*splits[::-1], ("a", "b")).matches(saved)
+    validated = Data(*splits, ("a", "b"), validation=splits[1])
+    assert not validated.matches(saved) and not data.matches(validated.fingerprint())
+    assert not validated.matches({"train": saved["train"], "test": saved["test"]})  # a run that chose no step by it
+
+
+# What a run says of its data.
+
+
+def described(train: list[tuple[str, str]], test: list[tuple[str, str]], validation: list[tuple[str, str]] = (), names=None):
+    names = names or sorted({label for _, label in train})
+    splits = [Split([t for t, _ in rows], np.array([names.index(x) for _, x in rows], np.int64), np.arange(len(rows)))
+              for rows in (train, test, validation)]  # fmt: skip
+    return describe(Data(*splits[:2], tuple(names)), splits[2] if validation else None)
+
+
+def rows_of(**counts: int) -> list[tuple[str, str]]:
+    return [(f"{name} {i}", name) for name, count in counts.items() for i in range(count)]
+
+
+def test_a_run_tells_its_classes_and_their_rows():
+    assert described(rows_of(a=5, b=3), [("t", "a")]) == ["2 classes, training rows of each: a 5, b 3"]
+    many = described(rows_of(**{f"n{i:02}": 20 + (i * 7) % 12 for i in range(12)}), [("t", "n00")])
+    assert many == ["12 classes, training rows of each: 20 to 31, the fewest n00 20, n07 21, n02 22, n09 23, n04 24"]
+
+
+def test_a_run_warns_of_what_looks_wrong_with_its_classes():
+    lines = described(rows_of(a=5, b=2, c=1), [("t", "a")], names=["a", "b", "c", "d"])
+    assert lines[1:] == ["warning: 3 classes have two training rows or fewer: 'b', 'c', 'd'"]
+    ids = described(rows_of(**{f"id{i}": 1 for i in range(300)}), [("t", "id0")])
+    assert ids[1:] == ["warning: 300 classes for 300 training rows; is --label-column the right one?"]
+    alike = [(f"{name} {i}", name) for name in ("good", "Good", "good ", "bad", "b ad") for i in range(3)]
+    assert described(alike, [("t", "bad")])[1:] == [
+        "warning: the classes 'Good', 'good', 'good ' differ in case or blanks alone; are they one?"
+    ]
+    broken = described([(f"{name} {i}", name) for name in ("good\nnews", "bad") for i in range(3)], [("t", "bad")])
+    assert broken == [
+        "2 classes, training rows of each: bad 3, good news 3",
+        r"warning: class names with line breaks: 'good\nnews'",
+    ]
+
+
+def test_a_run_warns_of_texts_in_two_splits():
+    train, test = rows_of(a=3, b=3), [("a 0", "a"), ("a 0", "b"), ("b 2", "b"), ("new", "a")]
+    assert described(train, test, [("new", "a"), ("b 1", "b")])[1:] == [
+        "warning: 3 of the 4 test texts also occur in train; a score on them says nothing about new texts",
+        "warning: 1 of the 2 validation texts also occur in train; a score on them says nothing about new texts",
+        "warning: 1 of the 4 test texts also occur in validation; a score on them says nothing about new texts",
+    ]
+
+
 @pytest.mark.parametrize(("num_rows", "batch"), [(10, 3), (12, 3), (5, 8), (7, 1), (1, 1)])
 def test_step_rows_walk_through_a_new_permutation_each_epoch(num_rows, batch):
     per_epoch = -(-num_rows // batch)

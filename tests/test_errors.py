@@ -97,6 +97,32 @@ def test_the_call_that_the_cases_spoil_works(here):
     assert (here / "out" / "results.json").is_file()
 
 
+def test_a_run_says_what_it_read_and_chooses_its_step_on_validation_files(here, capsys):
+    (here / "data" / "val_1.csv").write_text(CSV.replace("text ", "validation text "))
+    (here / "data" / "trainer_log.csv").write_text(CSV)
+    train_bert.main(call("--eval-every", "1"))
+    assert capsys.readouterr().out.splitlines()[:6] == [
+        "train: train.csv (8 rows)",
+        "test: test.csv (8 rows)",
+        "validation: val_1.csv (8 rows)",
+        "not read: trainer_log.csv (its name begins with none of train, test, validation)",
+        "2 classes, training rows of each: bad 4, good 4",
+        "warning: 8 of the 8 test texts also occur in train; a score on them says nothing about new texts",
+    ]
+    results = json.loads((here / "out" / "results.json").read_text())
+    assert results["best_step_on_validation"] in (1, 2)
+
+
+def test_a_file_without_a_test_split_and_shares(here):
+    (here / "data" / "test.csv").unlink()
+    train_bert.main(call("--test-size", "0.25", "--validation-size", "0.25"))
+    assert json.loads((here / "out" / "results.json").read_text())["num_test_rows"] == 2
+    info = json.loads((here / "out" / "run.json").read_text())
+    assert info["num_train_rows"] == 4  # 8, less 2, less a quarter of 6
+    (here / "out" / "results.json").unlink()
+    train_bert.main(["--resume", "out"])  # the same rows are held out again
+
+
 # Flags.
 
 FLAGS = {  # flags -> parts of the message
@@ -474,6 +500,7 @@ RUN = {
     "broken run.json": (cut("run/run.json", 100), ["run/run.json", "not a readable run.json"]),
     "settings of another script": (change("run/run.json", settings={"head": "options"}), ["run/run.json", "head", "another script"]),
     "other rows": (write("data/train.csv", CSV.replace("text 3", "text three").encode()), ["--data", "data", "run", "new run"]),
+    "a validation split more": (write("data/dev.csv", CSV.encode()), ["--data", "data", "run", "rows or classes", "new run"]),
     "no data": (lambda: shutil.rmtree("data"), ["--data", "data"]),
     "no state.json": (remove(f"{CHECKPOINT}/state.json"), [CHECKPOINT, "not a whole checkpoint", "delete it"]),
     "torn state.json": (cut(f"{CHECKPOINT}/state.json", 10), [CHECKPOINT, "not a whole checkpoint", "delete it"]),
