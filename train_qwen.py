@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from minicls import checkpoint, dist, plots, report, weights
 from minicls.batch import Batch, pack_shared, step_rows
 from minicls.config import UserError, parse, run, setting
-from minicls.data import load_data, split_data
+from minicls.data import describe, load_data, split_data
 from minicls.logger import Logger
 from minicls.optim import class_weights, cosine_lr, every_steps, make_optimizer
 from minicls.predict import classify_rows
@@ -70,9 +70,17 @@ class Settings:
     save_every: float = setting(0.2, "likewise, for checkpoints", minimum=0)
     keep_checkpoints: int = setting(2, "newest checkpoints to keep, beside the best on validation", minimum=1)
     log_every: int = setting(10, "steps between lines of metrics.jsonl", minimum=1)
-    validation_size: int = setting(0, "training rows to hold out and choose the step by; 0: the last step counts", minimum=0)
+    validation_size: float = setting(
+        0.0,
+        "training rows (below 1: a share of them) to hold out and choose the step by; 0: none, "
+        "the last step counts unless --data has a validation split",
+        minimum=0,
+    )
+    test_size: float = setting(0.0, "the same, to test on where --data has no test split", minimum=0)
     max_train_rows: int | None = setting(None, "use a stratified sample of the training rows, drawn by --seed", minimum=1)
-    max_eval_rows: int | None = setting(None, "use a stratified sample of the test rows, the same for every seed", minimum=1)
+    max_eval_rows: int | None = setting(
+        None, "use a stratified sample of the test (and validation) rows, the same for every seed", minimum=1
+    )
     class_weights: str = setting("none", "balanced: rows of rare classes weigh more in the loss", choices=("none", "balanced"))
     label_smoothing: float = setting(0.0, "share of a target spread over all classes", minimum=0, maximum=1)
     patience: int | None = setting(
@@ -182,8 +190,6 @@ def main(argv: list[str] | None = None) -> None:
     # 1. Settings, ranks, the run to resume.
     s = parse(Settings, argv, __doc__)
     check_head(s)
-    if s.patience and not s.validation_size:
-        raise UserError(f"--patience: {s.patience} evaluations of what? hold validation rows out with --validation-size")
     previous = checkpoint.open_run(Path(s.resume)) if s.resume else None
     if previous and previous.finished and not s.eval_only:
         print(f"{s.resume} is finished; its results are in {previous.dir / 'results.json'}")
@@ -198,10 +204,15 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2. Tokenizer, data, model, optimizer.
     pinned = previous.info if previous else {"revision": None, "data_revision": None}
-    data = load_data(s.data, s.text_column, s.label_column, s.label_names, pinned["data_revision"])
+    columns = (s.text_column, s.label_column)
+    data = load_data(s.data, *columns, s.label_names, pinned["data_revision"], s.test_size)
     data, validation = split_data(data, s.validation_size, s.max_train_rows, s.max_eval_rows, s.seed)
-    if previous:
-        checkpoint.check_same_data(previous, data, s.data)
+    if s.patience and not validation:
+        raise UserError(f"--patience: {s.patience} needs validation rows to watch; hold some out with --validation-size")
+    if previous and not data.matches(previous.info["data_fingerprint"]):
+        raise UserError(
+            f"--data: {s.data} has other rows or classes than {s.resume} was started on; restore them or start a new run"
+        )
     asks = s.head == "options" or s.linear_input == "prompt"  # the model reads a question, not the bare text
     if previous and previous.newest:
         directory, revision = previous.newest, pinned["revision"]
@@ -267,6 +278,8 @@ def main(argv: list[str] | None = None) -> None:
             about |= {"data_fingerprint": data.fingerprint(), "num_train_rows": trained_rows} | (chat.saved() if chat else {})
             checkpoint.write_run_info(run_dir, dataclasses.asdict(s), device, about)
     logger = Logger(run_dir, state["step"], total_steps, drop_later=not s.eval_only)
+    for line in describe(data, validation):
+        logger.print(line)
     for name, (rows, cut) in tokenized.items():
         logger.print(f"{name}: {len(rows):,} rows, {sum(map(len, rows)):,} tokens, {cut:,} rows cut to {s.max_length}")
     first = next(iter(splits))

@@ -28,7 +28,7 @@ from torch import nn
 import minicls
 from minicls import dist
 from minicls.config import UserError
-from minicls.data import Data, derived_seed
+from minicls.data import derived_seed
 from minicls.weights import read_tensor, write_tensors
 
 
@@ -100,15 +100,6 @@ def open_run(run_dir: Path) -> Run:
     results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     saved = checkpoints(run_dir)
     return Run(run_dir, info, results, saved[max(saved)] if saved else None)
-
-
-def check_same_data(run: Run, data: Data, name: str) -> None:
-    """Raises UserError where the rows or the class names are not those that the run was started on."""
-    now = data.fingerprint()
-    changed = [part for part, value in run.info["data_fingerprint"].items() if now.get(part) != value]
-    if changed:
-        kept = "class names" if changed == ["label_names"] else "rows"
-        raise UserError(f"--data: {name} has other {kept} than {run.dir} was started on; restore them or start a new run")
 
 
 def how_asked(directory: Path) -> dict:

@@ -6,6 +6,8 @@ Everything is exact and seeded: no tolerance but the one written beside the synt
 """
 
 import csv
+import fnmatch
+import gzip
 import io
 import json
 from collections import Counter
@@ -19,7 +21,8 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.naive_bayes import MultinomialNB
 
 from minicls.batch import length_batches, pack, step_rows
-from minicls.data import Data, Split, load_data, read_texts, split_data, stratified_rows, synthetic
+from minicls.config import UserError
+from minicls.data import Data, Split, describe, load_data, read_texts, split_data, stratified_rows, synthetic
 
 # What a file format could bend: separators, quotes, line ends of every kind, white space, characters that only
 # str.splitlines takes for line ends, text that looks like a header, a number, a control token or nothing.
@@ -72,6 +75,20 @@ FILES = {  # each holds ROWS
     "csv, empty lines": ("csv", as_csv(ROWS, between="\n\r\n") + b"\n\n"),
     "csv, more columns": ("csv", as_csv([(x, i, t) for i, (t, x) in enumerate(ROWS)], columns=("label", "id", "text"))),
     "csv, no last line end": ("csv", as_csv(ROWS)[:-1]),
+    "csv, semicolons": ("csv", as_csv(ROWS, delimiter=";")),
+    "csv, tabs": ("csv", as_csv(ROWS, delimiter="\t")),
+    "csv, upper case": ("CSV", as_csv(ROWS)),
+    "csv, packed": ("csv.gz", gzip.compress(as_csv(ROWS))),
+    "tsv": ("tsv", as_csv(ROWS, delimiter="\t")),
+    "tsv, packed": ("tsv.gz", gzip.compress(as_csv(ROWS, delimiter="\t"))),
+    "tsv with semicolons": ("tsv", as_csv(ROWS, delimiter=";")),
+    "json array": ("json", b" \n" + json.dumps([{"text": t, "label": x} for t, x in ROWS], indent=2).encode()),
+    "json array, packed, BOM": (
+        "json.gz",
+        gzip.compress(b"\xef\xbb\xbf" + json.dumps([{"text": t, "label": x} for t, x in ROWS]).encode()),
+    ),
+    "json of lines": ("json", as_jsonl(ROWS)),
+    "jsonl, packed": ("jsonl.gz", gzip.compress(as_jsonl(ROWS))),
     "jsonl": ("jsonl", as_jsonl(ROWS, ensure_ascii=False)),
     "jsonl, escaped": ("jsonl", as_jsonl(ROWS)),
     "jsonl, CRLF, BOM, empty lines": ("jsonl", as_jsonl(ROWS, end="\r\n \n\n", bom="\ufeff", ensure_ascii=False)),
@@ -111,9 +128,89 @@ def test_shards_follow_each_other_by_name(tmp_path, kind):
     for i in (2, 0, 1):
         (tmp_path / f"train-0000{i}-of-00003.{kind}").write_bytes(encode([(f"{i} a", "x"), (f"{i} b", "y")]))
     (tmp_path / f"test-00000-of-00001.{kind}").write_bytes(encode([("t", "y")]))
-    (tmp_path / "validation.csv").write_bytes(b"neither split")
+    (tmp_path / f"unsupervised.{kind}").write_bytes(b"no split of ours")
     data = load_data(str(tmp_path))
     assert data.train.texts == ["0 a", "0 b", "1 a", "1 b", "2 a", "2 b"] and data.test.texts == ["t"]
+
+
+# As the documentation of `datasets` lists them; a keyword ends at one of - . _, a space or a digit.
+KEYWORDS = {"train": ["train", "training"], "validation": ["validation", "valid", "dev", "val"], "test": ["test", "testing"]}
+FILE_NAMES = ["train.csv", "train-00000-of-00002.csv", "train_partial.csv", "train 1.csv", "train1.csv", "train.old.csv"]
+FILE_NAMES += [
+    "Train.CSV",
+    "TRAIN.csv",
+    "training.csv",
+    "trainers.csv",
+    "trainer_log.csv",
+    "trainset.csv",
+    "train(1).csv",
+    "train+.csv",
+]
+FILE_NAMES += [
+    "test.csv",
+    "testing.csv",
+    "test_2.csv",
+    "testimonials.csv",
+    "tests.csv",
+    "tester-1.csv",
+    "my_test.csv",
+    "contest.csv",
+]
+FILE_NAMES += [
+    "validation.csv",
+    "valid.csv",
+    "val.csv",
+    "dev.csv",
+    "dev-1.csv",
+    "validate.csv",
+    "value.csv",
+    "devices.csv",
+    "evil.csv",
+]
+
+
+@pytest.mark.parametrize("name", FILE_NAMES)
+def test_a_file_is_part_of_the_split_that_its_name_begins_with(tmp_path, name):
+    splits = [s for s, words in KEYWORDS.items() if any(fnmatch.fnmatchcase(name.lower(), f"{w}[-._ 0-9]*") for w in words)]
+    for split in {"train", "test"} - {*splits}:
+        (tmp_path / f"{split}.csv").write_bytes(as_csv([(f"{split} {x}", x) for x in "ab"]))
+    (tmp_path / name).write_bytes(as_csv([(f"{name} {x}", x) for x in "ab"]))
+    data = load_data(str(tmp_path))
+    read = {"train": data.train.texts, "test": data.test.texts, "validation": data.validation.texts if data.validation else []}
+    assert [split for split in ("train", "validation", "test") if f"{name} a" in read[split]] == splits
+    lines = describe(data, data.validation)
+    if splits:
+        assert f"{splits[0]}: {name} (2 rows)" in lines
+    else:
+        assert f"not read: {name} (its name begins with none of train, test, validation)" in lines
+
+
+def test_other_files_are_named_with_the_reason(tmp_path):
+    write(tmp_path, as_csv([("a", "x"), ("b", "y")]), "csv", as_csv([("c", "x")]))
+    (tmp_path / "train").mkdir()
+    for name in ("train.xlsx", "test.txt", "eval.csv", ".hidden.csv", "README.md", "train.parquet.gz", "train.pkl", "labels.txt"):
+        (tmp_path / name).write_bytes(b"x\ny\n" if name == "labels.txt" else b"x")
+    assert [line for line in describe(load_data(str(tmp_path))) if line.startswith("not read")] == [
+        "not read: eval.csv (may be test or validation; rename it), test.txt (no columns; write a CSV with a header), train (a folder), "
+        "train.parquet.gz (packed; unpack it), train.pkl (nothing is unpickled; write it as parquet), "
+        "train.xlsx (a spreadsheet; save it as CSV in UTF-8)"
+    ]
+
+
+@pytest.mark.parametrize("other", ["train_old.csv", "train copy.csv", "train-2.csv"])
+def test_copies_of_a_split_are_refused_and_a_few_repeated_texts_are_counted(tmp_path, other):
+    rows = [(f"text {i}", "ab"[i % 2]) for i in range(10)]
+    write(tmp_path, as_csv(rows), "csv", as_csv([("new", "a")]))
+    (tmp_path / other).write_bytes(as_csv([(f"text {i + 8}", "a") for i in range(6)]))  # two of six
+    data = load_data(str(tmp_path))
+    assert len(data.train) == 16
+    first, second = sorted(["train.csv", other])
+    sizes = {"train.csv": 10, other: 6}
+    assert f"train: {first} ({sizes[first]} rows), {second} ({sizes[second]} rows)" in describe(data)
+    assert f"warning: 2 of the {sizes[second]} texts in {second} are also in {first}" in describe(data)
+    (tmp_path / other).write_bytes(as_csv([(f"text {i + 7}", "a") for i in range(6)]))  # three of six
+    with pytest.raises(UserError, match=rf"3 of the {sizes[second]} texts in {second} are also in {first}.*; .*move it away"):
+        load_data(str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
@@ -174,6 +271,131 @@ def test_class_names_come_from_the_first_source_there_is(tmp_path, sources, name
     assert data.label_names == names and data.train.labels.tolist() == [0, 1, 1]
 
 
+def card(*infos: tuple[str | None, str], configs: str = "", column: str = "label") -> str:
+    """A dataset card; each info is a config's name and what stands under `names:`, block or flow."""
+    lines = ["---", configs.strip("\n"), "dataset_info:"]
+    for name, names in infos:
+        lines += [f"- config_name: {name}", "  features:"] if name else ["- features:"]
+        lines += [f"  - name: {column}", "    dtype:", "      class_label:", f"        names: {names}"]
+    return "\n".join([*filter(None, lines), "---", "# Mine", ""])
+
+
+TWO = [("one", "['p', 'q']"), ("two", "['r', 's']")]
+CARDS = {  # what `datasets` makes of it: the names, or an error. It reads a name as YAML and writes it as text, and so takes `no` for False;
+    # here it is the text that stands there.
+    "list": (card((None, "[neg, pos]")), ("neg", "pos")),
+    "mapping": (card((None, "{'1': pos, '0': neg}")), ("neg", "pos")),
+    "mapping, numbers": (card((None, "{1: pos, 0: neg}")), ("neg", "pos")),
+    "mapping of more than ten": (card((None, str({str(i): f"n{i}" for i in range(12)}))), tuple(f"n{i}" for i in range(12))),
+    "booleans": (card((None, "{'0': no, '1': yes}")), ("no", "yes")),
+    "more booleans": (card((None, "[off, On]")), ("off", "On")),
+    "numbers": (card((None, "[1.50, 007]")), ("1.50", "007")),
+    "null and a date": (card((None, "[null, 2020-01-01]")), ("null", "2020-01-01")),
+    "quotes and Chinese": (card((None, '["体育: 1", \'财经 \']')), ("体育: 1", "财经 ")),
+    "CRLF": (card((None, "[neg, pos]")).replace("\n", "\r\n"), ("neg", "pos")),
+    "the only config": (card(TWO[0]), ("p", "q")),
+    "config called default": (card(TWO[0], ("default", "[x, y]")), ("x", "y")),
+    "config called default, in configs": (card(TWO[0], ("default", "[x, y]"), configs="configs:\n- config_name: one\n- config_name: default"), ("x", "y")),
+    "config marked default": (card(*TWO, configs="configs:\n- config_name: one\n- config_name: two\n  default: true"), ("r", "s")),
+    "config marked with yes": (card(*TWO, configs="configs:\n- config_name: one\n  default: yes\n- config_name: two"), ("p", "q")),
+    "one config of several infos": (card(*TWO, configs="configs:\n- config_name: two"), ("r", "s")),
+    "no info of the default config": (card(TWO[0], configs="configs:\n- config_name: three"), ("0", "1")),
+    "all configs alike": (card(TWO[0], ("two", "{'0': p, '1': q}")), ("p", "q")),
+    "another column": (card((None, "[neg, pos]"), column="topic"), ("0", "1")),
+    "no features": ("---\ndataset_info:\n  splits: []\n---\n", ("0", "1")),
+    "a head of another kind": ("---\n- a\n- b\n---\n", ("0", "1")),
+    "broken, but without classes": ("---\nlicense: [\n---\n", ("0", "1")),
+    "several configs": (card(*TWO), "configs one and two .*--label-names or labels.txt"),
+    "several, one without names": (card(TWO[0], ("two", "")).replace("names: \n", "names: []\n").replace("names: []", "num_classes: 2"), "class names"),
+    "two default configs": (card(*TWO, configs="configs:\n- config_name: default\n- config_name: two\n  default: true"), "default and two are both"),
+    "a gap": (card((None, "{'0': neg, '2': pos}")), "none for index 1 of 2; number them"),
+    "from one on": (card((None, "{'1': neg, '2': pos}")), "none for index 0"),
+    "keys are no indices": (card((None, "{neg: 0, pos: 1}")), "none for index 0"),
+    "a text": (card((None, "neg pos")), "neither a list of names nor"),
+    "a list in a list": (card((None, "[[neg, pos]]")), "neither a list of names nor"),
+    "nothing": (card((None, "")), "neither a list of names nor"),
+    "one name": (card((None, "[neg]")), "'neg' are not two or more"),
+    "a name twice": (card((None, "[neg, neg]")), "different names"),
+    "an empty name": (card((None, "[neg, '']")), "different names"),
+    "features are a mapping": ("---\ndataset_info:\n  features:\n    label:\n      class_label: {names: [a, b]}\n---\n", "features is not a list"),
+    "info is a text": ("---\ndataset_info: class_label\n---\n", "dataset_info is not a list"),
+    "configs are a text": ("---\nconfigs: mine\n---\n", "configs is not a list"),
+    "broken": ("---\nclass_label: [\n---\n", "not valid YAML"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CARDS)
+def test_class_names_of_a_card_are_those_of_the_default_config_as_text(tmp_path, case):
+    content, expected = CARDS[case]
+    names = expected if isinstance(expected, tuple) else "ab"
+    write(tmp_path, as_csv([(f"text {i}", i) for i in range(len(names))]), "csv")
+    (tmp_path / "README.md").write_bytes(content.encode())
+    if expected is names:
+        assert load_data(str(tmp_path)).label_names == expected
+    else:
+        with pytest.raises(UserError, match=rf"README.md\W.*{expected}") as error:
+            load_data(str(tmp_path))
+        assert "; " in str(error.value) and "\n" not in str(error.value)
+        if "name" in expected and "configs" not in expected:  # another source of names is a way around them
+            assert load_data(str(tmp_path), label_names=("a", "b")).label_names == ("a", "b")
+
+
+def test_parquet_files_must_agree_about_the_class_names(tmp_path):
+    metadata = [
+        {"huggingface": json.dumps({"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}})}
+        for names in (["neg", "pos"], ["pos", "neg"])
+    ]
+    rows = [("a", 0), ("b", 1)]
+    write(tmp_path, as_parquet(rows, metadata[0]), "parquet", as_parquet(rows, metadata[1]))
+    with pytest.raises(UserError, match=r"test.parquet and train.parquet do not have the same class names; .*--label-names"):
+        load_data(str(tmp_path))
+    write(tmp_path, as_parquet(rows, metadata[0]), "parquet", as_parquet(rows))
+    assert load_data(str(tmp_path)).label_names == ("neg", "pos")
+
+
+DATA_FILES = {  # what a card's default config says: the files of train and test that `datasets` reads
+    "[{split: train, path: b/train.csv}, {split: test, path: b/test.csv}]": ("b/train.csv", "b/test.csv"),
+    "[{split: train, path: [b/*.csv]}, {split: test, path: ./test.csv}]": ("b/test.csv, b/train.csv", "test.csv"),
+    "{train: b/train.csv, test: test.csv, extra: b/test.csv}": ("b/train.csv", "test.csv"),
+    "[{split: train, path: 'b/**'}, {split: test, path: test.csv}]": ("b/test.csv, b/train.csv", "test.csv"),
+    "": ("train.csv", "test.csv"),
+    "[{split: train, path: c/train.csv}, {split: test, path: test.csv}]": "name c/train.csv for the train split, which is not here",
+    "[{split: train, path: train.csv}]": "no test split .*test.csv .README.md's data_files do not name it.*; .*--test-size",
+    "b/train.csv": "no test split",
+    "[{split: train, path: train.csv}, {split: train, path: b/train.csv}]": "name a split twice",
+    "[{split: validation, path: train.csv}, {split: dev, path: b/train.csv}]": "name the validation split twice",
+    "[{path: train.csv}]": "not as `datasets` writes them",
+    "[[train.csv]]": "not as `datasets` writes them",
+    "[{split: train, path: ../train.csv}]": "../train.csv, which is outside",
+    "[{split: train, path: 'https://host/train.csv'}]": "https://host/train.csv, which is outside",
+}
+
+
+@pytest.mark.parametrize("data_files", DATA_FILES)
+def test_a_card_says_which_files_are_the_splits(tmp_path, data_files):
+    for folder in (tmp_path, tmp_path / "b"):
+        rows = [[(f"{folder.name} {split} {x}", x) for x in "xy"] for split in ("train", "test")]
+        write(folder, as_csv(rows[0]), "csv", as_csv(rows[1]))
+    head = "configs:\n- config_name: one\n  data_files: none.csv\n- config_name: two\n  default: true\n"
+    head += f"  data_files: {data_files}\n" if data_files else ""
+    (tmp_path / "README.md").write_text(f"---\n{head}---\n")
+    expected = DATA_FILES[data_files]
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            load_data(str(tmp_path))
+        return
+    lines = describe(load_data(str(tmp_path)))
+    for split, files in zip(("train", "test"), expected, strict=True):
+        assert f"{split}: " + ", ".join(f"{file} (2 rows)" for file in files.split(", ")) in lines
+
+
+def test_a_card_may_name_a_folder(tmp_path):
+    write(tmp_path, as_csv([("a", "x"), ("b", "y")]), "csv")
+    write(tmp_path / "b" / "data", as_csv([("c", "x"), ("d", "y")]), "csv")
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_dir: ./b\n---\n")
+    assert load_data(str(tmp_path)).train.texts == ["c", "d"]
+
+
 @pytest.mark.parametrize(
     ("labels", "given", "names", "indices"),
     [
@@ -203,6 +425,37 @@ def test_labels_are_names_or_indices(tmp_path, labels, given, names, indices):
         assert (data.label_names, data.train.labels.tolist()) == (names, indices), kind
 
 
+FORMATS = {"parquet": as_parquet, "csv": as_csv, "jsonl": as_jsonl}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("names", [None, ("None", "a", "b"), ("nan", "None", "a", "b")], ids=str)
+def test_a_class_may_be_called_none_but_a_label_that_no_class_has_is_an_error(tmp_path, kind, names):
+    train = [("t", "None"), ("u", "a"), ("v", "b")]
+    data = load_data(str(write(tmp_path / "good", FORMATS[kind](train), kind, FORMATS[kind](train))), label_names=names)
+    assert [data.label_names[i] for i in data.test.labels] == ["None", "a", "b"]
+    unknown = [("typo!", "'typo!'"), ("none", "'none'"), ("A", "'A'")]
+    for i, (label, message) in enumerate([*((empty, "label is empty") for empty in (None, "", " ")), *unknown]):
+        folder = write(tmp_path / str(i), FORMATS[kind](train), kind, FORMATS[kind]([*train, ("w", label)]))
+        place = {"parquet": "test.parquet, row 3", "csv": "test.csv, line 5", "jsonl": "test.jsonl, line 4"}[kind]
+        with pytest.raises(UserError, match=f"{place}: .*{message}"):
+            load_data(str(folder), label_names=names)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), [], {}, ["a"]], ids=str)
+def test_a_value_that_is_no_label_is_an_error(tmp_path, value):
+    write(tmp_path, as_jsonl([("t", "None"), ("u", "a")]), "jsonl", as_jsonl([("t", "None"), ("w", value)]))
+    with pytest.raises(UserError, match=r"test.jsonl, line 2: (the label is empty|label .* is neither)"):
+        load_data(str(tmp_path))
+
+
+def test_a_whole_number_is_the_same_label_however_it_is_written(tmp_path):
+    # pandas writes 3 as 3.0 where the column had a hole once: in one file, and not in the other.
+    write(tmp_path, as_jsonl([("a", 1.0), ("b", 3.0), ("c", 10)]), "jsonl", as_jsonl([("d", 3), ("e", "10"), ("f", 1.0)]))
+    data = load_data(str(tmp_path))
+    assert data.label_names == ("1", "3", "10") and data.test.labels.tolist() == [1, 2, 0]
+
+
 def test_a_class_without_training_rows_is_a_class_where_names_say_so(tmp_path):
     data = load_data(str(write(tmp_path, as_csv([("a", 0), ("b", 2)]), "csv", as_csv([("c", 1)]))), label_names=("x", "y", "z"))
     assert data.train.labels.tolist() == [0, 2] and data.test.labels.tolist() == [1]
@@ -221,7 +474,9 @@ def test_the_shared_data_sets_load(shared):
 
 
 def test_synthetic_texts_are_the_same_in_every_process():
-    assert synthetic().fingerprint() == {
+    fingerprint = synthetic().fingerprint()
+    assert fingerprint.pop("label_names")
+    assert fingerprint == {
         "train": "a0020b31706a73be7dce83f745ec7e89e1a911ec5a6a0a663c04f9f6225f6223",
         "test": "0ced54394e99d23946317ac2d37db9d195f65427f99b7aac2ce986471d007b54",
     }
@@ -314,6 +569,102 @@ def test_split_data_holds_out_then_cuts():
     assert np.bincount(cut.train.labels).tolist() == [12, 8] and np.bincount(cut.test.labels).tolist() == [2, 2]
     assert set(cut.train.texts) <= set(rest.train.texts)
     assert split_data(data, max_train_rows=1000, max_eval_rows=1000)[0].fingerprint() == data.fingerprint()
+
+
+@pytest.mark.parametrize(("size", "rows"), [(10, 10), (0.1, 10), (0.07, 7), (0.001, 1), (0.101, 11), (99, 99), (0.985, 99)])
+def test_a_share_below_one_is_rounded_up(size, rows):
+    data = Data(make_split([60, 40]), make_split([10, 10], seed=1), ("a", "b"))
+    rest, validation = split_data(data, validation_size=size)
+    assert (len(validation), len(rest.train)) == (rows, 100 - rows)
+
+
+@pytest.mark.parametrize("size", [20, 0.2])
+def test_a_test_split_is_held_out_of_the_training_rows(tmp_path, size):
+    texts = [(f"text {i}", "ab"[i % 5 < 2]) for i in range(100)]  # 60 of a, 40 of b
+    for folder, rows in (("one", texts), ("other", texts[::-1])):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.csv").write_bytes(as_csv(rows))
+    data = load_data(str(tmp_path / "one"), test_size=size)
+    assert np.bincount(data.train.labels).tolist() == [48, 32] and np.bincount(data.test.labels).tolist() == [12, 8]
+    for split in (data.train, data.test):
+        assert split.texts == [f"text {row}" for row in split.rows]  # rows are numbered as in the file
+    assert sorted([*data.train.rows, *data.test.rows]) == [*range(100)]
+    assert set(load_data(str(tmp_path / "other"), test_size=size).test.texts) == set(data.test.texts)  # whatever the order
+    assert "test: 20 of the training rows, held out by --test-size" in describe(data)
+    rest, validation = split_data(data, validation_size=0.25)
+    assert (len(rest.train), len(validation), rest.test) == (60, 20, data.test)
+
+
+def test_validation_files_are_the_validation_split(tmp_path):
+    write(tmp_path, as_csv([(f"text {i}", i % 2) for i in range(10)]), "csv", as_csv([("t", 0)]))
+    (tmp_path / "dev.csv").write_bytes(as_csv([(f"dev {i}", i % 2) for i in range(6)]))
+    data, validation = split_data(load_data(str(tmp_path)))
+    assert validation.texts == [f"dev {i}" for i in range(6)] and len(data.train) == 10
+    assert "validation: dev.csv (6 rows)" in describe(data, validation)
+    cut, validation = split_data(load_data(str(tmp_path)), max_eval_rows=4)
+    assert np.bincount(validation.labels).tolist() == [2, 2] and cut.validation == validation
+    with pytest.raises(UserError, match="--validation-size: the data has a validation split; leave the flag out"):
+        split_data(data, validation_size=2)
+    (tmp_path / "dev.csv").write_bytes(as_csv([("dev", 2)]))
+    with pytest.raises(UserError, match=r"dev.csv, line 2: label '2' is none of the 2 classes"):
+        load_data(str(tmp_path))
+
+
+def test_a_fingerprint_matches_the_same_rows_and_classes():
+    splits = make_split([3, 3]), make_split([2, 2], seed=1)
+    data = Data(*splits, ("a", "b"))
+    saved = json.loads(json.dumps(data.fingerprint()))
+    assert data.matches(saved) and data.matches({"train": saved["train"], "test": saved["test"]})  # an older run's
+    assert not Data(*splits, ("b", "a")).matches(saved)
+    assert not Data(*splits[::-1], ("a", "b")).matches(saved)
+    validated = Data(*splits, ("a", "b"), validation=splits[1])
+    assert not validated.matches(saved) and not data.matches(validated.fingerprint())
+    assert not validated.matches({"train": saved["train"], "test": saved["test"]})  # a run that chose no step by it
+
+
+# What a run says of its data.
+
+
+def described(train: list[tuple[str, str]], test: list[tuple[str, str]], validation: list[tuple[str, str]] = (), names=None):
+    names = names or sorted({label for _, label in train})
+    splits = [Split([t for t, _ in rows], np.array([names.index(x) for _, x in rows], np.int64), np.arange(len(rows)))
+              for rows in (train, test, validation)]  # fmt: skip
+    return describe(Data(*splits[:2], tuple(names)), splits[2] if validation else None)
+
+
+def rows_of(**counts: int) -> list[tuple[str, str]]:
+    return [(f"{name} {i}", name) for name, count in counts.items() for i in range(count)]
+
+
+def test_a_run_tells_its_classes_and_their_rows():
+    assert described(rows_of(a=5, b=3), [("t", "a")]) == ["2 classes, training rows of each: a 5, b 3"]
+    many = described(rows_of(**{f"n{i:02}": 20 + (i * 7) % 12 for i in range(12)}), [("t", "n00")])
+    assert many == ["12 classes, training rows of each: 20 to 31, the fewest n00 20, n07 21, n02 22, n09 23, n04 24"]
+
+
+def test_a_run_warns_of_what_looks_wrong_with_its_classes():
+    lines = described(rows_of(a=5, b=2, c=1), [("t", "a")], names=["a", "b", "c", "d"])
+    assert lines[1:] == ["warning: 3 classes have two training rows or fewer: 'b', 'c', 'd'"]
+    ids = described(rows_of(**{f"id{i}": 1 for i in range(300)}), [("t", "id0")])
+    assert ids[1:] == ["warning: 300 classes for 300 training rows; is --label-column the right one?"]
+    alike = [(f"{name} {i}", name) for name in ("good", "Good", "good ", "bad", "b ad") for i in range(3)]
+    assert described(alike, [("t", "bad")])[1:] == [
+        "warning: the classes 'Good', 'good', 'good ' differ in case or blanks alone; are they one?"
+    ]
+    broken = described([(f"{name} {i}", name) for name in ("good\nnews", "bad") for i in range(3)], [("t", "bad")])
+    assert broken == [
+        "2 classes, training rows of each: bad 3, good news 3",
+        r"warning: class names with line breaks: 'good\nnews'",
+    ]
+
+
+def test_a_run_warns_of_texts_in_two_splits():
+    train, test = rows_of(a=3, b=3), [("a 0", "a"), ("a 0", "b"), ("b 2", "b"), ("new", "a")]
+    assert described(train, test, [("new", "a"), ("b 1", "b")])[1:] == [
+        "warning: 3 of the 4 test texts also occur in train; a score on them says nothing about new texts",
+        "warning: 1 of the 2 validation texts also occur in train; a score on them says nothing about new texts",
+        "warning: 1 of the 4 test texts also occur in validation; a score on them says nothing about new texts",
+    ]
 
 
 @pytest.mark.parametrize(("num_rows", "batch"), [(10, 3), (12, 3), (5, 8), (7, 1), (1, 1)])

@@ -6,6 +6,7 @@ Every case is a working call of train_bert.py with one thing wrong. As tests oft
 path below a file stands in for one that cannot be written.
 """
 
+import gzip
 import json
 import shutil
 import subprocess
@@ -96,6 +97,32 @@ def test_the_call_that_the_cases_spoil_works(here):
     assert (here / "out" / "results.json").is_file()
 
 
+def test_a_run_says_what_it_read_and_chooses_its_step_on_validation_files(here, capsys):
+    (here / "data" / "val_1.csv").write_text(CSV.replace("text ", "validation text "))
+    (here / "data" / "trainer_log.csv").write_text(CSV)
+    train_bert.main(call("--eval-every", "1"))
+    assert capsys.readouterr().out.splitlines()[:6] == [
+        "train: train.csv (8 rows)",
+        "test: test.csv (8 rows)",
+        "validation: val_1.csv (8 rows)",
+        "not read: trainer_log.csv (its name begins with none of train, test, validation)",
+        "2 classes, training rows of each: bad 4, good 4",
+        "warning: 8 of the 8 test texts also occur in train; a score on them says nothing about new texts",
+    ]
+    results = json.loads((here / "out" / "results.json").read_text())
+    assert results["best_step_on_validation"] in (1, 2)
+
+
+def test_a_file_without_a_test_split_and_shares(here):
+    (here / "data" / "test.csv").unlink()
+    train_bert.main(call("--test-size", "0.25", "--validation-size", "0.25"))
+    assert json.loads((here / "out" / "results.json").read_text())["num_test_rows"] == 2
+    info = json.loads((here / "out" / "run.json").read_text())
+    assert info["num_train_rows"] == 4  # 8, less 2, less a quarter of 6
+    (here / "out" / "results.json").unlink()
+    train_bert.main(["--resume", "out"])  # the same rows are held out again
+
+
 # Flags.
 
 FLAGS = {  # flags -> parts of the message
@@ -106,7 +133,7 @@ FLAGS = {  # flags -> parts of the message
     "--data no/such-data": ["--data", "no/such-data", "hub", "network", "--data DIR"],
     "--data ./nowhere": ["--data", "./nowhere", "directory", "hub", "check the name"],
     "--data /nowhere/at/all": ["--data", "/nowhere/at/all", "existing directory or a hub id"],
-    "--data model": ["model", "train*.csv", "add one"],
+    "--data model": ["model", "no train split", "train.csv, .tsv", "not counted: config.json", "add one"],
     "--text-column body": ["train.csv", "'body'", "text, label", "--text-column"],
     "--label-column class": ["train.csv", "'class'", "text, label", "--label-column"],
     "--label-names good": ["--label-names", "'good'", "two or more"],
@@ -117,6 +144,11 @@ FLAGS = {  # flags -> parts of the message
     "--max-length 2": ["--max-length", "2", "at least 3"],
     "--validation-size 8": ["--validation-size", "8", "pass less"],
     "--validation-size 9": ["--validation-size", "9", "8", "pass less"],
+    "--validation-size 0.99": ["--validation-size", "8", "pass less"],
+    "--validation-size 2.5": ["--validation-size", "2.5", "whole number", "share below 1"],
+    "--validation-size inf": ["--validation-size", "inf", "finite"],
+    "--test-size 4": ["--test-size", "data has a test split (test.csv)", "leave the flag out"],
+    "--data synthetic --test-size 4": ["--test-size", "synthetic", "leave the flag out"],
     "--validation-size -1": ["--validation-size", "-1", "at least 0"],
     "--device tpu": ["--device", "'tpu'", "cpu, cuda or cuda:N"],
     "--device nonsense": ["--device", "'nonsense'", "cpu, cuda or cuda:N"],
@@ -166,9 +198,9 @@ def test_endless_epochs(here):
     check(here, argv, ["--epochs", "inf"])
 
 
-@pytest.mark.parametrize("flag", ["--data", "--model"])
-def test_a_file_is_no_directory(flag, here):
-    check(here, call(flag, str(here / "data" / "train.csv")), [flag, "train.csv", "existing directory"])
+def test_a_file_is_no_directory(here):
+    check(here, call("--model", str(here / "data" / "train.csv")), ["--model", "train.csv", "existing directory"])
+    check(here, call("--data", "data/train.csv"), ["--data: data/train.csv is a file", "pass the directory", "--data data"])
 
 
 def test_a_run_on_resume_takes_no_other_settings(here):
@@ -187,6 +219,12 @@ def not_utf8(*values: bytes) -> pa.Array:
     return pa.array(values, pa.binary()).view(pa.string())  # arrow itself does not look
 
 
+def twice() -> bytes:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array([0]), pa.array([1])], names=["text", "label", "label"])
+    pq.write_table(table, out := pa.BufferOutputStream())
+    return out.getvalue().to_pybytes()
+
+
 GOOD = parquet({"text": ["a", "b"], "label": ["bad", "good"]})
 DATA = {  # what is wrong: (file, content, parts of the message); other files of the split are taken away
     "empty csv": ("train.csv", b"", ["train.csv", "no column 'text'", "--text-column"]),
@@ -195,34 +233,56 @@ DATA = {  # what is wrong: (file, content, parts of the message); other files of
     "empty jsonl": ("train.jsonl", b"\n", ["train.jsonl", "no rows"]),
     "empty parquet": ("train.parquet", b"", ["train.parquet", "not a readable parquet file", "write it again"]),
     "parquet without rows": ("train.parquet", parquet({"text": pa.array([], pa.string()), "label": pa.array([], pa.int64())}), ["no rows"]),
-    "no format of ours": ("train.txt", b"a\n", ["data", "train*.csv", "add one"]),
+    "no format of ours": ("train.txt", b"a\n", ["data", "no train split", "not counted: train.txt (no columns", "add one"]),
     "torn parquet": ("train.parquet", GOOD[:-20], ["train.parquet", "not a readable parquet file", "write it again"]),
     "scribbled parquet": ("train.parquet", GOOD[:4] + b"\xff" * 40 + GOOD[44:], ["train.parquet", "not a readable parquet file"]),
     "csv named parquet": ("train.parquet", CSV.encode(), ["train.parquet", "not a readable parquet file"]),
-    "parquet named csv": ("train.csv", GOOD, ["train.csv, line", "UTF-8"]),
+    "parquet named csv": ("train.csv", GOOD, ["train.csv", "a parquet file, not text", "name"]),
+    "spreadsheet named csv": ("train.csv", b"PK\3\4" + bytes(40), ["train.csv", "spreadsheet", "save it as CSV"]),
+    "torn gzip": ("train.csv.gz", gzip.compress(CSV.encode())[:-9], ["train.csv.gz", "not a readable gzip file", "write it again"]),
+    "gzip by name alone": ("train.csv.gz", b"\x1f\x8bno", ["train.csv.gz", "not a readable gzip file", "write it again"]),
     "other columns": ("train.parquet", parquet({"sentence": ["a"], "label": [0]}), ["train.parquet", "'text'", "sentence", "--text-column"]),
     "other columns in a row": ("train.jsonl", b'{"text": "a", "label": 0}\n{"text": "b"}\n', ["line 2", "'label'", "--label-column"]),
-    "semicolons": ("train.csv", b"text;label\na;good\n", ["train.csv", "'text'", "text;label"]),
-    "text is no text": ("train.jsonl", b'{"text": "a", "label": 0}\n{"text": 3, "label": 1}', ["train.jsonl, line 2", "3", "mend"]),
-    "text is null": ("train.parquet", parquet({"text": ["a", None], "label": [0, 1]}), ["train.parquet, row 1", "None", "mend"]),
+    "no header": ("train.csv", b"Works well,good\nBroke,bad\n", ["train.csv", "'text'", "Works well, good", "first line names the columns"]),
+    "columns with other names": ("train.csv", b"Text;label\na;good\n", ["train.csv", "'text'", "Text, label", "--text-column"]),
+    "separated by bars": ("train.csv", b"text|label\na|good\n", ["train.csv", "'text'", "text|label", "--text-column"]),
+    "semicolons below commas": ("train.csv", b"text,label\na;good\n", ["train.csv, line 2", "1 fields", "2"]),
+    "a comma or a semicolon": ("train.csv", b"text,label,x;text;label\na,b\n", ["train.csv", "separated by ',' and ';'", "keep one"]),
+    "a column twice": ("train.csv", b"text,label,text\na,good,b\n", ["train.csv", "2 columns", "'text'", "rename"]),
+    "a parquet column twice": ("train.parquet", twice(), ["train.parquet", "2 columns", "'label'", "rename"]),
+    "text is no text": ("train.jsonl", b'{"text": "a", "label": 0}\n{"text": 3, "label": 1}', ["train.jsonl, line 2", "3", "fix"]),
+    "text is null": ("train.parquet", parquet({"text": ["a", None], "label": [0, 1]}), ["train.parquet, row 1", "None", "fix"]),
     "empty label": ("train.csv", CSV.encode() + b"more,\n", ["train.csv, line 10", "label is empty", "drop the row"]),
     "label not a number": ("train.jsonl", b'{"text": "a", "label": 0}\n{"text": "b", "label": NaN}', ["train.jsonl, line 2", "label is empty"]),
     "null label": ("train.parquet", parquet({"text": ["a", "b"], "label": [0, None]}), ["train.parquet, row 1", "label is empty"]),
     "list of labels": ("train.jsonl", b'{"text": "a", "label": ["good", "bad"]}', ["train.jsonl, line 1", "['good', 'bad']"]),
-    "label only in test": ("test.csv", CSV.encode() + b"more,ugly\n", ["test.csv, line 10", "'ugly'", "bad, good", "mend"]),
-    "latin-1": ("train.csv", CSV.encode() + "café,good\n".encode("latin-1"), ["train.csv, line 10", "UTF-8", "convert"]),
-    "utf-16": ("train.csv", CSV.encode("utf-16"), ["train.csv, line 1", "UTF-8", "convert"]),
+    "label only in test": ("test.csv", CSV.encode() + b"more,ugly\n", ["test.csv, line 10", "'ugly'", "bad, good", "fix"]),
+    "latin-1": ("train.csv", CSV.encode() + "café,good\n".encode("latin-1"), ["train.csv, line 10", "UTF-8", "WINDOWS-1252", "convert"]),
+    "utf-16": ("train.csv", CSV.encode("utf-16"), ["train.csv, line 1", "UTF-8", "UTF-16", "convert"]),
+    "utf-16 without a mark": ("train.csv", CSV.encode("utf-16-le"), ["train.csv, line 1", "UTF-8", "UTF-16LE", "convert"]),
+    "test without labels": ("test.csv", b"text,id\na,1\n", ["test.csv", "'label'", "--label-column", "minicls predict"]),
+    "test with empty labels": ("test.csv", b"text,label\na,\nb, \n", ["test.csv", "none of its rows has a label", "minicls predict"]),
+    "test with labels of -1": ("test.csv", b"text,label\na,-1\nb,-1\n", ["test.csv, line 2", "-1", "minicls predict"]),
+    "one class": ("train.csv", b"text,label\na,good\nb,good\n", ["data", "'label'", "all 'good'", "two classes or more"]),
+    "no test split": ("test.xlsx", b"PK\3\4", ["data", "no test split", "test.xlsx (a spreadsheet", "--test-size 0.2"]),
+    "columns of a data frame": ("train.json", b'{"text": {"0": "a"}, "label": {"0": "good"}}', ["train.json, line 1", "{'0': 'a'}", "fix"]),
+    "json over several lines": ("train.json", b'{\n"text": "a",\n"label": "good"}', ["train.json, line 1", "not valid JSON", "array of objects"]),
+    "broken array": ("train.json", b'[{"text": "a", "label": "bad"},', ["train.json", "not valid JSON", "fix it"]),
+    "array of lists": ("train.json", b'[["a", "good"]]', ["train.json, item 1", "not a JSON object"]),
+    "array of texts": ("train.json", b'["a", "good"]', ["train.json, item 1", "not a JSON object"]),
+    "array with a column missing": ("train.json", b'[{"text": "a", "label": 0}, {"text": "b"}]', ["train.json, item 2", "'label'"]),
+    "broken text in UTF-8": ("train.csv", ("text,label\n股票下跌,财经\n" * 3).encode() + b"\xe8\x82,x\n", ["train.csv, line 7", "most of the file is", "drop the row"]),
     "latin-1 jsonl": ("train.jsonl", b'{"text": "a", "label": 0}\n{"text": "\xe9", "label": 1}', ["train.jsonl, line 2", "UTF-8", "convert"]),
     "text not UTF-8 in parquet": ("train.parquet", parquet({"text": not_utf8(b"a", b"\xff"), "label": [0, 1]}), ["row 1", "UTF-8", "convert"]),
     "label not UTF-8 in parquet": ("train.parquet", parquet({"text": ["a", "b"], "label": not_utf8(b"a", b"\xff")}), ["row 1", "UTF-8"]),
-    "half a character": ("train.jsonl", b'{"text": "a", "label": "bad"}\n{"text": "\\ud83d", "label": "good"}', ["train.jsonl, line 2", "mend"]),
+    "half a character": ("train.jsonl", b'{"text": "a", "label": "bad"}\n{"text": "\\ud83d", "label": "good"}', ["train.jsonl, line 2", "fix"]),
     "field too many": ("train.csv", CSV.encode() + b"one, two,good\n", ["train.csv, line 10", "3 fields", "2", "quote"]),
     "field too few, after a long row": ("train.csv", b'text,label\n"two\nlines",good\nalone\n', ["train.csv, line 4", "1 fields", "2"]),
     "unclosed quote": ("train.csv", CSV.encode() + b'"open,good\nnext,bad\n', ["train.csv, line 10", "not valid CSV", "quote"]),
     "text after a quote": ("train.csv", CSV.encode() + b'"a"b,good\n', ["train.csv, line 10", "not valid CSV", "quote"]),
     "quote in the header": ("train.csv", b'"text,label\na,good\nb","bad"\nc,bad\n', ["train.csv", "'text'", "--text-column"]),
-    "broken json": ("train.jsonl", b'{"text": "a", "label": 0}\n\n{"text": "b", "label": \n', ["train.jsonl, line 3", "not valid JSON", "mend"]),
-    "json array": ("train.jsonl", b'[{"text": "a", "label": 0}]\n', ["train.jsonl, line 1", "one object a line"]),
+    "broken json": ("train.jsonl", b'{"text": "a", "label": 0}\n\n{"text": "b", "label": \n', ["train.jsonl, line 3", "not valid JSON", "fix"]),
+    "json array": ("train.jsonl", b'[{"text": "a", "label": 0}]\n', ["train.jsonl", "name it .json", "one object a line"]),
     "labels.txt of one class": ("labels.txt", b"good\n", ["labels.txt", "'good'", "two or more"]),
     "labels.txt with a name twice": ("labels.txt", b"bad\ngood\nbad\n", ["labels.txt", "'bad good bad'", "different"]),
     "labels.txt with a blank line": ("labels.txt", b"bad\n\ngood\n", ["labels.txt", "'bad  good'", "different"]),
@@ -268,7 +328,42 @@ def test_a_label_that_only_the_test_rows_have(here):
     check(here, call(), ["test.csv", "line 3", "'0'", "1, 2, 3"])
 
 
-@pytest.mark.parametrize("other", ["train.jsonl", "train-more.parquet", "data/train.csv"])
+CHINESE = "text,label\n" + "股票下跌，投资者担心。,财经\n球队获胜 3:0,体育\n" * 3
+FRENCH = "text,label\nLe résumé de l'élève était très détaillé à Noël,éducation\n“quoted” – or not,good\n" * 2
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding"),
+    [
+        (CHINESE, "gb18030"),
+        (CHINESE, "gbk"),
+        (CHINESE, "utf-16"),
+        (CHINESE, "utf-16-le"),
+        (CHINESE, "utf-16-be"),
+        (FRENCH, "utf-16-be"),
+        (FRENCH, "cp1252"),
+    ],
+)
+@pytest.mark.parametrize("name", ["train.csv", "train it's.csv", "train.csv.gz"])
+def test_the_command_that_an_encoding_error_names_makes_the_file_readable(content, encoding, name, here):
+    (here / "data" / "train.csv").unlink()
+    (here / "data" / "test.csv").write_text(content, encoding="utf-8")
+    file, pack = here / "data" / name, gzip.compress if name.endswith("gz") else bytes
+    file.write_bytes(pack(content.encode(encoding)))
+    with pytest.raises(UserError, match="not UTF-8") as error:
+        load_data("data")
+    subprocess.run(str(error.value).split("convert it: ")[1], shell=True, check=True)
+    assert load_data("data").train.texts == load_data("data").test.texts
+
+
+def test_an_encoding_that_nothing_tells_is_not_guessed(here):
+    (here / "data" / "train.csv").write_bytes("text,label\nПривет как дела,хорошо\n".encode("cp1251"))
+    check(here, call(), ["train.csv, line 2", "not UTF-8", "editor tells the encoding", "iconv -f E "])
+
+
+@pytest.mark.parametrize(
+    "other", ["Train.csv", "training.csv", "train.tsv", "train.csv.gz", "train.jsonl", "train-more.parquet", "data/train.csv"]
+)
 def test_two_kinds_of_one_split(other, here):
     (here / "data" / "data").mkdir()
     (here / "data" / other).write_bytes(b"x")
@@ -405,6 +500,7 @@ RUN = {
     "broken run.json": (cut("run/run.json", 100), ["run/run.json", "not a readable run.json"]),
     "settings of another script": (change("run/run.json", settings={"head": "options"}), ["run/run.json", "head", "another script"]),
     "other rows": (write("data/train.csv", CSV.replace("text 3", "text three").encode()), ["--data", "data", "run", "new run"]),
+    "a validation split more": (write("data/dev.csv", CSV.encode()), ["--data", "data", "run", "rows or classes", "new run"]),
     "no data": (lambda: shutil.rmtree("data"), ["--data", "data"]),
     "no state.json": (remove(f"{CHECKPOINT}/state.json"), [CHECKPOINT, "not a whole checkpoint", "delete it"]),
     "torn state.json": (cut(f"{CHECKPOINT}/state.json", 10), [CHECKPOINT, "not a whole checkpoint", "delete it"]),

@@ -17,11 +17,36 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the bottom to the top: a module imports only what stands before it. A new module gets its place here; some wait to
 # be written.
-ORDER = """
-    __init__ config attention kernels bert decoder optim metrics dist batch tokenizer data prompt weights
-    logger checkpoint scorer generate predict engines report plots comparison baseline __main__
-    train_bert train_qwen bench
-""".split()
+ORDER = [
+    "__init__",
+    "config",
+    "attention",
+    "kernels",
+    "bert",
+    "decoder",
+    "optim",
+    "metrics",
+    "dist",
+    "batch",
+    "tokenizer",
+    "data",
+    "prompt",
+    "weights",
+    "logger",
+    "checkpoint",
+    "scorer",
+    "generate",
+    "predict",
+    "engines",
+    "report",
+    "plots",
+    "comparison",
+    "baseline",
+    "__main__",
+    "train_bert",
+    "train_qwen",
+    "bench",
+]
 MODELS = ["bert", "decoder"]
 OPTIONAL = {"transformers", "sklearn", "threadpoolctl", "vllm", "matplotlib", "tensorboard", "accelerate", "onnxruntime"}
 
