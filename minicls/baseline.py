@@ -25,8 +25,9 @@ import numpy as np
 import torch
 
 from minicls import checkpoint, dist, plots, report, weights
+from minicls.batch import length_batches, pack
 from minicls.config import UserError, parse, setting
-from minicls.data import Split, length_batches, load_data, pack, split_data, stratified_rows
+from minicls.data import Split, load_data, split_data, stratified_rows
 from minicls.logger import Logger
 from minicls.predict import EVAL_TOKENS
 from minicls.tokenizer import Tokenizer, bert_rows, load_tokenizer

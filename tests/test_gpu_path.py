@@ -4,9 +4,13 @@ python -m pytest tests/test_gpu_path.py
 """
 
 import inspect
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from test_bert import make_model as make_bert
 from test_bert import naive_attention
 from test_decoder import make_model, random_rows
@@ -139,3 +143,19 @@ def test_scoring_and_decoding_need_no_graph_break(dtype):
                 score(forward, questions, options, CPU), score(model, questions, options, CPU), rtol=1e-3, atol=1e-3
             )
     assert generate(forward, random_rows(MIXED), 6, [], CPU) == generate(model, random_rows(MIXED), 6, [], CPU)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [["environment", "scoring_check", "bert_training", "single_requests"], pytest.param([], marks=pytest.mark.slow)],
+    ids=["some", "all"],
+)
+def test_the_script_for_a_gpu_runs_on_a_cpu(sections, tmp_path):
+    only = ["--only", *sections] if sections else []
+    command = [sys.executable, str(ROOT / "results" / "gpu.py"), "--smoke", *only, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = tmp_path.glob("smoke-torch-*.json")
+    result = json.loads(file.read_text())
+    assert result["wrong"] == [] and result["seconds"].keys() >= {*sections, "all"}
+    assert result["Qwen3-0.6B, minicls, score, one at a time"]["requests_per_second"] > 0
