@@ -178,6 +178,8 @@ def exists(item: str) -> bool:
 
 def read_rows(file: Path, text_column: str) -> list[tuple[str, dict]]:
     """A file's texts, each with all columns of its row. Raises UserError where there is no such column, or no text in it."""
+    if file.is_dir():
+        raise UserError(f"{file}: a folder; pass the files in it")
     texts = read_texts(file, text_column)
     name = file.name.lower()
     kind = name.removesuffix(".gz").rpartition(".")[2]
@@ -192,7 +194,8 @@ def read_rows(file: Path, text_column: str) -> list[tuple[str, dict]]:
             lines = (line for line in content.split("\n") if line.strip())
             rows = json.loads(content) if content.lstrip().startswith("[") else [json.loads(line) for line in lines]
         else:
-            options = (csv.reader(io.StringIO(content, newline=""), delimiter=delimiter) for delimiter in ",\t;")
+            order = "\t,;" if kind == "tsv" else ",;\t"
+            options = (csv.reader(io.StringIO(content, newline=""), delimiter=delimiter) for delimiter in order)
             reader = next(reader for reader in options if text_column in (header := next(reader)))
             rows = [dict(zip(header, row, strict=True)) for row in reader if row]
     else:
@@ -282,14 +285,14 @@ def csv_lines(
     own = dict.fromkeys(name for _, row in rows for name in row)
     names = [f"input_{name}" if name in columns else name for name in own] + [*columns]
     line = io.StringIO()
-    writer = csv.DictWriter(line, names, lineterminator="")
+    writer = csv.DictWriter(line, names, lineterminator="\r\n")  # what ends a line is quoted in a field
     writer.writeheader()
-    yield line.getvalue()
+    yield line.getvalue().removesuffix("\r\n")
     for values in flat_rows(results, columns, top_k):
         line.seek(0)
         line.truncate()
         writer.writerow({name: json.dumps(v, default=str) if isinstance(v, (dict, list)) else v for name, v in values.items()})
-        yield line.getvalue()
+        yield line.getvalue().removesuffix("\r\n")
 
 
 def write_parquet(values: Iterable[dict], file: Path) -> None:
