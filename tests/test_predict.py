@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -407,6 +408,26 @@ def test_importing_minicls_takes_no_torch():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     with pytest.raises(AttributeError, match="Clasifier"):
         minicls.Clasifier  # noqa: B018
+
+
+def test_pip_installs_minicls_for_programs_elsewhere(tmp_path):
+    """An editable install of a copy, without network: what it imports is the copy, and it needs what requirements.txt lists."""
+    copy, prefix = tmp_path / "checkout", tmp_path / "prefix"
+    shutil.copytree(ROOT / "minicls", copy / "minicls", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "requirements.txt", "train_bert.py"):
+        shutil.copy(ROOT / name, copy)
+    offline = ["--quiet", "--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check", "--prefix", prefix]
+    subprocess.run([sys.executable, "-m", "pip", "install", *offline, "-e", copy], check=True)
+    (packages,) = prefix.glob("lib/python*/site-packages")
+    code = "import site, sys; site.addsitedir(sys.argv[1]); import minicls, importlib.metadata as m; print(minicls.__file__)"
+    code += "; print(m.version('minicls')); print(*m.requires('minicls'), sep='\\n')"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", code, packages]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
+    file, version, *needed = done.stdout.splitlines()
+    assert (Path(file), version) == (copy / "minicls" / "__init__.py", minicls.__version__)
+    wanted = (line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#"))
+    assert sorted(needed) == sorted(wanted)
 
 
 def test_an_unfinished_run_names_its_newest_checkpoint(tmp_path, capsys):
