@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from minicls import checkpoint, dist, plots, report, weights
+from minicls.attention import on_gpu
 from minicls.batch import length_batches, pack
 from minicls.config import UserError, parse, setting
 from minicls.data import Split, load_data, split_data, stratified_rows
@@ -73,7 +74,7 @@ def embeddings(directory: Path, splits: Sequence[Split], s: Settings, device: to
     for split in splits:
         rows, _ = bert_rows(tokenizer, split.texts, s.max_length)
         means = np.zeros((len(rows), model.config.hidden_size), np.float32)
-        for batch in length_batches(rows, EVAL_TOKENS[device.type]):
+        for batch in length_batches(rows, EVAL_TOKENS[on_gpu(device)]):
             packed = pack([rows[row] for row in batch], device)
             everywhere = torch.arange(len(packed.input_ids), device=device)
             with torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bf16"):

@@ -153,7 +153,11 @@ class Tokenizer:
             single, second = [*parts, {"Sequence": {"id": "A", "type_id": 0}}], {"Sequence": {"id": "B", "type_id": 0}}
             tokens = {token: {"id": token, "ids": [i], "tokens": [token]} for token, i in before}
             processor = {"type": "TemplateProcessing", "single": single, "pair": [*single, second], "special_tokens": tokens}
-            spec["post_processor"] = processor if before else None
+            steps = spec.get("post_processor") or {}
+            # ByteLevel adds nothing, but has a say in the offsets that a long text is cut at.
+            steps = [step for step in steps.get("processors", [steps]) if step.get("type") == "ByteLevel"]
+            steps += [processor] if before else []
+            spec["post_processor"] = {"type": "Sequence", "processors": steps} if steps else None
         if text_length:
             config |= {"model_max_length": text_length, "split_special_tokens": True}
             for token in spec["added_tokens"]:

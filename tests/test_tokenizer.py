@@ -497,6 +497,7 @@ DECODER_FILES = {
     "digits": ("llama", digits_first),
     "a BOS token": ("llama", surround("<think>", "$A")),
     "a BOS token and an EOS token": ("llama", surround("<think>", "$A", "</think>", byte_level=True)),
+    "trimmed offsets": ("llama", lambda spec, config: spec.update(post_processor=BYTE_LEVEL | {"trim_offsets": True})),
     "an EOS token": ("llama", surround("$A", "</think>")),
     "add_bos_token": (
         "llama",
@@ -527,7 +528,9 @@ def test_transformers_reads_a_decoder_s_export_as_training_did(case, tiny_qwen, 
     assert {row[0] == ours.control_ids(["<think>"])[0] for row in rows} == {"a BOS token" in case}
     assert encoded["input_ids"] == rows and cut and [*encoded] == ["input_ids", "attention_mask"]
     assert theirs.pad_token_id == end and len(theirs) == len(ours)
-    assert load_tokenizer(run_dir).encode(texts) == ours.encode(texts)
+    again = load_tokenizer(run_dir)
+    assert again.encode(texts) == ours.encode(texts) and text_rows(again, texts, 100) == (rows, cut)
+    assert [again.head(text, 5) for text in texts] == [ours.head(text, 5) for text in texts]
     # Without text_length the model is asked in its chat format, whose control tokens a rendered text has to become.
     ours.save(run_dir, pad_token_id=pad)
     theirs = transformers.AutoTokenizer.from_pretrained(run_dir)
