@@ -106,6 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     columns = (s.text_column, s.label_column)
     data = load_data(s.data, *columns, s.label_names, pinned["data_revision"], s.test_size)
     data, validation = split_data(data, s.validation_size, s.max_train_rows, s.max_eval_rows, s.seed)
+    grad_accum_steps = min(grad_accum_steps, math.ceil(len(data.train) / dist.world_size()))  # the others would be empty
     if previous and not data.matches(previous.info["data_fingerprint"]):
         raise UserError(
             f"--data: {s.data} has other rows or classes than {s.resume} was started on; restore them or start a new run"
