@@ -209,6 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     data, validation = split_data(data, s.validation_size, s.max_train_rows, s.max_eval_rows, s.seed)
     if s.patience and not validation:
         raise UserError(f"--patience: {s.patience} needs validation rows to watch; hold some out with --validation-size")
+    grad_accum_steps = min(grad_accum_steps, math.ceil(len(data.train) / dist.world_size()))  # the others would be empty
     if previous and not data.matches(previous.info["data_fingerprint"]):
         raise UserError(
             f"--data: {s.data} has other rows or classes than {s.resume} was started on; restore them or start a new run"

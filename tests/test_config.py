@@ -5,11 +5,15 @@ python -m pytest tests/test_config.py
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
+from conftest import ROOT
 
 import train_bert
 from minicls.checkpoint import write_run_info
@@ -18,13 +22,13 @@ from minicls.config import UserError, load, parse, run, setting
 
 @dataclass(frozen=True)
 class Settings:
-    name: str = setting("a", "help of name")
+    name: str = setting("a", "help of name", group="first things")
     batch_size: int = setting(8, "help of batch size", minimum=1, maximum=64)
     share: float = setting(0.5, "50 % of it", minimum=0, maximum=1)
     kind: str = setting("one", "help of kind", choices=("one", "two"))
     names: tuple[str, ...] | None = setting(None, "help of names")
     limit: int | None = setting(None, "help of limit", minimum=1)
-    fast: bool = setting(False, "help of fast")
+    fast: bool = setting(False, "help of fast", group="last things")
     safe: bool = setting(True, "help of safe")
     device: str | None = setting(None, "help of device")
     eval_only: bool = setting(False, "help of eval only")
@@ -74,12 +78,16 @@ def test_help_lists_every_flag_with_type_default_and_meaning(cls, capsys, monkey
     assert not exit.value.code
     out = capsys.readouterr().out
     assert "What it is,\n    with a command." in out
+    if cls is Settings:
+        body = out[out.index("\noptions:") :]
+        headings = [body.index(text) for text in ("first things:", "--name ", "--limit ", "last things:", "--fast", "--resume ")]
+        assert headings == sorted(headings)
     for field in dataclasses.fields(cls):
         flag = "--" + field.name.replace("_", "-")
         (entry,) = re.findall(rf"^  {flag}[ ,].*(?:\n {{10,}}.*)*", out, re.MULTILINE)
         entry = " ".join(entry.split())
         kind = next(k for k in ("bool", "int", "float", "str") if k in str(field.type))
-        default = f"default: {'off' if field.default is None else field.default}"
+        default = f"default: {'unset' if field.default is None else field.default}"
         if kind == "bool":
             assert entry.startswith(f"{flag}, --no-{flag[2:]} ")
             assert entry.endswith(f"{field.metadata['help']} ({default})")
@@ -101,7 +109,8 @@ def test_an_empty_argument_is_shown():
         ("--batchsize 3", ["--batchsize", "did you mean --batch-size?"]),
         ("--batch_size=3", ["--batch_size", "did you mean --batch-size?"]),
         ("--batch 3", ["unknown flag --batch"]),  # abbreviations are typing errors
-        ("--zzz", ["--zzz", "--help"]),
+        ("--zzz", ["--zzz", "see --help"]),
+        ("--names x y x", ["--names", "'x' is given twice", "once"]),
         ("stray", ["stray"]),
         ("--batch-size 1.5", ["--batch-size", "int", "'1.5'", "--help"]),
         ("--batch-size many", ["--batch-size", "int", "'many'", "--help"]),
@@ -127,6 +136,37 @@ def test_a_mistake_is_one_line_that_names_flag_value_and_remedy(argv, parts):
     assert "\n" not in message and all(part in message for part in parts), message
 
 
+@pytest.mark.parametrize(
+    ("flag", "ours"),
+    [
+        ("--lr", "--learning-rate"),
+        ("--batch-size", "--global-batch-size"),
+        ("--batch_size", "--global-batch-size"),
+        ("--num-train-epochs", "--epochs"),
+        ("--num_train_epochs=3", "--epochs"),
+        ("--per-device-train-batch-size", "--micro-batch-size"),
+        ("--gradient-accumulation-steps", "--global-batch-size"),
+        ("--max-seq-length", "--max-length"),
+        ("--model-name-or-path", "--model"),
+        ("--eval-steps", "--eval-every"),
+        ("--bf16", "--dtype"),
+        ("--resume-from-checkpoint", "--resume"),
+        ("--learning-rat", "--learning-rate"),
+        ("--weigth-decay", "--weight-decay"),
+    ],
+)
+def test_a_flag_of_another_trainer_is_met_with_ours(flag, ours):
+    with pytest.raises(UserError) as error:
+        parse(train_bert.Settings, [flag, "3"])
+    assert str(error.value) == f"unknown flag {flag.split('=')[0]}; did you mean {ours}?"
+
+
+@pytest.mark.parametrize("flag", ["--lr", "--hel", "-x", "--he"])
+def test_a_guess_is_a_flag_that_there_is(flag):
+    with pytest.raises(UserError, match=f"unknown flag {flag}; see --help"):
+        parse(Settings, [flag, "3"])
+
+
 # run.json
 
 
@@ -138,7 +178,7 @@ def save(cls, settings, directory) -> None:
 def test_run_json_gives_the_settings_back(argv, tmp_path):
     settings = parse(Settings, argv.split(" ") if argv else [])
     save(Settings, settings, tmp_path)
-    assert load(Settings, tmp_path / "run.json") == settings
+    assert load(Settings, tmp_path / "run.json") == (settings, {})
     info = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     assert info["total_steps"] == 3 and {"python", "torch", "minicls"} <= info["versions"].keys()
 
@@ -172,9 +212,38 @@ def test_a_broken_run_json_is_named(content, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def edit_settings(run_dir, **changes) -> None:
+    info = json.loads((run_dir / "run.json").read_text())
+    values = {name: value for name, value in (info["settings"] | changes).items() if value != "drop"}
+    (run_dir / "run.json").write_text(json.dumps(info | {"settings": values}))
+
+
+def test_a_run_older_than_a_setting_resumes_with_its_default(tmp_path, capsys):
+    save(Settings, parse(Settings, ["--share", "0.25"]), tmp_path)
+    edit_settings(tmp_path, batch_size="drop", limit="drop")
+    assert parse(Settings, ["--resume", str(tmp_path)]) == Settings(share=0.25, resume=str(tmp_path))
+    line = f"{tmp_path} is older than some settings, which take their defaults: --batch-size 8, --limit None\n"
+    assert capsys.readouterr().out == line
+    edit_settings(tmp_path, batch_size=4, limit=3)
+    parse(Settings, ["--resume", str(tmp_path)])
+    assert capsys.readouterr().out == ""
+
+
+def test_a_setting_that_is_gone_is_an_error_unless_an_upgrade_knows_it(tmp_path):
+    save(Settings, Settings(), tmp_path)
+    edit_settings(tmp_path, language="zh")
+    with pytest.raises(UserError, match=r"run\.json: .*has language, which this script has not.*another script or version"):
+        parse(Settings, ["--resume", str(tmp_path)])
+
+    def upgrade(values: dict) -> dict:
+        return {name: value for name, value in values.items() if name != "language"} | {"name": values["language"]}
+
+    assert parse(Settings, ["--resume", str(tmp_path)], upgrade=upgrade).name == "zh"
+
+
 def test_settings_of_another_script_are_named(tmp_path):
     save(Settings, Settings(), tmp_path)
-    with pytest.raises(UserError, match=r"run\.json: .*batch_size.*epochs.*another script or version"):
+    with pytest.raises(UserError, match=r"run\.json: .*has batch_size, fast.*another script or version"):
         load(train_bert.Settings, tmp_path / "run.json")
     with pytest.raises(UserError, match="no such run directory"):
         load(train_bert.Settings, tmp_path / "nowhere" / "run.json")
@@ -203,6 +272,14 @@ def test_a_script_ends_with_a_code_and_a_line(raised, code, last_line, capsys):
         run(main)
     assert exit.value.code == code
     assert re.fullmatch(last_line, capsys.readouterr().err.strip())
+
+
+def test_characters_that_the_output_has_not_are_escaped():
+    code = "from minicls.config import UserError, run\ndef main(argv):\n    print('é 财经 😀')\n    raise UserError('财经; x')\nrun(main)"
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "\\xe9 \\u8d22\\u7ecf \\U0001f600\n")
+    assert done.stderr == "error: \\u8d22\\u7ecf; x\n"
 
 
 def test_a_mistake_of_ours_keeps_its_traceback():

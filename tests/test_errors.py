@@ -123,6 +123,19 @@ def test_a_file_without_a_test_split_and_shares(here):
     train_bert.main(["--resume", "out"])  # the same rows are held out again
 
 
+def test_a_batch_of_more_rows_than_there_are_takes_them_all_at_no_cost(here, monkeypatch):
+    micro_batches = []
+    seed = train_bert.checkpoint.seed_everything
+    monkeypatch.setattr(train_bert.checkpoint, "seed_everything", lambda *args: micro_batches.append(args) or seed(*args))
+    weights = {}
+    for size in ("8", "3000"):
+        micro_batches.clear()
+        train_bert.main(call("--global-batch-size", size, "--micro-batch-size", "1", "--output-dir", size))
+        assert len(micro_batches) == 2 * 8  # steps and rows
+        weights[size] = (here / size / "model.safetensors").read_bytes()
+    assert weights["8"] == weights["3000"]
+
+
 # Flags.
 
 FLAGS = {  # flags -> parts of the message
@@ -137,7 +150,7 @@ FLAGS = {  # flags -> parts of the message
     "--text-column body": ["train.csv", "'body'", "text, label", "--text-column"],
     "--label-column class": ["train.csv", "'class'", "text, label", "--label-column"],
     "--label-names good": ["--label-names", "'good'", "two or more"],
-    "--label-names good good": ["--label-names", "'good good'", "different"],
+    "--label-names good good": ["--label-names", "'good' is given twice", "once"],
     "--label-names good fine": ["train.csv", "line 2", "'bad'", "good, fine", "--label-names"],
     "--global-batch-size 6 --micro-batch-size 4": ["--global-batch-size", "6", "--micro-batch-size", "4", "change"],
     "--max-length 33": ["--max-length", "33", "32", "pass less"],
