@@ -165,6 +165,12 @@ def answer_loss(
     return torch.stack([losses.index_copy(0, targets.letters, of_letters).sum(), of_letters.sum()])
 
 
+def upgrade(values: dict) -> dict:
+    """The settings of an older run: its question stands in its run.json, so the flags that made it are not needed."""
+    old = {name: value for name, value in values.items() if name not in ("language", "options")}
+    return old | ({"prompt": "published"} if values.get("prompt") is None else {})
+
+
 def check_head(s: Settings) -> None:
     """Raises UserError for a setting that the chosen head would ignore."""
     unused = ("train_on", "think_in", "normalize") if s.head == "linear" else ("linear_input",)
@@ -188,7 +194,7 @@ def end_and_pad(tokenizer: Tokenizer, config: dict) -> tuple[int, int]:
 
 def main(argv: list[str] | None = None) -> None:
     # 1. Settings, ranks, the run to resume.
-    s = parse(Settings, argv, __doc__)
+    s = parse(Settings, argv, __doc__, upgrade=upgrade)
     check_head(s)
     previous = checkpoint.open_run(Path(s.resume)) if s.resume else None
     if previous and previous.finished and not s.eval_only:
