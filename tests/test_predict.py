@@ -328,6 +328,14 @@ def test_a_parquet_file_keeps_its_types(bert_run, tmp_path, capsys):
     assert "1970-01-01 00:00:01" in lines(capsys, bert_run, tmp_path / "a.parquet", "--format", "jsonl")[1]
 
 
+def test_columns_that_do_not_fit_parquet_leave_no_file(bert_run, tmp_path):
+    """JSON allows a number in one row and a text in the next."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "x": 1}\n{"text": "b", "x": "two"}\n')
+    with pytest.raises(UserError, match=r"--out: the input's columns do not fit parquet"):
+        main(["predict", str(bert_run), str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "b.parquet")])
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
+
+
 def test_chunks_change_nothing(bert_run, table_file, capsys, monkeypatch):
     whole = [json.loads(line) for line in lines(capsys, bert_run, table_file, "--format", "jsonl")]
     monkeypatch.setattr("minicls.predict.CHUNK", 3)
