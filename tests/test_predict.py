@@ -182,6 +182,12 @@ def test_flags_stand_in_any_place(bert_run, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["text"] == "--dashes"
 
 
+def test_report_s_runs_stand_on_both_sides_of_a_flag(bert_run, qwen_run, tmp_path, capsys):
+    main(["report", str(bert_run), "--out", str(tmp_path / "report"), str(qwen_run)])
+    out = capsys.readouterr().out
+    assert all(run.parent.name.rstrip("0123456789") in out for run in (bert_run, qwen_run)) and (tmp_path / "report").is_dir()
+
+
 @pytest.mark.parametrize(
     "argv", [["--formt", "jsonl", "RUN", "x"], ["RUN", "x", "--formt", "jsonl"], ["RUN", "x", "--formt=jsonl", "y"]]
 )
