@@ -329,17 +329,21 @@ def predict_texts(args: argparse.Namespace, inputs: list[str]) -> None:
     classified = results(classifier, rows, progress=bool(args.out) or not sys.stdout.isatty())
     # Written aside and renamed: a file that has its name is whole.
     aside = args.out.with_name(f".{args.out.name}.tmp") if args.out else None
-    if form == "parquet":
-        write_parquet(flat_rows(classified, columns, top_k), aside)
-    else:
-        lines = {
-            "table": lambda: table_lines(classified, names, top_k),
-            "jsonl": lambda: json_lines(classified, top_k),
-            "csv": lambda: csv_lines(classified, rows, columns, top_k),
-        }[form]()
-        with aside.open("w", encoding="utf-8") if aside else contextlib.nullcontext() as file:
-            for line in lines:
-                print(line, file=file)
-    if aside:
-        aside.replace(args.out)
-        print(f"predictions: {args.out}")
+    try:
+        if form == "parquet":
+            write_parquet(flat_rows(classified, columns, top_k), aside)
+        else:
+            lines = {
+                "table": lambda: table_lines(classified, names, top_k),
+                "jsonl": lambda: json_lines(classified, top_k),
+                "csv": lambda: csv_lines(classified, rows, columns, top_k),
+            }[form]()
+            with aside.open("w", encoding="utf-8") if aside else contextlib.nullcontext() as file:
+                for line in lines:
+                    print(line, file=file)
+        if aside:
+            aside.replace(args.out)
+            print(f"predictions: {args.out}")
+    finally:
+        if aside:
+            aside.unlink(missing_ok=True)

@@ -182,6 +182,12 @@ def test_flags_stand_in_any_place(bert_run, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["text"] == "--dashes"
 
 
+def test_report_s_runs_stand_on_both_sides_of_a_flag(bert_run, qwen_run, tmp_path, capsys):
+    main(["report", str(bert_run), "--out", str(tmp_path / "report"), str(qwen_run)])
+    out = capsys.readouterr().out
+    assert all(run.parent.name.rstrip("0123456789") in out for run in (bert_run, qwen_run)) and (tmp_path / "report").is_dir()
+
+
 @pytest.mark.parametrize(
     "argv", [["--formt", "jsonl", "RUN", "x"], ["RUN", "x", "--formt", "jsonl"], ["RUN", "x", "--formt=jsonl", "y"]]
 )
@@ -326,6 +332,14 @@ def test_a_parquet_file_keeps_its_types(bert_run, tmp_path, capsys):
     written = pq.read_table(tmp_path / "b.parquet")
     assert written.column("size").to_pylist() == [1, 2] and written.column("when").to_pylist() == table.column("when").to_pylist()
     assert "1970-01-01 00:00:01" in lines(capsys, bert_run, tmp_path / "a.parquet", "--format", "jsonl")[1]
+
+
+def test_columns_that_do_not_fit_parquet_leave_no_file(bert_run, tmp_path):
+    """JSON allows a number in one row and a text in the next."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "x": 1}\n{"text": "b", "x": "two"}\n')
+    with pytest.raises(UserError, match=r"--out: the input's columns do not fit parquet"):
+        main(["predict", str(bert_run), str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "b.parquet")])
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_chunks_change_nothing(bert_run, table_file, capsys, monkeypatch):
