@@ -9,8 +9,8 @@ tested on the same test rows as a run of theirs. It writes a run directory for `
 TF-IDF is scikit-learn's TfidfVectorizer on lower-cased words and pairs of neighbouring words (a Chinese or Japanese character
 is a word), with 1 + ln(count) for count, fitted on the training rows. Embeddings are the mean over all tokens of a row, [CLS]
 and [SEP] included, as sentence-transformers pools; neither normalised nor standardised. The classifier is scikit-learn's
-LogisticRegression (L2, lbfgs), its C the one of 0.01, 0.1, … 1,000 with the best macro F1 on the validation rows, the
-smallest of equals. With `--validation-size` these are held out as the scripts hold them out, and the classifier is never fitted
+LogisticRegression (L2, lbfgs), its C the one of 0.01, 0.1, … 1,000 with the best macro F1 on the validation rows, of equals
+the one with the lowest loss. With `--validation-size` these are held out as the scripts hold them out, and the classifier is never fitted
 on them. Without, a fifth of the training rows (stratified) chooses C, and the classifier is then fitted on all of them.
 """
 
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"C {C:g}: validation accuracy {tried[C]['accuracy']:.4f}, macro F1 {tried[C]['f1']:.4f}")
         else:
             print("too few training rows to choose C by")
-        C = max(tried, key=lambda C: tried[C]["f1"], default=1.0)
+        C = max(tried, key=lambda C: (tried[C]["f1"], -tried[C]["loss"]), default=1.0)
         model = fit(whole, labels, C, s)
         train_seconds = time.perf_counter() - started
         started = time.perf_counter()
@@ -169,7 +169,8 @@ def main(argv: list[str] | None = None) -> None:
     run_dir = checkpoint.new_run_dir(s.output_dir, "baseline")
     about = {"script": "baseline", "C": C, "scikit_learn": sklearn.__version__, "total_steps": 0, "revision": revision}
     about |= {"data_revision": data.revision, "data_fingerprint": data.fingerprint(), "num_train_rows": len(train)}
-    checkpoint.write_run_info(run_dir, dataclasses.asdict(s), device, about)
+    unused = {"dtype": None, "max_length": None} if s.features == "tfidf" else {}
+    checkpoint.write_run_info(run_dir, dataclasses.asdict(s) | unused, device, about)
     logger = Logger(run_dir, 0, 0)
     scores, _ = report.evaluate_logits(scored["test"], data.test.labels)
     state = {"step": 0, "train_seconds": train_seconds, "eval_seconds": time.perf_counter() - started, "evaluations": 1}

@@ -126,8 +126,9 @@ def write_results(
 def summary(results: dict) -> str:
     """The headline in words, and what to change where it is no better than no model."""
     constant = f" (always answering {shown(results['majority_class'])}: {results['majority_accuracy']:.4f})"
+    step = f", step {results['headline_step']}" * bool(results["headline_step"])
     lines = [
-        f"test, {results['num_test_rows']:,} rows, step {results['headline_step']}: accuracy {results['accuracy']:.4f}{constant}, "
+        f"test, {results['num_test_rows']:,} rows{step}: accuracy {results['accuracy']:.4f}{constant}, "
         f"macro F1 {results['f1']:.4f} (95 % interval {results['f1_low']:.4f} to {results['f1_high']:.4f})"
     ]
     if absent := absent_line(results):
