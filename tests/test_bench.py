@@ -266,6 +266,17 @@ def test_table_and_plot(bert_run, qwen_run, tmp_path, capsys, monkeypatch):
     assert "failed (vllm broke)" in printed and "50.0% in time" in printed
 
 
+def test_engines_that_are_not_installed_are_left_out_unless_asked_for(bert_run, tmp_path, capsys, monkeypatch):
+    find_spec = bench.importlib.util.find_spec
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None if name == "vllm" else find_spec(name))
+    named = tmp_path / "bert"
+    named.symlink_to(bert_run)
+    start = fake_start({"minicls": [3.0], "transformers": [3.0]})
+    rps(monkeypatch, tmp_path, start, "--bert", str(named), "--mode", "offline", "--rounds", "1")
+    assert [(row["model"], row["engine"]) for row in read_rows(tmp_path)] == [("bert", "minicls"), ("bert", "transformers")]
+    assert "not installed, so not measured: vllm\n" in capsys.readouterr().out
+
+
 def test_interruption_leaves_the_rows_done(qwen_run, tmp_path, capsys, monkeypatch):
     start = fake_start({"minicls": [1.0], "transformers": [1.0]}, interrupt_after=3)
     with pytest.raises(SystemExit) as ended:
