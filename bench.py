@@ -8,9 +8,9 @@
     python bench.py --task train --qwen DIR --data DIR                  # steps of supervised fine-tuning (SFT), likewise
     python bench.py --task score --qwen DIR --data DIR                  # options scored beside the brute force of a harness
 
-Each engine runs in processes of its own, started in turn on the same machine. Prints a table and writes bench.json (and rps.png); the
-tasks train and score end with one JSON line. Nothing here is a test: a shared machine is noisy, so read ratios, and their spread over
-the rounds.
+Each engine runs in processes of its own, started in turn on the same machine. Prints a table and writes bench.json (and
+rps.png); the tasks train and score end with one JSON line. Nothing here is a test: a shared machine is noisy, so read ratios,
+and their spread over the rounds.
 """
 
 import importlib.util

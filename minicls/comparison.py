@@ -80,8 +80,9 @@ def predictions(run: Run) -> dict[str, np.ndarray] | None:
 def common_predictions(runs: dict[str, Run]) -> dict[str, dict[str, np.ndarray]]:
     """The columns of each predictions.parquet that was kept, for the test rows that all runs have, in one order.
 
-    Runs of one test fingerprint have the same rows. Of others, the fewest rows must be among those of every run: each with the same
-    number in the file, the same text (by its hash) and the same label. Raises UserError where they are not: other data.
+    Runs of one test fingerprint have the same rows. Of others, the fewest rows must be among those of every run: each
+    with the same number in the file, the same text (by its hash) and the same label. Raises UserError where they are
+    not: other data.
     """
     found = {name: columns for name, run in runs.items() if (columns := predictions(run))}
     first, *others = runs.values()
@@ -115,7 +116,10 @@ def common_note(runs: dict[str, Run], found: dict[str, dict[str, np.ndarray]]) -
     if len({run.info["data_fingerprint"]["test"] for run in runs.values()}) == 1:
         return None
     number = len(next(iter(found.values()))["label"])
-    return f"The runs have different parts of the same test rows: row by row and over training rows, the {number:,} that all have count."
+    return (
+        "The runs have different parts of the same test rows: row by row and over training rows, "
+        f"the {number:,} that all have count."
+    )
 
 
 def hardware(run: Run) -> str:
@@ -139,7 +143,8 @@ def published_kind(run: Run) -> str | None:
 
 
 def published_table(run: Run) -> str | None:
-    """The published table beside a run's own, line by line where the same share of the training is done; None if nowhere."""
+    """The published table beside a run's own, line by line where the same share of the training is done; None if
+    nowhere."""
     if (published := published_kind(run)) is None:
         return None
     columns, (header, ours) = PUBLISHED[published], steps(run.dir)
@@ -189,7 +194,8 @@ def runs_table(runs: dict[str, Run]) -> str:
 
 
 def constant_answer(group: Sequence[Run]) -> str | None:
-    """Accuracy of always answering the class with most training rows; None where the results are from before it was kept."""
+    """Accuracy of always answering the class with most training rows; None where the results are from before it was
+    kept."""
     values = [run.results.get("majority_accuracy") for run in group]
     return None if None in values else spread(values)
 
@@ -205,14 +211,15 @@ def about_table(runs: dict[str, Run]) -> str:
 
 
 def best_on_test(run: Run) -> tuple[int, float] | None:
-    """Step and macro F1 of the published protocol, for runs that stand beside a published table; None for any other, where the best
-    of several tries on the test rows would only mislead, and where there was no choice."""
+    """Step and macro F1 of the published protocol, for runs that stand beside a published table; None for any other,
+    where the best of several tries on the test rows would only mislead, and where there was no choice."""
     several = run.results.get("evaluations", 2) > 1 and run.results["best_step_on_test"]
     return (run.results["best_step_on_test"], run.results["best_f1_on_test"]) if several and published_kind(run) else None
 
 
 def selection_table(runs: dict[str, Run]) -> str:
-    """What no look at the test rows has chosen; for AG News also the published protocol, the best of the steps on the test rows."""
+    """What no look at the test rows has chosen; for AG News also the published protocol, the best of the steps on the
+    test rows."""
     header = ["run", "headline", "step", "accuracy (95 % interval)", "constant answer", "macro F1 (95 % interval)"]
     rows, published = [], set()
     for name, run in runs.items():
@@ -269,7 +276,8 @@ def verdicts(pairs: list[dict]) -> str:
 
 
 def per_class_table(runs: dict[str, Run]) -> str:
-    """The classes by their indices, which pictures without a font for the names show; test rows of each, as the runs have them."""
+    """The classes by their indices, which pictures without a font for the names show; test rows of each, as the runs
+    have them."""
     classes = next(iter(runs.values())).results["per_class"]
     support = [np.sum(run.results["confusion"], axis=1) for run in runs.values()]
     rows = []
@@ -310,7 +318,8 @@ def _label(kind: tuple[str, str, str]) -> str:
 
 
 def grid_tables(runs: dict[str, Run]) -> list[str]:
-    """For each model and head that was tried more than once: every setting by every seed, and what validation chooses."""
+    """For each model and head that was tried more than once: every setting by every seed, and what validation
+    chooses."""
     tables = []
     for tried in dict.fromkeys(map(kind, runs.values())):
         groups = fold(run for run in runs.values() if kind(run) == tried)
@@ -361,7 +370,8 @@ SCHEDULE += ("validation_size", "patience")
 
 @dataclass(frozen=True)
 class Curve:
-    """Accuracy over training rows: of each number of rows, ascending, the runs by their names, which differ in their seeds."""
+    """Accuracy over training rows: of each number of rows, ascending, the runs by their names, which differ in their
+    seeds."""
 
     label: str
     sizes: dict[int, list[str]]
@@ -370,11 +380,12 @@ class Curve:
 def learning_curves(runs: dict[str, Run]) -> list[Curve]:
     """The models that were trained on several numbers of rows.
 
-    Runs are of one model where script, model, head and all settings agree but these: the seed, the rows, the machine, how often
-    something is written (ASIDE), and the schedule (SCHEDULE), which may go with the number of rows. Where runs of the same number of
-    rows differ in a setting of the schedule, a grid of learning rates for one, that setting tells models apart, too. A setting
-    that an older run does not have counts as not set, like None, 0 or "none". A label names what its curve does not share
-    with another of the same kind. Models that were only evaluated have no curve.
+    Runs are of one model where script, model, head and all settings agree but these: the seed, the rows, the machine,
+    how often something is written (ASIDE), and the schedule (SCHEDULE), which may go with the number of rows. Where
+    runs of the same number of rows differ in a setting of the schedule, a grid of learning rates for one, that setting
+    tells models apart, too. A setting that an older run does not have counts as not set, like None, 0 or "none". A
+    label names what its curve does not share with another of the same kind. Models that were only evaluated have no
+    curve.
     """
 
     def settings(run: Run, names: Sequence[str]) -> dict[str, str]:
@@ -408,7 +419,8 @@ def learning_curves(runs: dict[str, Run]) -> list[Curve]:
 
 
 def curve_section(runs: dict[str, Run], found: dict[str, dict[str, np.ndarray]]) -> tuple[str | None, dict]:
-    """Tables of the learning curves and of where they cross, and the points to draw: by label, (rows, accuracy, low, high, seeds)."""
+    """Tables of the learning curves and of where they cross, and the points to draw: by label, (rows, accuracy, low,
+    high, seeds)."""
     curves = learning_curves({name: run for name, run in runs.items() if name in found})
     if not curves:
         return None, {}
@@ -487,7 +499,8 @@ def bench_table(rows: Sequence[dict]) -> str:
 
 
 def write_report(runs: dict[str, Run], bench: Sequence[dict], out: Path) -> str:
-    """Writes report.md and its pictures into the new or empty directory `out`; returns what to print: the essence, and where it is."""
+    """Writes report.md and its pictures into the new or empty directory `out`; returns what to print: the essence, and
+    where it is."""
     found = common_predictions(runs)
     compared = compare_pairs(runs, found)
     published = [f"### {name}\n\n{table}" for name, run in runs.items() if (table := published_table(run))]
@@ -501,8 +514,9 @@ def write_report(runs: dict[str, Run], bench: Sequence[dict], out: Path) -> str:
         (
             "Headlines",
             "Scores on the test rows; runs that differ in their seed alone are one line, mean ± standard deviation, and the "
-            "interval is then the mean of theirs: more seeds do not make the test rows more. The constant answer is the accuracy of always "
-            "naming the class that has most training rows." + "".join(f" {name}: {line}." for name, line in absent.items()),
+            "interval is then the mean of theirs: more seeds do not make the test rows more. The constant answer is the "
+            "accuracy of always naming the class that has most training rows."
+            + "".join(f" {name}: {line}." for name, line in absent.items()),
             runs_table(runs),
         ),
         ("What was run", "", about_table(runs)),
@@ -522,8 +536,8 @@ def write_report(runs: dict[str, Run], bench: Sequence[dict], out: Path) -> str:
         ),
         (
             "Two by two",
-            "The same test rows, paired: exact McNemar test, and 95 % intervals of the difference from 10,000 resamples of the rows "
-            "(seeded). Better is said where all three agree."
+            "The same test rows, paired: exact McNemar test, and 95 % intervals of the difference from 10,000 resamples of "
+            "the rows (seeded). Better is said where all three agree."
             * bool(pairs)
             + f" Of {pairs} pairs that are equal, one in twenty would look so by chance." * (pairs > 5)
             + f" {note}" * bool(note)
@@ -537,17 +551,17 @@ def write_report(runs: dict[str, Run], bench: Sequence[dict], out: Path) -> str:
         ),
         (
             "Training rows",
-            "Mean accuracy over the seeds of each number of training rows, all on the same test rows. 95 % intervals from 10,000 "
-            "replicates (seeded), each a draw of the test rows, the same for all, and of every point's seeds; a point with one "
-            "seed is drawn hollow. Curves cross where their difference, linear in the logarithm of the rows, changes sign for the last "
-            "time; replicates that do not cross lie beyond the sizes, and more than 2.5 % of them leave that side of the interval open."
-            + f" {note}"
-            * bool(note),
+            "Mean accuracy over the seeds of each number of training rows, all on the same test rows. 95 % intervals from "
+            "10,000 replicates (seeded), each a draw of the test rows, the same for all, and of every point's seeds; a point "
+            "with one seed is drawn hollow. Curves cross where their difference, linear in the logarithm of the rows, changes "
+            "sign for the last time; replicates that do not cross lie beyond the sizes, and more than 2.5 % of them on one "
+            "side leave that end of the interval open." + f" {note}" * bool(note),
             curves and f"{curves}\n\n![accuracy over training rows](rows.png)",
         ),
         (
             "Length",
-            "Accuracy by length of the text, with 95 % intervals (Wilson), in tokens of the first run that has them, before any cut.",
+            "Accuracy by length of the text, with 95 % intervals (Wilson), in tokens of the first run that has them, before "
+            "any cut.",
             length_table(found),
         ),
         ("Classes", "Macro F1 is the mean over these of F1. In brackets: precision, recall.", per_class_table(runs)),

@@ -67,10 +67,11 @@ def plot_curves(run_dir: Path) -> Path:
 
 
 def plot_confusion(confusion: Sequence[Sequence[int]], label_names: Sequence[str], run_dir: Path) -> Path:
-    """confusion.png: a picture of a (C, C) confusion matrix; shade is the share of the true class, so that small classes show.
+    """confusion.png: a picture of a (C, C) confusion matrix; shade is the share of the true class, so that small
+    classes show.
 
-    Of more than NUMBERED classes, it shows those with most mistakes, and all others together. Where no installed font has the
-    characters of the names, classes are shown by their indices, and a line is printed that says so.
+    Of more than NUMBERED classes, it shows those with most mistakes, and all others together. Where no installed font
+    has the characters of the names, classes are shown by their indices, and a line is printed that says so.
     """
     counts = np.asarray(confusion)
     names = [name if len(name) <= 28 else f"{name[:27]}…" for name in map(shown, label_names)]
@@ -110,7 +111,8 @@ def plot_confusion(confusion: Sequence[Sequence[int]], label_names: Sequence[str
 
 
 def plot_rps(rows: Sequence[dict], output_dir: Path) -> Path:
-    """rps.png: requests per second of bench.json's valid rows as bars, a panel for each mode, a colour for each engine."""
+    """rps.png: requests per second of bench.json's valid rows as bars, a panel for each mode, a colour for each
+    engine."""
     rows = [row for row in rows if row["status"] == "ok"]
     plt, _ = _pyplot([row["model"] for row in rows])
     modes, engines = (list(dict.fromkeys(row[key] for row in rows)) for key in ("mode", "engine"))
@@ -134,7 +136,8 @@ def plot_rps(rows: Sequence[dict], output_dir: Path) -> Path:
 
 
 def plot_learning_curves(curves: dict[str, Sequence[tuple[int, float, float, float, int]]], file: Path) -> None:
-    """Accuracy over training rows: of each name, points (rows, accuracy, low, high, seeds); those of one seed are hollow."""
+    """Accuracy over training rows: of each name, points (rows, accuracy, low, high, seeds); those of one seed are
+    hollow."""
     plt, _ = _pyplot([*curves])
     figure, axes = plt.subplots(figsize=(8, 5 + 0.25 * len(curves)), layout="constrained")
     for i, (name, points) in enumerate(curves.items()):
@@ -160,8 +163,8 @@ def plot_learning_curves(curves: dict[str, Sequence[tuple[int, float, float, flo
 
 
 def plot_deploy(rows: Sequence[dict], file: Path) -> None:
-    """Accuracy over requests per second of bench.json's valid rows: a panel for each mode, a colour for each model, a marker for
-    each engine and method."""
+    """Accuracy over requests per second of bench.json's valid rows: a panel for each mode, a colour for each model, a
+    marker for each engine and method."""
     rows = [row for row in rows if row["status"] == "ok" and row.get("accuracy") is not None]
     plt, _ = _pyplot([row["model"] for row in rows])
     models, modes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "mode"))

@@ -37,7 +37,8 @@ def probabilities(frame, C=4) -> np.ndarray:
 
 
 def chosen(fitted_on, chooses, class_weight=None) -> LogisticRegression:
-    """The regression with the best macro F1 on the second (features, labels), then the lowest loss, fitted on the first."""
+    """The regression with the best macro F1 on the second (features, labels), then the lowest loss, fitted on the
+    first."""
 
     def quality(model):
         loss = log_loss(chooses[1], model.predict_proba(chooses[0]), labels=model.classes_)

@@ -348,7 +348,8 @@ def test_seeds_are_folded_and_every_cell_is_told(bert_run, tmp_path):
 
 
 def curve_run(like: Path, folder: Path, right: np.ndarray, num_train_rows: int, seed: int = 1, rows=None, **settings) -> Path:
-    """A run trained on so many rows whose predictions are right where `right` is; `rows`: which of the file's rows it tested."""
+    """A run trained on so many rows whose predictions are right where `right` is; `rows`: which of the file's rows it
+    tested."""
     run = copy_run(like, folder, num_train_rows=num_train_rows, max_train_rows=num_train_rows, seed=seed, **settings)
     rows = np.arange(len(right)) if rows is None else rows
     labels = rows % 4
@@ -367,8 +368,8 @@ def first(share: float, n: int = 2000) -> np.ndarray:
 
 
 def write_curves(bert_run, qwen_run, folder, seeds=(1, 2, 3)) -> list[Path]:
-    """BERT is at 0.8 everywhere, Qwen3 at 0.6, 0.75 and 0.9: they cross a third of the way from 1,000 to 10,000 rows. The rates
-    go with the rows."""
+    """BERT is at 0.8 everywhere, Qwen3 at 0.6, 0.75 and 0.9: they cross a third of the way from 1,000 to 10,000 rows.
+    The rates go with the rows."""
     runs = []
     for size, share in ((100, 0.6), (1000, 0.75), (10_000, 0.9)):
         for seed in seeds:
@@ -411,7 +412,8 @@ def test_curves_that_do_not_cross_say_so(bert_run, qwen_run, tmp_path):
 
 
 def test_a_crossing_that_may_be_beyond_the_sizes_is_open(bert_run, qwen_run, tmp_path):
-    """At 1,000 rows Qwen3 is right in 12 rows that BERT is not, and BERT in 10: D is 0.001 +- 0.0023, of either sign."""
+    """At 1,000 rows Qwen3 is right in 12 rows that BERT is not, and BERT in 10: D is 0.001 +- 0.0023, of either
+    sign."""
     bert, qwen = first(0.9), first(0.9)
     qwen[np.flatnonzero(bert)[:10]] = False
     qwen[np.flatnonzero(~bert)[:12]] = True
@@ -426,7 +428,8 @@ def test_a_crossing_that_may_be_beyond_the_sizes_is_open(bert_run, qwen_run, tmp
 
 
 def test_what_makes_a_model_of_its_own(bert_run, qwen_run, tmp_path):
-    """The schedule goes with the rows unless one size has two of it; a prompt never does; an absent setting is an unset one."""
+    """The schedule goes with the rows unless one size has two of it; a prompt never does; an absent setting is an unset
+    one."""
     rates = [
         curve_run(bert_run, tmp_path / f"b{size}-{rate}", first(0.8), size, learning_rate=rate)
         for size in (10, 99)
@@ -609,7 +612,8 @@ def test_names_with_line_breaks_and_blanks_stand_on_one_line(bert_run, tmp_path)
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures drawn in a test, which are not closed; warnings, such as that of a glyph that no font has, are errors."""
+    """The figures drawn in a test, which are not closed; warnings, such as that of a glyph that no font has, are
+    errors."""
     import matplotlib.pyplot as plt
 
     drawn = []
