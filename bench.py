@@ -8,11 +8,12 @@
     python bench.py --task train --qwen DIR --data DIR                  # steps of supervised fine-tuning (SFT), likewise
     python bench.py --task score --qwen DIR --data DIR                  # options scored beside the brute force of a harness
 
-Each engine runs in processes of its own, started in turn on the same machine. Prints a table, writes bench.json (and rps.png), and
-ends with the same as one JSON line. Nothing here is a test: a shared machine is noisy, so read ratios, and their spread over
-the rounds.
+Each engine runs in processes of its own, started in turn on the same machine. Prints a table and writes bench.json (and
+rps.png); the tasks train and score end with one JSON line. Nothing here is a test: a shared machine is noisy, so read ratios,
+and their spread over the rounds.
 """
 
+import importlib.util
 import itertools
 import json
 import os
@@ -94,7 +95,7 @@ class Settings:
     label_column: str = setting("label", "column of the labels")
     max_steps: int = setting(5, "training steps of one process; the first is not counted", minimum=2)
     num_questions: int = setting(64, "test rows of one process of --task score", minimum=1)
-    engines: tuple[str, ...] = setting(SIDES, "for --task rps", choices=SIDES)
+    engines: tuple[str, ...] | None = setting(None, "for --task rps; unset: those that are installed", choices=SIDES)
     mode: tuple[str, ...] = setting(
         ("single", "offline"), "one request at a time, all at once, as they arrive; for --task rps", choices=MODES
     )
@@ -600,7 +601,8 @@ def rps(s: Settings) -> tuple[list[dict], Path]:
     measured: dict[tuple, list[dict]] = {}
 
     def note(role: str, engine: str, row: dict) -> None:
-        name = f"{role.replace('_', '-')}: {Path(getattr(s, role)).name}"
+        role_name, model = role.replace("_", "-"), Path(getattr(s, role)).name
+        name = model if model == role_name else f"{role_name}: {model}"
         verdict = {"accuracy": None, "agreement": None, "status": "failed", "reason": row.get("failed")}
         if "failed" not in row:
             verdict = judge(row, expected[role], test.labels, s)
@@ -696,13 +698,17 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(training[s.side](s) if s.task == "train" else ask(s)))
         return
     checkpoint.check_output_dir(s.output_dir)
+    if s.task == "rps" and s.engines is None:
+        installed = tuple(side for side in SIDES if importlib.util.find_spec(side) or (side == "vllm" and s.vllm_python))
+        if left_out := [side for side in SIDES if side not in installed]:
+            print(f"not installed, so not measured: {', '.join(left_out)}")
+        s = replace(s, engines=installed)
     with tempfile.TemporaryDirectory() as folder:
         same = with_random_weights(s, folder) if s.init == "random" else s
         if s.task == "rps":
             rows, output_dir = rps(same)
             print(rps_table(rows))
             print(f"{output_dir / 'bench.json'}, {plots.plot_rps(rows, output_dir)}")
-            print(json.dumps(rows))
             return
         data = read_data(s)
         if s.task == "train" and s.max_steps * s.global_batch_size > len(data.train):

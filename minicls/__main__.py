@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from minicls import baseline
-from minicls.comparison import common_note, common_predictions, open_runs, read_bench, runs_table, write_report
+from minicls.comparison import open_runs, read_bench, write_report
 from minicls.config import Parser, UserError, run
 from minicls.predict import FORMATS, predict_texts
 
@@ -51,10 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise UserError(f"--out: {out} is not empty; name a new directory")
         runs, bench = open_runs([*args.runs, *map(Path, more)]), read_bench(args.bench) if args.bench else []
-        found = common_predictions(runs)
-        file = write_report(runs, found, bench, out)
-        note = common_note(runs, found)
-        print(f"{runs_table(runs)}\n" + f"{note}\n" * bool(note) + f"report: {file}")
+        print(write_report(runs, bench, out))
         return
     predict_texts(args, [*args.inputs, *more])
 

@@ -1,17 +1,19 @@
 """A baseline for the networks: logistic regression on word counts, or on the frozen embeddings of a BERT.
 
-    python -m minicls baseline --data DIR                        # TF-IDF of words and pairs of words: seconds, and hard to beat
-    python -m minicls baseline --data DIR --features MODEL_DIR   # mean-pooled last hidden states, not trained: what the encoder brings
+    python -m minicls baseline --data DIR                        # TF-IDF of words and pairs of words
+    python -m minicls baseline --data DIR --features MODEL_DIR   # mean-pooled last hidden states, not trained
 
-The flags that choose rows are the training scripts': with the same ones, the baseline is fitted on the same training rows and
-tested on the same test rows as a run of theirs. It writes a run directory for `python -m minicls report`, but keeps no model.
+The flags that choose rows are the training scripts': with the same ones, the baseline is fitted on the same training
+rows and tested on the same test rows as a run of theirs. It writes a run directory for `python -m minicls report`, but
+keeps no model.
 
-TF-IDF is scikit-learn's TfidfVectorizer on lower-cased words and pairs of neighbouring words (a Chinese or Japanese character
-is a word), with 1 + ln(count) for count, fitted on the training rows. Embeddings are the mean over all tokens of a row, [CLS]
-and [SEP] included, as sentence-transformers pools; neither normalised nor standardised. The classifier is scikit-learn's
-LogisticRegression (L2, lbfgs), its C the one of 0.01, 0.1, … 1,000 with the best macro F1 on the validation rows, the
-smallest of equals. With `--validation-size` these are held out as the scripts hold them out, and the classifier is never fitted
-on them. Without, a fifth of the training rows (stratified) chooses C, and the classifier is then fitted on all of them.
+TF-IDF is scikit-learn's TfidfVectorizer on lower-cased words and pairs of neighbouring words (a Chinese or Japanese
+character is a word), with 1 + ln(count) for count, fitted on the training rows. Embeddings are the mean over all tokens
+of a row, [CLS] and [SEP] included, as sentence-transformers pools; neither normalised nor standardised. The classifier
+is scikit-learn's LogisticRegression (L2, lbfgs), its C the one of 0.01, 0.1, … 1,000 with the best macro F1 on the
+validation rows, of equals the one with the lowest loss. With `--validation-size` these are held out as the scripts hold
+them out, and the classifier is never fitted on them. Without, a fifth of the training rows (stratified) chooses C, and
+the classifier is then fitted on all of them.
 """
 
 import dataclasses
@@ -113,7 +115,8 @@ def fit(features, labels: np.ndarray, C: float, s: Settings):
 
 
 def logits(model, features, num_labels: int) -> torch.Tensor:
-    """(n, C) float64: their softmax is the model's probabilities. A class without training rows is NEVER behind the best."""
+    """(n, C) float64: their softmax is the model's probabilities. A class without training rows is NEVER behind the
+    best."""
     scores = model.decision_function(features)
     scores = np.stack([np.zeros_like(scores), scores], axis=1) if scores.ndim == 1 else scores  # two classes have one score
     full = np.repeat(scores.max(1, keepdims=True) - NEVER, num_labels, axis=1)
@@ -160,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"C {C:g}: validation accuracy {tried[C]['accuracy']:.4f}, macro F1 {tried[C]['f1']:.4f}")
         else:
             print("too few training rows to choose C by")
-        C = max(tried, key=lambda C: tried[C]["f1"], default=1.0)
+        C = max(tried, key=lambda C: (tried[C]["f1"], -tried[C]["loss"]), default=1.0)
         model = fit(whole, labels, C, s)
         train_seconds = time.perf_counter() - started
         started = time.perf_counter()
@@ -171,7 +174,8 @@ def main(argv: list[str] | None = None) -> None:
     run_dir = checkpoint.new_run_dir(s.output_dir, "baseline")
     about = {"script": "baseline", "C": C, "scikit_learn": sklearn.__version__, "total_steps": 0, "revision": revision}
     about |= {"data_revision": data.revision, "data_fingerprint": data.fingerprint(), "num_train_rows": len(train)}
-    checkpoint.write_run_info(run_dir, dataclasses.asdict(s), device, about)
+    unused = {"dtype": None, "max_length": None} if s.features == "tfidf" else {}
+    checkpoint.write_run_info(run_dir, dataclasses.asdict(s) | unused, device, about)
     logger = Logger(run_dir, 0, 0)
     scores, _ = report.evaluate_logits(scored["test"], data.test.labels)
     state = {"step": 0, "train_seconds": train_seconds, "eval_seconds": time.perf_counter() - started, "evaluations": 1}

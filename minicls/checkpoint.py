@@ -94,12 +94,25 @@ class Run:
 
 
 def open_run(run_dir: Path) -> Run:
-    """Raises OSError or ValueError where run.json or results.json is absent or broken."""
-    info = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+    """Raises OSError where there is no run.json, and UserError where it or results.json is broken."""
+    info = _read_object(run_dir / "run.json", ("settings", "data_fingerprint", "total_steps"), "restore it or start a new run")
     file = run_dir / "results.json"
-    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    results = None
+    if file.is_file():
+        results = _read_object(file, ("final_step",), "restore it, or delete it for --resume to write it anew")
     saved = checkpoints(run_dir)
     return Run(run_dir, info, results, saved[max(saved)] if saved else None)
+
+
+def _read_object(file: Path, keys: tuple[str, ...], remedy: str) -> dict:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        missing = [key for key in keys if key not in values] if isinstance(values, dict) else keys
+    except ValueError as error:
+        raise UserError(f"{file}: not readable ({error}); {remedy}") from None
+    if missing:
+        raise UserError(f"{file}: no {missing[0]} in it; {remedy}")
+    return values
 
 
 def how_asked(directory: Path) -> dict:

@@ -7,6 +7,7 @@ predictions.parquet. A table is a function from runs, by their names, to Markdow
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from minicls.checkpoint import Run, open_run
 from minicls.config import UserError
 from minicls.data import AG_NEWS_LABELS
 from minicls.logger import read_metrics
-from minicls.report import f1_with_interval, fold, folded, interval, kind, markdown, script, short_names, spread, steps
+from minicls.report import absent_line, f1_with_interval, fold, folded, interval, kind, markdown, script, short_names, spread, steps
 
 # The published experiment on AG News, one RTX 3090: steps of the whole run, columns of its table, best on test (step, F1).
 PUBLISHED_STEPS = {"BERT": 9375, "Qwen3": 1250}
@@ -38,6 +39,11 @@ PUBLISHED = {
 PUBLISHED_BEST = {"BERT": (3752, 0.945572), "Qwen3": (1000, 0.941)}
 
 
+NEEDED = {"accuracy", "f1", "f1_low", "f1_high", "num_test_rows", "per_class", "confusion", "headline_step", "final_step", "device"}
+NEEDED |= {"best_step_on_validation", "best_step_on_test", "best_f1_on_test", "train_seconds", "eval_seconds"}
+NEEDED |= {"samples_per_second", "peak_memory_bytes"}
+
+
 def open_runs(run_dirs: Sequence[Path]) -> dict[str, Run]:
     """Finished runs by their short names. Raises UserError where one is not, or has other classes than the first."""
     run_dirs = [*{path.resolve(): path for path in run_dirs}.values()]  # named twice, it is not two seeds
@@ -49,6 +55,8 @@ def open_runs(run_dirs: Sequence[Path]) -> dict[str, Run]:
             raise UserError(f"{run_dir}: no finished run ({error}); train it to the end first") from None
         if run.results is None:
             raise UserError(f"{run_dir}: no finished run (no results.json); train it to the end first")
+        if missing := sorted(NEEDED - run.results.keys()):
+            raise UserError(f"{run_dir / 'results.json'}: no {missing[0]} in it; restore the file or train the run again")
         first = next(iter(runs.values()))
         if [*run.results["per_class"]] != [*first.results["per_class"]]:
             raise UserError(f"{run_dir}: other class names than {first.dir}; give both the same --label-names")
@@ -72,8 +80,9 @@ def predictions(run: Run) -> dict[str, np.ndarray] | None:
 def common_predictions(runs: dict[str, Run]) -> dict[str, dict[str, np.ndarray]]:
     """The columns of each predictions.parquet that was kept, for the test rows that all runs have, in one order.
 
-    Runs of one test fingerprint have the same rows. Of others, the fewest rows must be among those of every run: each with the same
-    number in the file, the same text (by its hash) and the same label. Raises UserError where they are not: other data.
+    Runs of one test fingerprint have the same rows. Of others, the fewest rows must be among those of every run: each
+    with the same number in the file, the same text (by its hash) and the same label. Raises UserError where they are
+    not: other data.
     """
     found = {name: columns for name, run in runs.items() if (columns := predictions(run))}
     first, *others = runs.values()
@@ -107,7 +116,10 @@ def common_note(runs: dict[str, Run], found: dict[str, dict[str, np.ndarray]]) -
     if len({run.info["data_fingerprint"]["test"] for run in runs.values()}) == 1:
         return None
     number = len(next(iter(found.values()))["label"])
-    return f"The runs have different parts of the same test rows: row by row and over training rows, the {number:,} that all have count."
+    return (
+        "The runs have different parts of the same test rows: row by row and over training rows, "
+        f"the {number:,} that all have count."
+    )
 
 
 def hardware(run: Run) -> str:
@@ -131,7 +143,8 @@ def published_kind(run: Run) -> str | None:
 
 
 def published_table(run: Run) -> str | None:
-    """The published table beside a run's own, line by line where the same share of the training is done; None if nowhere."""
+    """The published table beside a run's own, line by line where the same share of the training is done; None if
+    nowhere."""
     if (published := published_kind(run)) is None:
         return None
     columns, (header, ours) = PUBLISHED[published], steps(run.dir)
@@ -168,16 +181,21 @@ def runs_table(runs: dict[str, Run]) -> str:
     rows = []
     for group in fold(runs.values()):
         name, accuracy, f1 = folded(group, [str(run.dir) for run in group])
-        reached = " ".join(dict.fromkeys(f"{run.results['headline_step']} of {run.results['final_step']}" for run in group))
+        reached = " ".join(
+            dict.fromkeys(
+                f"{run.results['headline_step']} of {run.results['final_step']}" for run in group if run.results["final_step"]
+            )
+        )
         seconds = [spread([run.results[f"{what}_seconds"] for run in group], 0) for what in ("train", "eval")]
         s, head = group[0].info["settings"], kind(group[0])[2]
         scores = [f"{group[0].results['num_test_rows']:,}", accuracy, constant_answer(group), f1]
-        rows.append([name, s.get("model") or s["features"], head, reached, *scores, *seconds])
+        rows.append([name, s.get("model") or s["features"], head, reached or None, *scores, *seconds])
     return markdown(header, rows)
 
 
 def constant_answer(group: Sequence[Run]) -> str | None:
-    """Accuracy of always answering the class with most training rows; None where the results are from before it was kept."""
+    """Accuracy of always answering the class with most training rows; None where the results are from before it was
+    kept."""
     values = [run.results.get("majority_accuracy") for run in group]
     return None if None in values else spread(values)
 
@@ -192,45 +210,82 @@ def about_table(runs: dict[str, Run]) -> str:
     return markdown(header, rows)
 
 
+def best_on_test(run: Run) -> tuple[int, float] | None:
+    """Step and macro F1 of the published protocol, for runs that stand beside a published table; None for any other,
+    where the best of several tries on the test rows would only mislead, and where there was no choice."""
+    several = run.results.get("evaluations", 2) > 1 and run.results["best_step_on_test"]
+    return (run.results["best_step_on_test"], run.results["best_f1_on_test"]) if several and published_kind(run) else None
+
+
 def selection_table(runs: dict[str, Run]) -> str:
-    """What no look at the test rows has chosen, and beside it the published protocol: the best of the steps on the test rows."""
+    """What no look at the test rows has chosen; for AG News also the published protocol, the best of the steps on the
+    test rows."""
     header = ["run", "headline", "step", "accuracy (95 % interval)", "constant answer", "macro F1 (95 % interval)"]
-    header += ["best on test: step", "macro F1"]
     rows, published = [], set()
     for name, run in runs.items():
         found = run.results
         chosen = "last step" if found["best_step_on_validation"] is None else "best on validation"
+        chosen = "C by validation" if script(run) == "baseline" else chosen if run.info["total_steps"] else "not trained"
         accuracy = interval(found["accuracy"], *metrics.accuracy_interval(found["accuracy"], found["num_test_rows"]))
-        best = found["best_step_on_test"], found["best_f1_on_test"]
-        rows.append([name, chosen, found["headline_step"], accuracy, constant_answer([run]), f1_with_interval(found), *best])
+        best = best_on_test(run) or (None, None)
+        rows.append(
+            [name, chosen, found["headline_step"] or None, accuracy, constant_answer([run]), f1_with_interval(found), *best]
+        )
         published |= {published_kind(run)} - {None}
     for name in sorted(published):
         last = {column: values[-1] for column, values in PUBLISHED[name].items()}
         accuracy = interval(last["accuracy"], *metrics.accuracy_interval(last["accuracy"], 7600))
         rows.append([f"published {name}", "last of its table", last["step"], accuracy, 0.25, last.get("F1"), *PUBLISHED_BEST[name]])
-    return markdown(header, rows)
+    if published:
+        return markdown([*header, "best on test: step", "macro F1"], rows)
+    return markdown(header, [row[:-2] for row in rows])
 
 
-def comparison_table(runs: dict[str, Run], found: dict[str, dict[str, np.ndarray]]) -> str:
-    """Every two runs, row by row. One is called better where McNemar's test and both intervals of a - b agree on it."""
-    header = ["a", "b", "only a right", "only b right", "McNemar's p", "accuracy, a - b", "macro F1, a - b", "better"]
-    rows = []
+def compare_pairs(runs: dict[str, Run], found: dict[str, dict[str, np.ndarray]]) -> list[dict]:
+    """Every two runs, row by row. One is better where McNemar's test and both intervals of a - b agree on it."""
+    pairs = []
     for (a, left), (b, right) in itertools.combinations(found.items(), 2):
         labels, both = left["label"], (left["prediction"], right["prediction"])
         only_a, only_b, p = metrics.mcnemar(labels, *both)
         differences = metrics.paired_bootstrap(labels, *both, len(runs[a].results["per_class"])).values()
         signs = {np.sign(low) if low * high > 0 else 0 for _, low, high in differences}
         better = {1: a, -1: b}.get(*signs) if p < 0.05 and len(signs) == 1 else None
-        intervals = [f"{value:+.4f} ({low:+.4f} to {high:+.4f})" for value, low, high in differences]
-        rows.append([a, b, only_a, only_b, f"{p:.2g}", *intervals, better or "neither"])
-    return markdown(header, rows) if rows else "No two of these runs have a predictions.parquet to compare."
+        accuracy, f1 = (f"{value:+.4f} ({low:+.4f} to {high:+.4f})" for value, low, high in differences)
+        p_value = f"{p:.2g}" if p else "<1e-300"
+        pairs.append({"a": a, "b": b, "only": (only_a, only_b), "p": p_value, "accuracy": accuracy, "f1": f1, "better": better})
+    return pairs
+
+
+def comparison_table(pairs: list[dict], num_runs: int) -> str:
+    header = ["a", "b", "only a right", "only b right", "McNemar's p", "accuracy, a - b", "macro F1, a - b", "better"]
+    rows = [[o["a"], o["b"], *o["only"], o["p"], o["accuracy"], o["f1"], o["better"] or "neither"] for o in pairs]
+    if rows:
+        return markdown(header, rows)
+    if num_runs == 1:
+        return "One run alone. Name another one, too: `python -m minicls baseline` with the same --data makes one in seconds."
+    return "No two of these runs have a predictions.parquet to compare."
+
+
+def verdicts(pairs: list[dict]) -> str:
+    """What came out, a line for each pair."""
+    lines = [
+        f"{o['a']} against {o['b']}: {o['better'] or 'neither'} is better; accuracy differs by {o['accuracy']}, McNemar's p {o['p']}"
+        for o in pairs
+    ]
+    return "\n".join(lines[:10] + [f"and {len(lines) - 10} more pairs, in the report"] * (len(lines) > 10))
 
 
 def per_class_table(runs: dict[str, Run]) -> str:
+    """The classes by their indices, which pictures without a font for the names show; test rows of each, as the runs
+    have them."""
     classes = next(iter(runs.values())).results["per_class"]
-    return markdown(
-        ["F1 of", *runs], [[name, *(run.results["per_class"][name]["f1"] for run in runs.values())] for name in classes]
-    )
+    support = [np.sum(run.results["confusion"], axis=1) for run in runs.values()]
+    rows = []
+    for i, name in enumerate(classes):
+        scores = [run.results["per_class"][name] for run in runs.values()]
+        cells = [f"{one['f1']:.4f} ({one['precision']:.4f}, {one['recall']:.4f})" for one in scores]
+        rows.append([i, name, " / ".join(dict.fromkeys(f"{rows_of[i]:,}" for rows_of in support)), *cells])
+    return markdown(["", "class", "test rows", *runs], rows)
 
 
 def calibration_table(runs: dict[str, Run]) -> str:
@@ -263,7 +318,8 @@ def _label(kind: tuple[str, str, str]) -> str:
 
 
 def grid_tables(runs: dict[str, Run]) -> list[str]:
-    """For each model and head that was tried more than once: every setting by every seed, and what validation chooses."""
+    """For each model and head that was tried more than once: every setting by every seed, and what validation
+    chooses."""
     tables = []
     for tried in dict.fromkeys(map(kind, runs.values())):
         groups = fold(run for run in runs.values() if kind(run) == tried)
@@ -314,7 +370,8 @@ SCHEDULE += ("validation_size", "patience")
 
 @dataclass(frozen=True)
 class Curve:
-    """Accuracy over training rows: of each number of rows, ascending, the runs by their names, which differ in their seeds."""
+    """Accuracy over training rows: of each number of rows, ascending, the runs by their names, which differ in their
+    seeds."""
 
     label: str
     sizes: dict[int, list[str]]
@@ -323,11 +380,12 @@ class Curve:
 def learning_curves(runs: dict[str, Run]) -> list[Curve]:
     """The models that were trained on several numbers of rows.
 
-    Runs are of one model where script, model, head and all settings agree but these: the seed, the rows, the machine, how often
-    something is written (ASIDE), and the schedule (SCHEDULE), which may go with the number of rows. Where runs of the same number of
-    rows differ in a setting of the schedule, a grid of learning rates for one, that setting tells models apart, too. A setting
-    that an older run does not have counts as not set, like None, 0 or "none". A label names what its curve does not share
-    with another of the same kind. Models that were only evaluated have no curve.
+    Runs are of one model where script, model, head and all settings agree but these: the seed, the rows, the machine,
+    how often something is written (ASIDE), and the schedule (SCHEDULE), which may go with the number of rows. Where
+    runs of the same number of rows differ in a setting of the schedule, a grid of learning rates for one, that setting
+    tells models apart, too. A setting that an older run does not have counts as not set, like None, 0 or "none". A
+    label names what its curve does not share with another of the same kind. Models that were only evaluated have no
+    curve.
     """
 
     def settings(run: Run, names: Sequence[str]) -> dict[str, str]:
@@ -361,7 +419,8 @@ def learning_curves(runs: dict[str, Run]) -> list[Curve]:
 
 
 def curve_section(runs: dict[str, Run], found: dict[str, dict[str, np.ndarray]]) -> tuple[str | None, dict]:
-    """Tables of the learning curves and of where they cross, and the points to draw: by label, (rows, accuracy, low, high, seeds)."""
+    """Tables of the learning curves and of where they cross, and the points to draw: by label, (rows, accuracy, low,
+    high, seeds)."""
     curves = learning_curves({name: run for name, run in runs.items() if name in found})
     if not curves:
         return None, {}
@@ -439,25 +498,33 @@ def bench_table(rows: Sequence[dict]) -> str:
     return markdown([*header, "agreement", "status"], lines)
 
 
-def write_report(runs: dict[str, Run], found: dict[str, dict[str, np.ndarray]], bench: Sequence[dict], out: Path) -> Path:
-    """Writes report.md and its pictures into the new or empty directory `out`; returns the former's path. `found`: common_predictions."""
+def write_report(runs: dict[str, Run], bench: Sequence[dict], out: Path) -> str:
+    """Writes report.md and its pictures into the new or empty directory `out`; returns what to print: the essence, and
+    where it is."""
+    found = common_predictions(runs)
+    compared = compare_pairs(runs, found)
     published = [f"### {name}\n\n{table}" for name, run in runs.items() if (table := published_table(run))]
     left_out = [name for name in runs if name not in found]
     note = common_note(runs, found)
+    absent = {name: line for name, run in runs.items() if (line := absent_line(run.results))}
+    pictures = {name: run.dir / "curves.png" for name, run in runs.items() if (run.dir / "curves.png").is_file()}
     curves, points = curve_section(runs, found)
     pairs = math.comb(len(found), 2)
     sections = [
         (
             "Headlines",
             "Scores on the test rows; runs that differ in their seed alone are one line, mean ± standard deviation, and the "
-            "interval is then the mean of theirs: more seeds do not make the test rows more.",
+            "interval is then the mean of theirs: more seeds do not make the test rows more. The constant answer is the "
+            "accuracy of always naming the class that has most training rows."
+            + "".join(f" {name}: {line}." for name, line in absent.items()),
             runs_table(runs),
         ),
         ("What was run", "", about_table(runs)),
         (
             "How the step was chosen",
-            "The headline is free of selection on the test rows: the last step's, or with validation rows the step's best on "
-            "those. The best step on test, the published protocol, is chosen on the rows it is scored on: not an estimate of anything.",
+            "The headline is free of selection on the test rows: the last step's, or with validation rows the step's best on those."
+            + " The best step on test, the published protocol, is chosen on the rows it is scored on: not an estimate of anything."
+            * any(map(published_kind, runs.values())),
             selection_table(runs),
         ),
         (
@@ -469,12 +536,13 @@ def write_report(runs: dict[str, Run], found: dict[str, dict[str, np.ndarray]], 
         ),
         (
             "Two by two",
-            "The same test rows, paired: exact McNemar test, and 95 % intervals of the difference from 10,000 resamples of the rows "
-            "(seeded). Better is said where all three agree."
+            "The same test rows, paired: exact McNemar test, and 95 % intervals of the difference from 10,000 resamples of "
+            "the rows (seeded). Better is said where all three agree."
+            * bool(pairs)
             + f" Of {pairs} pairs that are equal, one in twenty would look so by chance." * (pairs > 5)
             + f" {note}" * bool(note)
             + f" Left out, without predictions.parquet: {', '.join(left_out)}." * bool(left_out),
-            comparison_table(runs, found),
+            comparison_table(compared, len(runs)),
         ),
         (
             "Settings and seeds",
@@ -483,24 +551,29 @@ def write_report(runs: dict[str, Run], found: dict[str, dict[str, np.ndarray]], 
         ),
         (
             "Training rows",
-            "Mean accuracy over the seeds of each number of training rows, all on the same test rows. 95 % intervals from 10,000 "
-            "replicates (seeded), each a draw of the test rows, the same for all, and of every point's seeds; a point with one "
-            "seed is drawn hollow. Curves cross where their difference, linear in the logarithm of the rows, changes sign for the last "
-            "time; replicates that do not cross lie beyond the sizes, and more than 2.5 % of them leave that side of the interval open."
-            + f" {note}"
-            * bool(note),
+            "Mean accuracy over the seeds of each number of training rows, all on the same test rows. 95 % intervals from "
+            "10,000 replicates (seeded), each a draw of the test rows, the same for all, and of every point's seeds; a point "
+            "with one seed is drawn hollow. Curves cross where their difference, linear in the logarithm of the rows, changes "
+            "sign for the last time; replicates that do not cross lie beyond the sizes, and more than 2.5 % of them on one "
+            "side leave that end of the interval open." + f" {note}" * bool(note),
             curves and f"{curves}\n\n![accuracy over training rows](rows.png)",
         ),
         (
             "Length",
-            "Accuracy by length of the text, with 95 % intervals (Wilson), in tokens of the first run that has them, before any cut.",
+            "Accuracy by length of the text, with 95 % intervals (Wilson), in tokens of the first run that has them, before "
+            "any cut.",
             length_table(found),
         ),
-        ("Classes", "", per_class_table(runs)),
+        ("Classes", "Macro F1 is the mean over these of F1. In brackets: precision, recall.", per_class_table(runs)),
         (
             "Confusion",
             "True class down, predicted class across.",
             "\n\n".join(f"### {name}\n\n{confusion_table(run)}" for name, run in runs.items()),
+        ),
+        (
+            "Curves",
+            "Loss and scores over the steps.",
+            "\n\n".join(f"### {name}\n\n![loss and scores over steps](curves-{i}.png)" for i, name in enumerate(pictures, start=1)),
         ),
         (
             "Calibration",
@@ -522,9 +595,12 @@ def write_report(runs: dict[str, Run], found: dict[str, dict[str, np.ndarray]], 
     ]
     parts = [part for title, note, body in sections if body for part in (f"## {title}", note, body) if part]
     out.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(pictures.values(), start=1):
+        shutil.copyfile(picture, out / f"curves-{i}.png")
     if points:
         plots.plot_learning_curves(points, out / "rows.png")
     if bench:
         plots.plot_deploy(bench, out / "deploy.png")
     (out / "report.md").write_text("\n\n".join(["# Report", *parts]) + "\n", encoding="utf-8")
-    return out / "report.md"
+    said = [runs_table(runs), note, verdicts(compared) or comparison_table(compared, len(runs)), f"report: {out / 'report.md'}"]
+    return "\n".join(filter(None, said))

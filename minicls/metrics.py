@@ -15,7 +15,8 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_labels: in
 
 
 def per_class(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Precision, recall and F1 of each class, (..., C) each, from (..., C, C) counts. 0/0 counts as 0, as in scikit-learn."""
+    """Precision, recall and F1 of each class, (..., C) each, from (..., C, C) counts. 0/0 counts as 0, as in
+    scikit-learn."""
     hits = np.diagonal(confusion, axis1=-2, axis2=-1).astype(np.float64)  # (..., C)
     predicted, actual = confusion.sum(-2), confusion.sum(-1)  # (..., C)
     precision = hits / np.maximum(predicted, 1)
@@ -27,8 +28,8 @@ def per_class(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
 def classification_metrics(confusion: np.ndarray) -> dict[str, float]:
     """Accuracy, and the unweighted (macro) mean of precision, recall and F1 over the classes that occur.
 
-    A class that has no rows and is never predicted is left out of the mean, as scikit-learn leaves it out where it is given no
-    `labels`; a class without rows that is predicted counts as 0.
+    A class that has no rows and is never predicted is left out of the mean, as scikit-learn leaves it out where it is
+    given no `labels`; a class without rows that is predicted counts as 0.
     """
     occurring = occurs(confusion)
     accuracy = np.trace(confusion) / max(1, confusion.sum())
@@ -49,7 +50,8 @@ def constant_metrics(support: np.ndarray, answer: int) -> dict[str, float]:
 
 
 def _scores(draws: np.ndarray, labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Accuracy and macro F1, (R,) each, of R draws: (R, K) counts of K cells, whose label and prediction are (K,) each."""
+    """Accuracy and macro F1, (R,) each, of R draws: (R, K) counts of K cells, whose label and prediction are (K,)
+    each."""
 
     def sums(cells: np.ndarray, classes: np.ndarray) -> np.ndarray:  # (R, C)
         index = np.arange(len(cells))[:, None] * num_labels + classes
@@ -64,8 +66,8 @@ def _scores(draws: np.ndarray, labels: np.ndarray, predictions: np.ndarray, num_
 def _draws(counts: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """Resamples of rows that fall into cells, in parts: (R, K) counts, `resamples` in all.
 
-    Rows enter the scores only through the cell they count in, so drawing n rows with replacement is one multinomial draw of the
-    K occupied cells: the same distribution as resampling rows, at a fraction of the work.
+    Rows enter the scores only through the cell they count in, so drawing n rows with replacement is one multinomial
+    draw of the K occupied cells: the same distribution as resampling rows, at a fraction of the work.
     """
     rng, part = np.random.default_rng(seed), max(1, min(500, 2_000_000 // len(counts)))
     for start in range(0, resamples, part):
@@ -109,8 +111,8 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int =
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The T > 0 of the lowest cross-entropy of softmax(logits / T) (Guo et al. 2017, section 4.2), in [0.01, 100].
 
-    logits: (n, C); labels: (n,). To be fitted on rows that are not tested on. Where no finite T is the best, on rows that are
-    all right for one, it is the nearer bound.
+    logits: (n, C); labels: (n,). To be fitted on rows that are not tested on. Where no finite T is the best, on rows
+    that are all right for one, it is the nearer bound.
     """
     logits = logits - logits.max(1, keepdims=True)
     low, high = math.log(0.01), math.log(100)  # of 1 / T: the cross-entropy is convex in it, so its slope changes sign once
@@ -146,10 +148,11 @@ def paired_bootstrap(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> dict[str, tuple[float, float, float]]:
-    """Differences a - b of two classifiers on the same rows: {"accuracy" and "f1": (difference, low, high)}, 95 % intervals.
+    """Differences a - b of two classifiers on the same rows: {"accuracy" and "f1": (difference, low, high)}, 95 %
+    intervals.
 
-    Both are scored on the same resampled rows, so that rows hard for both move neither bound (Efron & Tibshirani 1993). As in
-    `f1_interval`, rows that agree in label and both predictions are drawn together.
+    Both are scored on the same resampled rows, so that rows hard for both move neither bound (Efron & Tibshirani 1993).
+    As in `f1_interval`, rows that agree in label and both predictions are drawn together.
     """
     cells, counts = np.unique(np.stack([labels, predictions_a, predictions_b]), axis=1, return_counts=True)
     label, *predicted = cells  # (K,) each
@@ -171,8 +174,8 @@ def resampled_accuracies(
     """Mean accuracies of groups of runs on the same test rows, and a bootstrap of them over seeds and test rows.
 
     right: (runs, n) bool; points: for each of P points, the runs that are its seeds. Returns the means, (P,), and their
-    replicates, (resamples, P). A replicate draws n test rows with replacement, the same for all runs, and for each point as many of its
-    runs as it has, with replacement: a point of one run varies with the test rows alone. Seeded.
+    replicates, (resamples, P). A replicate draws n test rows with replacement, the same for all runs, and for each
+    point as many of its runs as it has, with replacement: a point of one run varies with the test rows alone. Seeded.
     """
     patterns, counts = np.unique(right, axis=1, return_counts=True)  # (runs, K): rows that all runs treat alike are drawn together
     rng, replicates = np.random.default_rng((seed, 1)), []
@@ -187,9 +190,9 @@ def resampled_accuracies(
 def last_crossing(x: np.ndarray, differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where piecewise linear curves change sign for the last time.
 
-    x: (S,) ascending; differences: (R, S), the curves' values there. Returns the places, (R,), NaN where a curve has no values of both
-    signs; and the sign (R,) from there on, or of the whole curve where there is no change (0 if it is 0 everywhere). Where a
-    curve is 0 for a while between the signs, the place is the end of that.
+    x: (S,) ascending; differences: (R, S), the curves' values there. Returns the places, (R,), NaN where a curve has no
+    values of both signs; and the sign (R,) from there on, or of the whole curve where there is no change (0 if it is 0
+    everywhere). Where a curve is 0 for a while between the signs, the place is the end of that.
     """
     sign = np.sign(differences[:, -1])  # from here on
     begins, places = (np.full(len(differences), np.nan) for _ in range(2))

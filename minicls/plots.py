@@ -7,20 +7,41 @@ import numpy as np
 
 from minicls import metrics
 from minicls.logger import read_metrics
+from minicls.report import shown
+
+NUMBERED = 100  # classes that a confusion matrix shows one by one; of more, those with most mistakes
 
 
-def _pyplot():
+def _pyplot(texts: Sequence[str] = ()):
+    """pyplot, with a font for the characters of these texts, and whether one is installed that has them all."""
     import matplotlib
 
     matplotlib.use("Agg")  # a file, not a window
     import matplotlib.pyplot as plt
+    from matplotlib import font_manager
 
-    return plt
+    def has(path: str, characters: set[str]) -> bool:
+        font = font_manager.get_font(path)
+        return all(font.get_char_index(ord(character)) for character in characters)
+
+    default = font_manager.findfont(font_manager.FontProperties(family=matplotlib.rcParamsDefault["font.family"]))
+    lacking = {character for character in set("".join(texts)) if not has(default, {character})}
+    # The Last Resort font has every character, as a box.
+    fonts = [font for font in font_manager.fontManager.ttflist if not font.name.startswith("Last Resort")] if lacking else []
+    fonts.sort(key=lambda font: (font.style != "normal", font.weight != 400))
+    name = next((font.name for font in fonts if has(font.fname, lacking)), None)
+    matplotlib.rcParams["font.family"] = [*matplotlib.rcParamsDefault["font.family"], *([name] if name else [])]
+    return plt, name is not None or not lacking
+
+
+def _plain(value: float) -> str:
+    """Three digits, all before the point where there are more: 1,138 rather than 1.14e+03."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def plot_curves(run_dir: Path) -> Path:
     """curves.png out of metrics.jsonl: losses on the left, accuracy and F1 on the right, over steps."""
-    plt = _pyplot()
+    plt, _ = _pyplot()
     events = read_metrics(run_dir)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     train = [e for e in events if e["event"] == "train"]
@@ -46,52 +67,78 @@ def plot_curves(run_dir: Path) -> Path:
 
 
 def plot_confusion(confusion: Sequence[Sequence[int]], label_names: Sequence[str], run_dir: Path) -> Path:
-    """confusion.png: a picture of a (C, C) confusion matrix; shade is the share of the true class, so that small classes show."""
-    plt = _pyplot()
+    """confusion.png: a picture of a (C, C) confusion matrix; shade is the share of the true class, so that small
+    classes show.
+
+    Of more than NUMBERED classes, it shows those with most mistakes, and all others together. Where no installed font
+    has the characters of the names, classes are shown by their indices, and a line is printed that says so.
+    """
     counts = np.asarray(confusion)
+    names = [name if len(name) <= 28 else f"{name[:27]}…" for name in map(shown, label_names)]
+    plt, readable = _pyplot(names)
+    if not readable:
+        legend = ", ".join(f"{i} {name}" for i, name in enumerate(names[:20])) + ", …" * (len(names) > 20)
+        print(f"no installed font has the characters of all class names, so confusion.png shows their indices: {legend}")
+        names = [str(i) for i in range(len(names))]
+    title = f"Test rows: {counts.sum():,}"
+    if len(counts) > NUMBERED:
+        mistakes = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
+        kept = np.sort(np.argsort(-mistakes, kind="stable")[: NUMBERED // 2])
+        place = np.full(len(counts), len(kept))
+        place[kept] = np.arange(len(kept))
+        merged = np.zeros((len(kept) + 1, len(kept) + 1), counts.dtype)
+        np.add.at(merged, (place[:, None], place[None]), counts)
+        title += f"; the {len(kept)} classes with most mistakes, and the {len(counts) - len(kept)} others"
+        counts, names = merged, [*(names[i] for i in kept), "all others"]
     C = len(counts)
-    size = min(20.0, 3.0 + 0.5 * C)
-    figure, axes = plt.subplots(figsize=(size + 1.0, size), layout="constrained")
+    cell, small = (0.62, 9) if C <= 10 else (0.4, 8) if C <= 30 else (0.22, 7)  # inches, points
+    longest = max(map(len, names)) * small / 72 * 0.6  # inches
+    size = 2.0 + max(cell * C, 2.5)
+    figure, axes = plt.subplots(figsize=(size + longest + 1.0, size + longest * 0.9), layout="constrained")
     image = axes.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, label="share of the true class", shrink=0.8)
-    small = 9 if C <= 10 else 6 if C <= 30 else 4
-    axes.set_xticks(range(C), label_names, rotation=90 if C > 4 else 0, fontsize=small)
-    axes.set_yticks(range(C), label_names, fontsize=small)
-    axes.set(xlabel="predicted", ylabel="true", title=f"Test rows: {counts.sum():,}")
-    if C <= 30:
-        for i, j in np.argwhere(counts):
-            dark = counts[i, j] > 0.5 * counts[i].sum()
-            axes.text(j, i, counts[i, j], ha="center", va="center", color="white" if dark else "black", fontsize=small)
-    figure.savefig(run_dir / "confusion.png", dpi=120)
+    slanted = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if longest > 0.9 * size / C else {}
+    axes.set_xticks(range(C), names, fontsize=small, **slanted)
+    axes.set_yticks(range(C), names, fontsize=small)
+    axes.set(xlabel="predicted", ylabel="true", title=title)
+    for i, j in np.argwhere(counts):
+        dark = counts[i, j] > 0.5 * counts[i].sum()
+        digits = small if C <= 30 else 5
+        axes.text(j, i, counts[i, j], ha="center", va="center", color="white" if dark else "black", fontsize=digits)
+    figure.savefig(run_dir / "confusion.png", dpi=120, bbox_inches="tight")  # a square in a frame of any shape
     plt.close(figure)
     return run_dir / "confusion.png"
 
 
 def plot_rps(rows: Sequence[dict], output_dir: Path) -> Path:
-    """rps.png: requests per second of bench.json's valid rows as bars, a panel for each mode, a colour for each engine."""
-    plt = _pyplot()
+    """rps.png: requests per second of bench.json's valid rows as bars, a panel for each mode, a colour for each
+    engine."""
     rows = [row for row in rows if row["status"] == "ok"]
+    plt, _ = _pyplot([row["model"] for row in rows])
     modes, engines = (list(dict.fromkeys(row[key] for row in rows)) for key in ("mode", "engine"))
     tallest = max([sum(row["mode"] == mode for row in rows) for mode in modes], default=1)
-    size = (5.5 * max(1, len(modes)), 1.5 + 0.4 * tallest)
+    names = {id(row): f"{row['model']}, {row['engine']}, {row['method']}" for row in rows}
+    longest = max(map(len, names.values()), default=0) * 0.065  # inches, at 8 points
+    size = ((3.5 + longest) * max(1, len(modes)), 1.5 + 0.4 * tallest)
     figure, panels = plt.subplots(1, max(1, len(modes)), figsize=size, layout="constrained", squeeze=False)
     for axes, mode in zip(panels[0], modes, strict=False):
-        shown = [row for row in rows if row["mode"] == mode][::-1]  # the first on top
-        rates = [row["requests_per_second"] for row in shown]
-        bars = axes.barh(range(len(shown)), rates, color=[f"C{engines.index(row['engine'])}" for row in shown])
-        axes.bar_label(bars, [f"{rate:.3g}" for rate in rates], padding=3, fontsize=8)
-        names = [f"{row['model']}, {row['engine']}, {row['method']}" for row in shown]
-        axes.set_yticks(range(len(shown)), names, fontsize=8)
-        axes.set(xlabel="requests per second", title=mode)
-        axes.margins(x=0.15)
+        of_mode = [row for row in rows if row["mode"] == mode][::-1]  # the first on top
+        rates = [row["requests_per_second"] for row in of_mode]
+        bars = axes.barh(range(len(of_mode)), rates, color=[f"C{engines.index(row['engine'])}" for row in of_mode])
+        axes.bar_label(bars, [_plain(rate) for rate in rates], padding=3, fontsize=8)
+        axes.set_yticks(range(len(of_mode)), [names[id(row)] for row in of_mode], fontsize=8)
+        axes.set(xlabel="requests per second", title=mode, xlim=(0, 1.25 * max(rates)))  # room for the figures
+        axes.xaxis.set_major_locator(plt.MaxNLocator(5))
+        axes.xaxis.set_major_formatter("{x:,g}")
     figure.savefig(output_dir / "rps.png", dpi=120)
     plt.close(figure)
     return output_dir / "rps.png"
 
 
 def plot_learning_curves(curves: dict[str, Sequence[tuple[int, float, float, float, int]]], file: Path) -> None:
-    """Accuracy over training rows: of each name, points (rows, accuracy, low, high, seeds); those of one seed are hollow."""
-    plt = _pyplot()
+    """Accuracy over training rows: of each name, points (rows, accuracy, low, high, seeds); those of one seed are
+    hollow."""
+    plt, _ = _pyplot([*curves])
     figure, axes = plt.subplots(figsize=(8, 5 + 0.25 * len(curves)), layout="constrained")
     for i, (name, points) in enumerate(curves.items()):
         rows, accuracy, low, high, seeds = np.array(points, float).T
@@ -116,32 +163,33 @@ def plot_learning_curves(curves: dict[str, Sequence[tuple[int, float, float, flo
 
 
 def plot_deploy(rows: Sequence[dict], file: Path) -> None:
-    """Accuracy over requests per second of bench.json's valid rows: a panel for each mode, a colour for each model."""
-    plt = _pyplot()
+    """Accuracy over requests per second of bench.json's valid rows: a panel for each mode, a colour for each model, a
+    marker for each engine and method."""
     rows = [row for row in rows if row["status"] == "ok" and row.get("accuracy") is not None]
+    plt, _ = _pyplot([row["model"] for row in rows])
     models, modes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "mode"))
-    size = (max(7.0, 5.0 * len(modes)), 6.0)
+    ways = list(dict.fromkeys((row["engine"], row["method"]) for row in rows))
+    markers = "osD^vP*X<>ph"
+    size = (max(7.0, 5.0 * len(modes)), 5.0 + 0.2 * (len(models) + len(ways)))
     figure, panels = plt.subplots(1, max(1, len(modes)), figsize=size, layout="constrained", sharey=True, squeeze=False)
     for axes, mode in zip(panels[0], modes or [""], strict=True):
         for row in (row for row in rows if row["mode"] == mode):
             x, y, color = row["requests_per_second"], row["accuracy"], f"C{models.index(row['model'])}"
             low, high = metrics.accuracy_interval(y, row["num_requests"]) if row.get("num_requests") else (y, y)
-            axes.errorbar(x, y, [[y - low], [high - y]], fmt="o", color=color, capsize=3)
-            name = f"{row['engine']}, {row['method']}"
-            style = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 8, "color": color}
-            axes.annotate(name, (x, high), xytext=(0, 5), textcoords="offset points", **style)
+            marker = markers[ways.index((row["engine"], row["method"])) % len(markers)]
+            axes.errorbar(x, y, [[y - low], [high - y]], fmt=marker, color=color, capsize=3, alpha=0.8, clip_on=False)
         axes.set(xscale="log", xlabel="requests per second", title=mode)
         axes.xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_major_formatter("{x:,g}")
         axes.xaxis.set_minor_formatter("")
         axes.margins(x=0.15)
         axes.grid(alpha=0.3)
     bottom, top = panels[0, 0].get_ylim()
-    panels[0, 0].set(ylabel="accuracy, 95 % interval", ylim=(bottom, top + 0.5 * (top - bottom)))  # room for the names
-    panels[0, 0].set_yticks([tick for tick in panels[0, 0].get_yticks() if bottom <= tick <= 1])
-    for i, model in enumerate(models):
-        panels[0, 0].plot([], [], "o", color=f"C{i}", label=model)
-    if models:
-        panels[0, 0].legend(loc="upper left")
+    panels[0, 0].set(ylabel="accuracy, 95 % interval", ylim=(max(0.0, bottom), min(1.0, top)))
+    handles = [plt.Line2D([], [], color=f"C{i}", linewidth=6, label=model) for i, model in enumerate(models)]
+    for i, way in enumerate(ways):
+        handles.append(plt.Line2D([], [], color="0.3", marker=markers[i % len(markers)], linestyle="", label=", ".join(way)))
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9)
     figure.savefig(file, dpi=120)
     plt.close(figure)

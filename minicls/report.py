@@ -1,4 +1,5 @@
-"""Result files: what a run writes at its end (results.json, predictions.parquet, validation.parquet), and tables out of such files."""
+"""Result files: what a run writes at its end (results.json, predictions.parquet, validation.parquet), and tables out of
+such files."""
 
 import hashlib
 import json
@@ -18,7 +19,8 @@ from minicls.tokenizer import Tokenizer
 
 
 def evaluate_logits(logits: torch.Tensor, labels: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
-    """Loss (mean cross-entropy), accuracy and macro precision, recall, F1 of logits (n, C), and their confusion matrix."""
+    """Loss (mean cross-entropy), accuracy and macro precision, recall, F1 of logits (n, C), and their confusion
+    matrix."""
     loss = torch.nn.functional.cross_entropy(logits.double(), torch.from_numpy(labels)).item()
     confusion = metrics.confusion_matrix(labels, logits.argmax(1).numpy(), logits.shape[1])
     return {"loss": loss} | metrics.classification_metrics(confusion), confusion
@@ -32,9 +34,9 @@ def text_hash(text: str) -> int:
 def write_predictions(file: Path, split: Split, logits: torch.Tensor, tokenizer: Tokenizer | None, names: Sequence[str]) -> None:
     """Writes what was predicted of each row, logits being (n, C), as parquet.
 
-    row: its number in the file it came from; label and prediction: class indices, whose names are in the schema's `huggingface`
-    metadata, where `datasets` reads them; num_tokens: of the whole text, before any cut and with nothing around it, or null
-    without a tokenizer; text_hash: see there; probability_c: of class c, float32.
+    row: its number in the file it came from; label and prediction: class indices, whose names are in the schema's
+    `huggingface` metadata, where `datasets` reads them; num_tokens: of the whole text, before any cut and with nothing
+    around it, or null without a tokenizer; text_hash: see there; probability_c: of class c, float32.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -64,10 +66,12 @@ def write_results(
     headline_step: int,
     device: torch.device,
 ) -> dict:
-    """Writes predictions.parquet, validation.parquet (of rows held out) and, last, results.json; returns what the latter holds.
+    """Writes predictions.parquet, validation.parquet (of rows held out) and, last, results.json; returns what the
+    latter holds.
 
-    logits: the headline model's on the rows of "test" and, if held out, "validation", (n, C) fp32 in their order; state: the
-    run's clocks and best steps. The constant answer, which a score has to beat, is the class with most rows in train.
+    logits: the headline model's on the rows of "test" and, if held out, "validation", (n, C) fp32 in their order;
+    state: the run's clocks and best steps. The constant answer, which a score has to beat, is the class with most rows
+    in train.
     """
     labels, test_logits, names = data.test.labels, logits["test"].double(), data.label_names
     probabilities = test_logits.softmax(1).numpy()  # (n, C)
@@ -127,8 +131,9 @@ def write_results(
 def summary(results: dict) -> str:
     """The headline in words, and what to change where it is no better than no model."""
     constant = f" (always answering {shown(results['majority_class'])}: {results['majority_accuracy']:.4f})"
+    step = f", step {results['headline_step']}" * bool(results["headline_step"])
     lines = [
-        f"test, {results['num_test_rows']:,} rows, step {results['headline_step']}: accuracy {results['accuracy']:.4f}{constant}, "
+        f"test, {results['num_test_rows']:,} rows{step}: accuracy {results['accuracy']:.4f}{constant}, "
         f"macro F1 {results['f1']:.4f} (95 % interval {results['f1_low']:.4f} to {results['f1_high']:.4f})"
     ]
     if absent := absent_line(results):
@@ -145,7 +150,8 @@ def summary(results: dict) -> str:
 
 
 def absent_line(results: dict) -> str | None:
-    """Which classes have no test rows, and how many the macro means are over; None where all have rows, or nothing says so."""
+    """Which classes have no test rows, and how many the macro means are over; None where all have rows, or nothing says
+    so."""
     absent = results.get("absent_classes")
     if not absent:
         return None
@@ -160,8 +166,9 @@ def absent_line(results: dict) -> str | None:
 def advice(results: dict) -> list[str]:
     """Notes on a run that has learned nothing, or little; empty where it did better than the constant answer.
 
-    A score is no better than the constant answer's where both lower bounds, accuracy's and macro F1's, are not above it: a model
-    of unbalanced classes may be good at one of the two alone. A training loss above 0.9 ln C is near that of equal chances.
+    A score is no better than the constant answer's where both lower bounds, accuracy's and macro F1's, are not above
+    it: a model of unbalanced classes may be good at one of the two alone. A training loss above 0.9 ln C is near that
+    of equal chances.
     """
     low, _ = metrics.accuracy_interval(results["accuracy"], results["num_test_rows"])
     notes, chance, loss = [], math.log(len(results["per_class"])), results["final_train_loss"]
@@ -181,7 +188,8 @@ def advice(results: dict) -> list[str]:
 
 
 def shown(name: str) -> str:
-    """A class name, or whatever a table shows, on one line: as Python writes it where it has line breaks or blanks at its ends."""
+    """A class name, or whatever a table shows, on one line: as Python writes it where it has line breaks or blanks at
+    its ends."""
     return name if name == name.strip() and name.isprintable() else repr(name)
 
 
@@ -230,8 +238,8 @@ def steps(run_dir: Path) -> tuple[list[str], list[tuple[int, list]]]:
 def steps_table(run_dir: Path) -> str:
     """Markdown with the published tables' columns, a line for each evaluation on the test rows.
 
-    The training loss is the mean over the steps logged since the line before; where only the answer's letter differs from
-    row to row, its loss stands apart.
+    The training loss is the mean over the steps logged since the line before; where only the answer's letter differs
+    from row to row, its loss stands apart.
     """
     header, lines = steps(run_dir)
     return markdown(header, [values for _, values in lines])
@@ -245,7 +253,8 @@ def short_names(run_dirs: Sequence[Path]) -> list[str]:
 
 
 def fold(runs: Iterable[Run]) -> list[list[Run]]:
-    """The runs of one setting together: those that differ in seed and place alone, and in the training rows where the seed samples them."""
+    """The runs of one setting together: those that differ in seed and place alone, and in the training rows where the
+    seed samples them."""
     groups = {}
     for run in runs:
         setting = {name: value for name, value in run.info["settings"].items() if name not in ("seed", "output_dir")}
@@ -280,7 +289,8 @@ def folded(group: Sequence[Run], names: Sequence[str]) -> tuple[str, str, str]:
 
 
 def speed_table(benches: list[dict]) -> str:
-    """Markdown of bench.json files, a line for each peer: rates, the ratio with its spread over rounds, and peak memory."""
+    """Markdown of bench.json files, a line for each peer: rates, the ratio with its spread over rounds, and peak
+    memory."""
     header = ["what", "model", "beside", "minicls, rows/s", "peer, rows/s", "times as fast", "peak memory, GiB"]
     peers = {"train": "HF Trainer {}", "score": "transformers {}, a pass a question"}
     rows = []

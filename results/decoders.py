@@ -48,7 +48,15 @@ def jobs_of_grid(recipe: str, rates: list[float], data: str) -> list[dict]:
     rows, steps = (1000, num_steps(1000)) if data == "data" else (2310, banking_steps(2310))
     prefix = "grid" if data == "data" else "banking77-grid"
     return [
-        {"name": f"{prefix}-{recipe}-{rate:g}", "recipe": recipe, "data": data, "rows": rows, "steps": steps, "rate": rate, "seed": 42}
+        {
+            "name": f"{prefix}-{recipe}-{rate:g}",
+            "recipe": recipe,
+            "data": data,
+            "rows": rows,
+            "steps": steps,
+            "rate": rate,
+            "seed": 42,
+        }
         for rate in rates
     ]
 
@@ -59,7 +67,18 @@ def flags_of(job: dict, args: argparse.Namespace) -> tuple[str, list[str]]:
     flags += ["--validation-size", "0" if job["rows"] == 10_003 else "1000"]
     flags += ["--max-train-rows", str(job["rows"]), "--max-steps", str(job["steps"])]
     flags += ["--global-batch-size", str(BATCH), "--micro-batch-size", str(BATCH), "--learning-rate", f"{job['rate']:g}"]
-    flags += ["--warmup-ratio", "0.1", "--weight-decay", "0.01", "--eval-every", "0", "--save-every", "0", "--keep-checkpoints", "1"]
+    flags += [
+        "--warmup-ratio",
+        "0.1",
+        "--weight-decay",
+        "0.01",
+        "--eval-every",
+        "0",
+        "--save-every",
+        "0",
+        "--keep-checkpoints",
+        "1",
+    ]
     flags += ["--seed", str(job["seed"]), "--log-every", "25"]
     if job.get("test_rows"):
         flags += ["--max-eval-rows", str(job["test_rows"])]
@@ -101,7 +120,9 @@ def run(job: dict, args: argparse.Namespace) -> str:
     shutil.rmtree(work)
     results = json.loads((out / "results.json").read_text())
     seconds = time.perf_counter() - begin
-    return f"{job['name']}: accuracy {results['accuracy']:.4f}, {results['train_seconds']:.0f} s of training, {seconds:.0f} s in all"
+    return (
+        f"{job['name']}: accuracy {results['accuracy']:.4f}, {results['train_seconds']:.0f} s of training, {seconds:.0f} s in all"
+    )
 
 
 def worker(queue, lines, args: argparse.Namespace) -> None:

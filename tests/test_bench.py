@@ -245,12 +245,13 @@ KEYS += ["latency_p50_ms", "latency_p90_ms", "latency_p99_ms", "input_tokens_per
 KEYS += ["agreement", "num_requests", "status", "reason"]
 
 
-def test_table_plot_and_json_line(bert_run, qwen_run, tmp_path, capsys, monkeypatch):
+def test_table_and_plot(bert_run, qwen_run, tmp_path, capsys, monkeypatch):
     start = fake_start({"minicls": [30.0, 3.0, 10.0, 5.0, 20.0, 4.0], "vllm": [7.0] * 12}, broken=("vllm",))
     models = ["--bert", str(bert_run), "--qwen", str(qwen_run), "--engines", "minicls", "vllm"]
     rps(monkeypatch, tmp_path, start, *models, "--mode", "single", "server", "--rounds", "3")
     rows, printed = read_rows(tmp_path), capsys.readouterr().out
-    assert json.loads(printed.splitlines()[-1]) == rows and (tmp_path / "out" / "rps.png").stat().st_size > 0
+    assert printed.endswith(f"{tmp_path / 'out' / 'bench.json'}, {tmp_path / 'out' / 'rps.png'}\n")  # no JSON at a reader
+    assert (tmp_path / "out" / "rps.png").stat().st_size > 0
     assert all([*row] == KEYS + ["slo_attainment"] * (row["mode"] == "server") for row in rows)
     assert {(r["model"].split(":")[0], r["engine"], r["method"], r["mode"]) for r in rows} == {
         (model, engine, method, mode)
@@ -266,6 +267,17 @@ def test_table_plot_and_json_line(bert_run, qwen_run, tmp_path, capsys, monkeypa
     theirs = next(row for row in rows if row["engine"] == "vllm")
     assert (theirs["status"], theirs["reason"], theirs["requests_per_second"]) == ("failed", "vllm broke", None)
     assert "failed (vllm broke)" in printed and "50.0% in time" in printed
+
+
+def test_engines_that_are_not_installed_are_left_out_unless_asked_for(bert_run, tmp_path, capsys, monkeypatch):
+    find_spec = bench.importlib.util.find_spec
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None if name == "vllm" else find_spec(name))
+    named = tmp_path / "bert"
+    named.symlink_to(bert_run)
+    start = fake_start({"minicls": [3.0], "transformers": [3.0]})
+    rps(monkeypatch, tmp_path, start, "--bert", str(named), "--mode", "offline", "--rounds", "1")
+    assert [(row["model"], row["engine"]) for row in read_rows(tmp_path)] == [("bert", "minicls"), ("bert", "transformers")]
+    assert "not installed, so not measured: vllm\n" in capsys.readouterr().out
 
 
 def test_interruption_leaves_the_rows_done(qwen_run, tmp_path, capsys, monkeypatch):

@@ -84,7 +84,8 @@ def test_metrics_counted_by_hand():
 
 
 def test_macro_means_are_over_the_classes_that_occur():
-    """Classes 0 and 1 have rows; 2 has none and is predicted once, so it counts as 0; 3 is nowhere, and does not count."""
+    """Classes 0 and 1 have rows; 2 has none and is predicted once, so it counts as 0; 3 is nowhere, and does not
+    count."""
     labels, predictions = np.array([0, 0, 1, 1]), np.array([0, 0, 1, 2])
     confusion = confusion_matrix(labels, predictions, 4)
     assert occurs(confusion).tolist() == [True, True, True, False]
@@ -233,8 +234,8 @@ def test_temperature_where_no_finite_one_is_the_best():
 
 def test_paired_bootstrap_of_accuracy_counted_by_hand():
     """100 rows, 20 of them right for a alone and 10 for b alone: the difference of a row is 1, -1 or 0, with variance
-    0.3 - 0.1**2 = 0.29. The mean of 100 has a standard error of 0.0539, and 1.96 of them are the interval, but for the grid
-    of 1/100 that the mean moves on."""
+    0.3 - 0.1**2 = 0.29. The mean of 100 has a standard error of 0.0539, and 1.96 of them are the interval, but for the
+    grid of 1/100 that the mean moves on."""
     labels = np.zeros(100, int)
     a, b = np.array([0] * 20 + [1] * 10 + [0] * 70), np.array([1] * 20 + [0] * 10 + [0] * 70)
     difference, low, high = paired_bootstrap(labels, a, b, 2)["accuracy"]
@@ -292,8 +293,8 @@ def test_a_zero_for_a_while_between_the_signs_ends_with_the_later_one():
 
 
 def test_a_crossing_by_hand_with_replicates_on_both_sides():
-    """a - b is 0.05 at 1,000 rows and -0.1 at 10,000: a third of the way in the logarithm. Of 100 replicates, 3 are below 0
-    everywhere (crossed before), 2 above 0 everywhere (not yet); the others cross half way, at 10^3.5."""
+    """a - b is 0.05 at 1,000 rows and -0.1 at 10,000: a third of the way in the logarithm. Of 100 replicates, 3 are
+    below 0 everywhere (crossed before), 2 above 0 everywhere (not yet); the others cross half way, at 10^3.5."""
     sizes, a, b = [100, 1000, 10_000], np.array([0.8, 0.8, 0.8]), np.array([0.6, 0.75, 0.9])
     differences = np.array([[0.2, 0.1, -0.1]] * 95 + [[-0.1, -0.1, -0.1]] * 3 + [[0.1, 0.1, 0.1]] * 2)
     found = crossing(sizes, a, b, differences, np.zeros((100, 3)))

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import struct
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from minicls import comparison, metrics
+from minicls import comparison, metrics, plots
 from minicls.__main__ import main
 from minicls.comparison import PUBLISHED
 from minicls.config import UserError
@@ -27,7 +28,7 @@ from minicls.report import advice, results_table, steps_table, summary, write_re
 
 
 def cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.strip("|").split("|")]
+    return [cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
 
 
 def read_table(text: str) -> list[dict[str, str]]:
@@ -215,7 +216,7 @@ def test_two_runs_and_all_their_figures(bert_run, qwen_run, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.endswith(f"report: {tmp_path / 'out' / 'report.md'}\n")
     assert read_table(printed) == read_table(sections["Headlines"])
-    runs, tables = (bert_run, qwen_run), {title: body and read_table(body) for title, body in sections.items()}
+    runs, tables = (bert_run, qwen_run), {title: read_table(body) for title, body in sections.items() if "| --- |" in body}
     for i, (run, head) in enumerate(zip(runs, ("linear", "options"), strict=True)):
         row, of_run = tables["Headlines"][i], found(run)
         assert (row["run"], row["model"], row["head"], row["steps"]) == (str(run), "tiny", head, "16 of 16")
@@ -228,13 +229,15 @@ def test_two_runs_and_all_their_figures(bert_run, qwen_run, tmp_path, capsys):
         assert (row["headline"], row["step"], row["macro F1 (95 % interval)"]) == ("last step", "16", interval)
         wilson = binomtest(round(100 * of_run["accuracy"]), 100).proportion_ci(method="wilson")
         assert row["accuracy (95 % interval)"] == f"{of_run['accuracy']:.4f} ({wilson.low:.4f} to {wilson.high:.4f})"
-        best = max((e["f1"], -e["step"]) for e in read_metrics(run) if e["event"] == "eval")
-        assert (row["best on test: step"], row["macro F1"]) == (str(-best[1]), f"{best[0]:.4f}")
+        assert "best on test: step" not in row  # the published protocol, where nothing was published
         row = tables["What was run"][i]
         assert (row["data"], row["training rows"], row["test rows"], row["dtype"]) == ("synthetic", "256", "100", "fp32")
         name = row["run"]
         assert str(run).endswith(name)
-        assert [row[name] for row in tables["Classes"]] == [f"{c['f1']:.4f}" for c in of_run["per_class"].values()]
+        scores = [f"{c['f1']:.4f} ({c['precision']:.4f}, {c['recall']:.4f})" for c in of_run["per_class"].values()]
+        assert [row[name] for row in tables["Classes"]] == scores
+        support = [(str(i), label, str(sum(of_run["confusion"][i]))) for i, label in enumerate(AG_NEWS_LABELS)]
+        assert [(row[""], row["class"], row["test rows"]) for row in tables["Classes"]] == support
         confusion = read_table(sections["Confusion"].split(f"### {name}\n")[1])
         assert [[int(row[c]) for c in AG_NEWS_LABELS] for row in confusion] == of_run["confusion"]
         row = tables["Calibration"][i]
@@ -250,6 +253,9 @@ def test_two_runs_and_all_their_figures(bert_run, qwen_run, tmp_path, capsys):
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     assert (row["only a right"], row["only b right"]) == (str(only_a), str(only_b))
     assert row["McNemar's p"] == f"{binomtest(only_a, only_a + only_b).pvalue:.2g}"
+    p = row["McNemar's p"]
+    said = f"accuracy differs by {row['accuracy, a - b']}, McNemar's p {p}"
+    assert f"{row['a']} against {row['b']}: {row['better']} is better; {said}\n" in printed
     assert row["accuracy, a - b"].startswith(f"{a.mean() - b.mean():+.4f} (")
     assert row["macro F1, a - b"].startswith(f"{found(bert_run)['f1'] - found(qwen_run)['f1']:+.4f} (")
 
@@ -260,6 +266,9 @@ def test_two_runs_and_all_their_figures(bert_run, qwen_run, tmp_path, capsys):
         assert inside.sum() == int(row["rows"])
         for cell, right_ones in zip([*row.values()][2:], (a, b), strict=True):
             assert cell.startswith(f"{right_ones[inside].mean():.4f} (")
+    for i, run in enumerate(runs, start=1):
+        assert f"(curves-{i}.png)" in sections["Curves"]
+        assert (tmp_path / "out" / f"curves-{i}.png").read_bytes() == (run / "curves.png").read_bytes()
     # Synthetic texts are not AG News; neither model was tried twice; nothing was served.
     assert sections.keys().isdisjoint({"Beside the published tables", "Settings and seeds", "Training rows", "Which one to deploy"})
 
@@ -284,6 +293,7 @@ def test_real_predictions_beside_the_published_tables(bert_run, qwen_run, shared
     assert "Length" not in sections  # these files have no num_tokens
     chosen = read_table(sections["How the step was chosen"])
     assert [row["run"] for row in chosen] == [*names, "published BERT", "published Qwen3"]
+    assert [row["best on test: step"] for row in chosen[:2]] == [str(found(bert_run)["best_step_on_test"])] * 2
     assert (chosen[3]["accuracy (95 % interval)"], chosen[3]["best on test: step"]) == ("0.9442 (0.9388 to 0.9491)", "3752")
     for name, kind in zip(names, ("BERT", "BERT", "Qwen3"), strict=True):
         rows = read_table(sections["Beside the published tables"].split(f"### {name}\n")[1])
@@ -338,7 +348,8 @@ def test_seeds_are_folded_and_every_cell_is_told(bert_run, tmp_path):
 
 
 def curve_run(like: Path, folder: Path, right: np.ndarray, num_train_rows: int, seed: int = 1, rows=None, **settings) -> Path:
-    """A run trained on so many rows whose predictions are right where `right` is; `rows`: which of the file's rows it tested."""
+    """A run trained on so many rows whose predictions are right where `right` is; `rows`: which of the file's rows it
+    tested."""
     run = copy_run(like, folder, num_train_rows=num_train_rows, max_train_rows=num_train_rows, seed=seed, **settings)
     rows = np.arange(len(right)) if rows is None else rows
     labels = rows % 4
@@ -357,8 +368,8 @@ def first(share: float, n: int = 2000) -> np.ndarray:
 
 
 def write_curves(bert_run, qwen_run, folder, seeds=(1, 2, 3)) -> list[Path]:
-    """BERT is at 0.8 everywhere, Qwen3 at 0.6, 0.75 and 0.9: they cross a third of the way from 1,000 to 10,000 rows. The rates
-    go with the rows."""
+    """BERT is at 0.8 everywhere, Qwen3 at 0.6, 0.75 and 0.9: they cross a third of the way from 1,000 to 10,000 rows.
+    The rates go with the rows."""
     runs = []
     for size, share in ((100, 0.6), (1000, 0.75), (10_000, 0.9)):
         for seed in seeds:
@@ -401,7 +412,8 @@ def test_curves_that_do_not_cross_say_so(bert_run, qwen_run, tmp_path):
 
 
 def test_a_crossing_that_may_be_beyond_the_sizes_is_open(bert_run, qwen_run, tmp_path):
-    """At 1,000 rows Qwen3 is right in 12 rows that BERT is not, and BERT in 10: D is 0.001 +- 0.0023, of either sign."""
+    """At 1,000 rows Qwen3 is right in 12 rows that BERT is not, and BERT in 10: D is 0.001 +- 0.0023, of either
+    sign."""
     bert, qwen = first(0.9), first(0.9)
     qwen[np.flatnonzero(bert)[:10]] = False
     qwen[np.flatnonzero(~bert)[:12]] = True
@@ -416,7 +428,8 @@ def test_a_crossing_that_may_be_beyond_the_sizes_is_open(bert_run, qwen_run, tmp
 
 
 def test_what_makes_a_model_of_its_own(bert_run, qwen_run, tmp_path):
-    """The schedule goes with the rows unless one size has two of it; a prompt never does; an absent setting is an unset one."""
+    """The schedule goes with the rows unless one size has two of it; a prompt never does; an absent setting is an unset
+    one."""
     rates = [
         curve_run(bert_run, tmp_path / f"b{size}-{rate}", first(0.8), size, learning_rate=rate)
         for size in (10, 99)
@@ -561,6 +574,145 @@ def test_files_in_the_way_or_broken(bert_run, tmp_path):
         with pytest.raises(UserError, match=r"--bench: .*bench.json is no result of bench.py --task rps"):
             report(tmp_path / "out", bert_run, "--bench", tmp_path / "bench.json")
     assert not (tmp_path / "out").exists()
+
+
+DAMAGED = [(name, text) for name in ("run", "results") for text in ("{", "[]", "5", "{}", '{"final_step": 3}', "\ufeff")]
+
+
+@pytest.mark.parametrize(("name", "text"), DAMAGED)
+def test_damaged_files_are_told_in_one_line(name, text, bert_run, tmp_path):
+    broken = copy_run(bert_run, tmp_path / "broken")
+    (broken / f"{name}.json").write_text(text)
+    with pytest.raises(UserError, match=rf"broken/{name}\.json: (not readable|no \w+ in it)"):
+        report(tmp_path / "out", bert_run, broken)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_run_alone_is_told_what_to_compare_it_with(bert_run, tmp_path):
+    sections = report(tmp_path / "out", bert_run)
+    assert "`python -m minicls baseline`" in sections["Two by two"] and len(read_table(sections["Classes"])) == 4
+
+
+def test_a_p_value_below_all_floats_is_no_zero(bert_run, qwen_run, tmp_path):
+    """2,000 rows right for one alone: p is 2^-1999."""
+    runs = [curve_run(like, tmp_path / name, first(x), 9) for like, name, x in ((bert_run, "a", 1), (qwen_run, "b", 0))]
+    (row,) = read_table(report(tmp_path / "out", *runs)["Two by two"])
+    assert (row["McNemar's p"], row["better"]) == ("<1e-300", "a")
+
+
+# Names and pictures.
+
+
+def test_names_with_line_breaks_and_blanks_stand_on_one_line(bert_run, tmp_path):
+    names = ["good\nnews", "good ", "a | b", "体育"]
+    of_class = dict(zip(names, found(bert_run)["per_class"].values(), strict=True))
+    table = read_table(report(tmp_path / "out", copy_run(bert_run, tmp_path / "run", {"per_class": of_class}))["Classes"])
+    assert [row["class"] for row in table] == [r"'good\nnews'", "'good '", "a | b", "体育"]
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures drawn in a test, which are not closed; warnings, such as that of a glyph that no font has, are
+    errors."""
+    import matplotlib.pyplot as plt
+
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield drawn
+    monkeypatch.undo()
+    for figure in drawn:
+        plt.close(figure)
+
+
+def boxes(figure, texts) -> np.ndarray:
+    """The extents of texts in pixels, (n, 4): x0, y0, x1, y1."""
+    figure.canvas.draw()
+    return np.array([text.get_window_extent().extents for text in texts])
+
+
+@pytest.mark.parametrize(("C", "shown"), [(2, 2), (20, 20), (77, 77), (1000, 51)])
+def test_class_names_of_a_confusion_matrix_do_not_overlap(C, shown, figures, tmp_path):
+    confusion = np.diag(np.arange(C) + 1)
+    confusion[C // 2, 0] = 9
+    plots.plot_confusion(confusion, [f"a name of {i}, {'x' * 40}" for i in range(C)], tmp_path)
+    axes = figures[0].axes[0]
+    texts = axes.get_yticklabels()
+    assert len(texts) == shown and (tmp_path / "confusion.png").stat().st_size > 5000
+    _, y0, _, y1 = boxes(figures[0], texts).T
+    assert (y1[1:] <= y0[:-1] + 1).all()  # each below the one before
+    (turn,) = {text.get_rotation() for text in axes.get_xticklabels()}
+    spacing = np.diff(boxes(figures[0], axes.get_xticklabels())[:, 2])
+    assert (spacing * np.sin(np.radians(turn)) >= (y1 - y0)[0] * 0.9).all()  # slanted lines of text, side by side
+    if C == 1000:
+        assert axes.get_yticklabels()[-1].get_text() == "all others"
+        assert any(text.get_text().startswith("a name of 500,") for text in texts)  # it has most mistakes
+        assert sum(int(text.get_text()) for text in axes.texts) == confusion.sum()
+
+
+def make_font(file: Path, characters: str) -> None:
+    """A font of squares."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+
+    pen = TTGlyphPen(None)
+    for move, *at in ((pen.moveTo, 0, 0), (pen.lineTo, 0, 800), (pen.lineTo, 800, 800), (pen.lineTo, 800, 0)):
+        move(tuple(at))
+    pen.closePath()
+    square, font = pen.glyph(), FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder([".notdef", "square"])
+    font.setupCharacterMap({ord(character): "square" for character in characters})
+    font.setupGlyf({".notdef": square, "square": square})
+    font.setupHorizontalMetrics({".notdef": (900, 0), "square": (900, 0)})
+    font.setupHorizontalHeader(ascent=900, descent=-100)
+    font.setupNameTable({"familyName": "Squares", "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(file)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_chinese_class_names_are_drawn_or_numbered(installed, figures, tmp_path, monkeypatch, capsys):
+    from matplotlib import font_manager
+
+    names = ["\U0002a6d6育", "finance"]  # the first character is in no font of matplotlib's own, nor in most others
+    fonts = [font for font in font_manager.fontManager.ttflist if font.name.startswith(("DejaVu", "Last Resort"))]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", fonts)
+    if installed:
+        make_font(tmp_path / "squares.ttf", names[0])
+        font_manager.fontManager.addfont(tmp_path / "squares.ttf")
+    plots.plot_confusion([[3, 1], [0, 2]], names, tmp_path)
+    labels = [text.get_text() for text in figures[0].axes[0].get_xticklabels()]
+    printed = capsys.readouterr().out
+    assert labels == (names if installed else ["0", "1"])
+    said = (
+        "no installed font has the characters of all class names, so confusion.png shows their indices: 0 \U0002a6d6育, 1 finance\n"
+    )
+    assert printed == ("" if installed else said)
+
+
+def served(**values) -> dict:
+    return BENCH | {"model": "m" * 30} | values
+
+
+def test_rates_are_plain_numbers_inside_their_axes(figures, tmp_path):
+    rates = (1138.4, 99.96, 0.1234, 61_234.5)
+    plots.plot_rps([served(requests_per_second=rate, mode=mode) for rate in rates for mode in ("single", "offline")], tmp_path)
+    for axes in figures[0].axes:
+        assert [text.get_text() for text in axes.texts] == ["61,234", "0.123", "100", "1,138"]
+        assert (boxes(figures[0], axes.texts)[:, 2] < axes.get_window_extent().x1).all()
+
+
+def test_accuracy_is_never_above_one(figures, tmp_path):
+    rows = [
+        served(accuracy=accuracy, requests_per_second=rate, num_requests=20)
+        for accuracy, rate in ((1.0, 3), (0.98, 3.1), (0.9, 900))
+    ]
+    plots.plot_deploy(rows, tmp_path / "deploy.png")
+    (axes,) = figures[0].axes
+    assert axes.get_ylim()[1] <= 1.0 and not axes.texts and max(axes.get_yticks()) <= 1.0
+    assert {"minicls, classify", "m" * 30} == {text.get_text() for text in figures[0].legends[0].get_texts()}
 
 
 # Tables of the README.
