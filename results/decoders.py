@@ -27,6 +27,7 @@ RECIPES = {  # script, model, flags
     "smollm2-linear": ("train_qwen", "smollm2", ["--head", "linear"]),
     "smollm2-options": ("train_qwen", "smollm2", ["--train-on", "letter"]),
 }
+BASELINES = ("tfidf", "frozen-minilm")  # logistic regression, which chooses its C itself
 GRIDS = {"minilm": [5e-5, 1e-4, 2e-4], "smollm2-linear": [2e-5, 5e-5, 1e-4], "smollm2-options": [2e-5, 5e-5, 1e-4]}
 BATCH = 16
 SEEDS = {100: 3, 1000: 3, 5000: 3, 20_000: 1, 62_629: 1}
@@ -62,10 +63,15 @@ def jobs_of_grid(recipe: str, rates: list[float], data: str) -> list[dict]:
 
 
 def flags_of(job: dict, args: argparse.Namespace) -> tuple[str, list[str]]:
-    script, model, flags = RECIPES[job["recipe"]]
-    flags = [*flags, *job.get("flags", []), "--model", getattr(args, model), "--data", getattr(args, job["data"])]
-    flags += ["--validation-size", "0" if job["rows"] == 10_003 else "1000"]
-    flags += ["--max-train-rows", str(job["rows"]), "--max-steps", str(job["steps"])]
+    flags = ["--data", getattr(args, job["data"]), "--validation-size", "0" if job["rows"] == 10_003 else "1000"]
+    flags += ["--max-train-rows", str(job["rows"]), "--seed", str(job["seed"])]
+    flags += ["--max-eval-rows", str(job["test_rows"])] if job.get("test_rows") else []
+    flags += ["--device", args.device] if args.device else []
+    flags += ["--threads", str(args.threads)] if args.threads else []
+    if job["recipe"] in BASELINES:
+        return "minicls.baseline", [*flags, "--features", "tfidf" if job["recipe"] == "tfidf" else args.minilm]
+    script, model, more = RECIPES[job["recipe"]]
+    flags += [*more, *job.get("flags", []), "--model", getattr(args, model), "--max-steps", str(job["steps"])]
     flags += ["--global-batch-size", str(BATCH), "--micro-batch-size", str(BATCH), "--learning-rate", f"{job['rate']:g}"]
     flags += [
         "--warmup-ratio",
@@ -79,11 +85,7 @@ def flags_of(job: dict, args: argparse.Namespace) -> tuple[str, list[str]]:
         "--keep-checkpoints",
         "1",
     ]
-    flags += ["--seed", str(job["seed"]), "--log-every", "25"]
-    if job.get("test_rows"):
-        flags += ["--max-eval-rows", str(job["test_rows"])]
-    flags += ["--device", args.device] if args.device else []
-    flags += ["--threads", str(args.threads)] if args.threads else []
+    flags += ["--log-every", "25"]
     return script, flags
 
 
@@ -109,7 +111,7 @@ def run(job: dict, args: argparse.Namespace) -> str:
             sys.stdout, sys.stderr = saved
     out.mkdir(parents=True, exist_ok=True)
     info = json.loads((work / "run.json").read_text())
-    for name in ("model", "data"):  # paths of this machine say nothing elsewhere
+    for name in {"model", "data", "features"} & info["settings"].keys():  # paths of this machine say nothing elsewhere
         info["settings"][name] = Path(info["settings"][name]).name
     info["settings"]["output_dir"] = None
     (work / "run.json").write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n")
@@ -117,7 +119,8 @@ def run(job: dict, args: argparse.Namespace) -> str:
         if (work / name).is_file() and name != "results.json":
             shutil.copy(work / name, out / name)
     shutil.copy(work / "results.json", out / "results.json")
-    shutil.rmtree(work)
+    if job["name"] not in args.keep:
+        shutil.rmtree(work)
     results = json.loads((out / "results.json").read_text())
     seconds = time.perf_counter() - begin
     return (
@@ -144,7 +147,7 @@ class Workers:
 
     def do(self, jobs: list[dict]) -> None:
         """Runs all jobs, the longest first."""
-        weight = {"minilm": 1, "smollm2-linear": 4, "smollm2-options": 5}
+        weight = {"minilm": 1, "smollm2-linear": 4, "smollm2-options": 5, "tfidf": 3, "frozen-minilm": 1}
         for job in sorted(jobs, key=lambda job: -job["steps"] * weight[job["recipe"]]):
             self.queue.put(job)
         for _ in jobs:
@@ -191,6 +194,7 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--work", default="runs/decoders")
+    parser.add_argument("--keep", nargs="*", default=[], help="runs whose directories, with their weights, stay in --work")
     parser.add_argument("--sizes", nargs="+", type=int, default=[*SEEDS])
     args = parser.parse_args()
     Path(args.work).mkdir(parents=True, exist_ok=True)
@@ -203,9 +207,9 @@ def main() -> None:
         if "rows" in args.parts:
             jobs += [
                 {"name": f"{recipe}-{rows}-{seed}", "recipe": recipe, "data": "data", "rows": rows, "steps": num_steps(rows)}
-                | {"rate": rates[recipe], "seed": seed, "test_rows": 2000 if rows < 20_000 else None}
+                | {"rate": rates.get(recipe), "seed": seed, "test_rows": 2000 if rows < 20_000 else None}
                 for rows in args.sizes
-                for recipe in RECIPES
+                for recipe in (*RECIPES, *BASELINES)
                 for seed in range(42, 42 + SEEDS[rows])
             ]
         if "extras" in args.parts:
@@ -224,9 +228,9 @@ def main() -> None:
         print("learning rates, banking77:", rates, flush=True)
         jobs += [
             {"name": f"banking77-{recipe}-{rows}-{seed}", "recipe": recipe, "data": "banking77", "rows": rows}
-            | {"steps": banking_steps(rows), "rate": rates[recipe], "seed": seed}
+            | {"steps": banking_steps(rows), "rate": rates.get(recipe), "seed": seed}
             for rows, seeds in BANKING.items()
-            for recipe in linear
+            for recipe in (*linear, *BASELINES)
             for seed in range(42, 42 + seeds)
         ]
     workers.do(jobs)
