@@ -7,6 +7,7 @@ flag's default; `X | None` means "may be unset". There are no settings files and
 import argparse
 import dataclasses
 import difflib
+import io
 import json
 import math
 import os
@@ -180,7 +181,8 @@ def run(main: Callable[[list[str] | None], int | None]) -> None:
     output's encoding lacks is written as an escape.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's streams take everything
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main(None)
         sys.stdout.flush()
