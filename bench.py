@@ -34,17 +34,18 @@ import minicls
 import train_bert
 import train_qwen
 from minicls import checkpoint, dist, engines, plots, weights
+from minicls.batch import step_rows
 from minicls.config import UserError, parse, run, setting
-from minicls.data import Data, load_data, step_rows, stratified_rows
+from minicls.data import Data, load_data, stratified_rows
 from minicls.generate import read_answers
 from minicls.predict import Reader
-from minicls.prompt import Chat, make_template
-from minicls.tokenizer import QWEN_CONTROL_TOKENS, bert_rows, load_tokenizer, train_bert_tokenizer, train_qwen_tokenizer
+from minicls.prompt import Chat, ChatFormat, make_template, thinks
+from minicls.tokenizer import bert_rows, load_tokenizer, train_bert_tokenizer, train_qwen_tokenizer
 
 SIDES = ("minicls", "transformers", "vllm")
 MODES = ("single", "offline", "server")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-KINDS = {"bert": weights.BERT, "qwen": weights.QWEN3, "qwen_linear": weights.QWEN3_LINEAR}
+KINDS = {"bert": weights.BERT, "qwen": weights.DECODER, "qwen_linear": weights.DECODER_LINEAR}
 METHODS = {"bert": ("classify",), "qwen": ("generate", "score"), "qwen_linear": ("classify",)}
 ROW = "ROW "  # begins the lines of a process that are rows: engines print, too
 MARGIN = 0.05  # nats between the two best options, from where on an answer must be the same
@@ -141,8 +142,10 @@ def find(s: Settings, role: str) -> Path:
 def make_chat(s: Settings, data: Data) -> Chat:
     """The default question, which training begins with; --task score asks as a run was trained."""
     directory = find(s, "qwen")
-    trained = checkpoint.info_of_model(directory).get("template") if s.task == "score" else None
-    return Chat(load_tokenizer(directory), tuple(trained or make_template(data.label_names)), len(data.label_names), s.max_length)
+    tokenizer, asked = load_tokenizer(directory), checkpoint.how_asked(directory) if s.task == "score" else {}
+    template = asked.get("template") or make_template(data.label_names, no_think=thinks(tokenizer))
+    form = ChatFormat(**asked["chat"]) if asked.get("chat") else None
+    return Chat(tokenizer, tuple(template), len(data.label_names), s.max_length, format=form)
 
 
 def training_rows(s: Settings, data: Data, rows: np.ndarray) -> list[list[int]]:
@@ -189,7 +192,7 @@ def train_transformers(s: Settings) -> dict:
     import transformers
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-    device = dist.start(s.device, s.threads)
+    device = dist.start(s.device, s.threads, s.dtype)
     data = read_data(s)
     rows = np.concatenate([step_rows(step, len(data.train), s.global_batch_size, s.seed) for step in range(s.max_steps)])
     ids = training_rows(s, data, rows)
@@ -272,7 +275,7 @@ def make_engine(s: Settings, directory: Path, device: torch.device, max_length: 
 def ask(s: Settings) -> dict:
     """minicls' scorer, vLLM's one token with the options' log-probabilities, or transformers as lm-evaluation-harness uses it:
     a pass a question that gives the logits of all positions."""
-    device = dist.start(s.device, s.threads)
+    device = dist.start(s.device, s.threads, s.dtype)
     data = read_data(s)
     chat = make_chat(s, data)
     engine = make_engine(s, find(s, "qwen"), device, s.max_length + 1, batch_size=1, logits_to_keep=0)
@@ -380,7 +383,7 @@ def method_calls(s: Settings, reader: Reader, engine, method: str) -> tuple[Call
     letter_alone = reader.settings.get("train_on") == "letter"
     think_given = letter_alone or reader.settings.get("think_in") == "prompt"
     longest = min(s.max_new_tokens, max(map(len, reader.chat.options))) if letter_alone else s.max_new_tokens
-    stop_ids = [] if s.init == "random" else reader.tokenizer.control_ids(["<|im_end|>", "<|endoftext|>"])
+    stop_ids = [] if s.init == "random" else reader.chat.stop_ids
     ask = reader.chat.questions if think_given else reader.chat.prompts
     return lambda texts: ask(texts)[0], lambda rows: engine.generate(rows, longest, stop_ids)
 
@@ -480,7 +483,7 @@ def measure_row(s: Settings, reader: Reader, engine, method: str, mode: str, tex
 def rps_side(s: Settings) -> None:
     """Loads the one model that is named into the engine of --side, and prints a line for each method and mode."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through `finally`: a server must not outlive this process
-    device = dist.start(s.device, s.threads)
+    device = dist.start(s.device, s.threads, s.dtype)
     data = read_data(s)
     ((role, directory),) = models(s).items()
     reader = Reader(directory, s.max_length)
@@ -576,7 +579,7 @@ def rps(s: Settings) -> tuple[list[dict], Path]:
 
     That file holds what is done so far at any moment.
     """
-    device = dist.start(s.device, s.threads)
+    device = dist.start(s.device, s.threads, s.dtype)
     data = read_data(s)
     test = data.test.select(question_rows(s, data))
     readers = {role: Reader(directory, s.max_length) for role, directory in models(s).items()}
@@ -653,16 +656,16 @@ def with_random_weights(s: Settings, folder: str) -> Settings:
             directory = find(s, role)
             tokenizer, config, name = load_tokenizer(directory), weights.read_config(directory, kind), Path(getattr(s, role)).name
         elif s.model_size == "real" and not (s.bert or s.qwen or s.qwen_linear):
-            name, config = PUBLISHED[kind.model_type]
+            name, config = PUBLISHED["bert" if role == "bert" else "qwen3"]
             texts = data.train.texts[:20_000]
-            before, after = make_template(data.label_names)
+            before, after = make_template(data.label_names, no_think=True)
             turns = [before + text + after for text in texts]
             tokenizer = train_bert_tokenizer(texts, 20_000) if role == "bert" else train_qwen_tokenizer(turns, 20_000)
         else:
             continue
         config = config | weights.label_config(data.label_names)
         if role != "bert":
-            pad, _, end, *_ = tokenizer.control_ids(QWEN_CONTROL_TOKENS)
+            end, pad = train_qwen.end_and_pad(tokenizer, config)
             config |= {"pad_token_id": pad, "eos_token_id": end}
         dtype = torch.float32 if role == "bert" else torch.bfloat16
         model, _, _ = weights.build_model(kind, config, None, s.seed, torch.device("cpu"), dtype)

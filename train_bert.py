@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 
 from minicls import checkpoint, dist, plots, report, weights
+from minicls.batch import pack, step_rows
 from minicls.config import UserError, parse, run, setting
-from minicls.data import describe, load_data, pack, split_data, step_rows
+from minicls.data import describe, load_data, split_data
 from minicls.logger import Logger
-from minicls.optim import cosine_lr, every_steps, make_optimizer
+from minicls.optim import class_weights, cosine_lr, every_steps, make_optimizer
 from minicls.predict import classify_rows
 from minicls.tokenizer import bert_rows, load_tokenizer, train_bert_tokenizer
 
@@ -66,6 +67,11 @@ class Settings:
     max_eval_rows: int | None = setting(
         None, "use a stratified sample of the test (and validation) rows, the same for every seed", minimum=1
     )
+    class_weights: str = setting("none", "balanced: rows of rare classes weigh more in the loss", choices=("none", "balanced"))
+    label_smoothing: float = setting(0.0, "share of a target spread over all classes", minimum=0, maximum=1)
+    patience: int | None = setting(
+        None, "evaluations without a better validation score after which training stops; unset: never", minimum=1
+    )
     dtype: str = setting("bf16", "bf16 is autocast over fp32 weights", choices=("bf16", "fp32"))
     device: str | None = setting(None, "cpu, cuda or cuda:N; off: cuda if there is one")
     threads: int | None = setting(None, "CPU threads; off: torch's choice", minimum=1)
@@ -96,16 +102,19 @@ def main(argv: list[str] | None = None) -> None:
         return
     if previous and s.eval_only and not previous.newest:
         raise UserError(f"--eval-only: {s.resume} has no complete checkpoint; go on with it first, without --eval-only")
-    device = dist.start(s.device, s.threads)
+    device = dist.start(s.device, s.threads, s.dtype)
     grad_accum_steps = dist.grad_accum_steps(s.global_batch_size, s.micro_batch_size)
     if dist.is_first() and not previous:
         checkpoint.check_output_dir(s.output_dir)
+    lock = checkpoint.lock(previous.dir) if dist.is_first() and previous else None
 
     # 2. Tokenizer, data, model, optimizer.
     pinned = previous.info if previous else {"revision": None, "data_revision": None}  # the hub's commits
     columns = (s.text_column, s.label_column)
     data = load_data(s.data, *columns, s.label_names, pinned["data_revision"], s.test_size)
     data, validation = split_data(data, s.validation_size, s.max_train_rows, s.max_eval_rows, s.seed)
+    if s.patience and not validation:
+        raise UserError(f"--patience: {s.patience} needs validation rows to watch; hold some out with --validation-size")
     grad_accum_steps = min(grad_accum_steps, math.ceil(len(data.train) / dist.world_size()))  # the others would be empty
     if previous and not data.matches(previous.info["data_fingerprint"]):
         raise UserError(
@@ -136,6 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     eval_every, save_every = every_steps(s.eval_every, total_steps), every_steps(s.save_every, total_steps)
     state = {"step": 0, "train_seconds": 0.0, "eval_seconds": 0.0, "evaluations": 0, "samples": 0, "tokens": 0}
     state |= {"best_on_validation": None, "best_on_test": None}  # [step, macro F1]
+    state |= {"evaluations_since_best": 0}  # on validation
     if previous and previous.newest:
         state |= checkpoint.load_state(directory, model, None if s.eval_only else optimizer)
     splits = {} if s.eval_only else {"train": data.train}
@@ -145,10 +155,14 @@ def main(argv: list[str] | None = None) -> None:
     # A model that is only evaluated was trained before: what its run says of that, if it is one of ours.
     before = checkpoint.info_of_model(directory) if s.eval_only and directory else {}
     trained_rows = before.get("num_train_rows", 0) if s.eval_only else len(data.train)
+    # How the model has to be asked, wherever its directory is copied to.
+    asked = {"script": "train_bert", "head": "linear", "label_names": data.label_names}
+    asked |= {name: getattr(s, name) for name in ("max_length", "long_text", "dtype")}
     run_dir = None
     if dist.is_first():
         run_dir = previous.dir if previous else checkpoint.new_run_dir(s.output_dir, "train_bert")
         if not previous:
+            lock = checkpoint.lock(run_dir)
             about = {"script": "train_bert", "total_steps": total_steps, "revision": revision, "data_revision": data.revision}
             about |= {"data_fingerprint": data.fingerprint(), "num_train_rows": trained_rows}
             checkpoint.write_run_info(run_dir, dataclasses.asdict(s), device, about)
@@ -163,11 +177,16 @@ def main(argv: list[str] | None = None) -> None:
     logger.print(f"{s.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {load_report}; {dist.device_name(device)}")
 
     # 3. The loss of one batch.
+    row_weights_on_host = class_weights(data.train.labels, len(data.label_names), s.class_weights)  # (C,)
+    row_weights = row_weights_on_host.to(device)
+
     def loss_sum(rows: np.ndarray) -> torch.Tensor:
-        """The summed cross-entropy of some training rows."""
+        """The summed cross-entropy of some training rows, each times its class's weight."""
+        targets = torch.from_numpy(data.train.labels[rows]).to(device, non_blocking=True)  # (B,)
         with autocast:
             logits = forward(*pack([train_rows[row] for row in rows], device))  # (B, C) fp32
-        return F.cross_entropy(logits, torch.from_numpy(data.train.labels[rows]).to(device), reduction="sum")
+        losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=s.label_smoothing)  # (B,)
+        return (losses * row_weights[targets]).sum()
 
     def check_finite(value: float, what: str, step: int) -> None:
         """Stops the run before a step or a checkpoint can be spoiled: the last good checkpoint stays the newest."""
@@ -198,31 +217,39 @@ def main(argv: list[str] | None = None) -> None:
             logger.event("eval", state["step"], split=name, **scores)
             logger.print(f"step {state['step']} {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
             best = state[f"best_on_{name}"]
-            if best is None or scores["f1"] > best[1]:
+            better = best is None or scores["f1"] > best[1]
+            if better:
                 state[f"best_on_{name}"] = [state["step"], scores["f1"]]
+            if name == "validation":
+                state["evaluations_since_best"] = 0 if better else state["evaluations_since_best"] + 1
         state["eval_seconds"] += time.perf_counter() - started
         state["evaluations"] += 1
         return logits
 
+    def stopped_early() -> bool:
+        return s.patience is not None and state["evaluations_since_best"] >= s.patience
+
     def save(directory: Path) -> None:
-        weights.save_model(model, config, tokenizer, directory)
+        weights.save_model(model, config, tokenizer, directory, s.max_length)
+        checkpoint.write_json(directory / "minicls.json", asked)
 
     # 5. The loop: lr -> micro-batches -> clip -> step -> log -> evaluate and save at intervals.
     model.train()
     logits = None
     with checkpoint.stop_on_signal() as stop:
         started, logged = time.perf_counter(), dict(state)
-        for step in range(state["step"], 0 if s.eval_only else total_steps):
+        for step in range(state["step"], 0 if s.eval_only or stopped_early() else total_steps):
             for group in optimizer.param_groups:
                 group["lr"] = cosine_lr(step, total_steps, s.learning_rate, s.warmup_ratio)
             window = step_rows(step, len(train_rows), s.global_batch_size, s.seed)
             shares = np.array_split(window, grad_accum_steps * dist.world_size())
+            total_weight = float(row_weights_on_host.numpy()[data.train.labels[window]].sum())
             step_loss = torch.zeros((), device=device)
             for micro_step in range(grad_accum_steps):
                 rows = shares[micro_step * dist.world_size() + dist.rank()]
                 checkpoint.seed_everything(s.seed, step, micro_step, dist.rank())
                 if len(rows):  # the last window of an epoch may be too short for everyone
-                    loss = loss_sum(rows) / len(window)
+                    loss = loss_sum(rows) / total_weight
                     loss.backward()
                     step_loss += loss.detach()
             dist.sum_gradients(model)
@@ -249,6 +276,9 @@ def main(argv: list[str] | None = None) -> None:
             last, interrupted = state["step"] == total_steps, dist.any_rank(stop.is_set(), device)
             if last or (eval_every and state["step"] % eval_every == 0):
                 logits = evaluate()
+                if not last and stopped_early():
+                    last = True
+                    logger.print(f"stopped early: {s.patience} evaluations without a better validation score")
             best_step = state["best_on_validation"][0] if state["best_on_validation"] else None
             due = last or interrupted or best_step == state["step"] or (save_every and state["step"] % save_every == 0)
             if due and dist.is_first():
@@ -257,7 +287,11 @@ def main(argv: list[str] | None = None) -> None:
                 logger.close()
                 logger.print(f"stopped at step {step + 1} of {total_steps}; go on: python train_bert.py --resume {run_dir}")
                 dist.stop()
+                if lock:
+                    lock.close()
                 raise SystemExit(130)
+            if last:
+                break
             started = time.perf_counter()
 
     # 6. Final test and results.json.
@@ -282,11 +316,14 @@ def main(argv: list[str] | None = None) -> None:
     logger.close()
     if dist.is_first():
         save(run_dir)
+        state["stopped_early"] = stopped_early()
         results = report.write_results(run_dir, data, validation, tokenizer, logits, state, headline_step, device)
         logger.print(report.steps_table(run_dir))
         logger.print(report.summary(results))
         logger.print(f"curves: {plots.plot_curves(run_dir)}")
         logger.print(f"confusion matrix: {plots.plot_confusion(results['confusion'], data.label_names, run_dir)}")
+    if lock:
+        lock.close()
     dist.stop()
 
 

@@ -1,4 +1,6 @@
-"""Fine-tune Qwen3 to answer a multiple-choice question about each text (or with a linear head), in raw PyTorch.
+"""Fine-tune a small decoder to answer a multiple-choice question about each text (or with a linear head), in raw PyTorch.
+
+Qwen3, Qwen2 and Llama architectures; the published experiment's is Qwen3-0.6B.
 
     python train_qwen.py                                        # the published experiment: Qwen3-0.6B on AG News
     python train_qwen.py --head linear                          # the variant it left out
@@ -18,20 +20,22 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from minicls import checkpoint, dist, plots, report, weights
+from minicls.batch import Batch, pack_shared, step_rows
 from minicls.config import UserError, parse, run, setting
-from minicls.data import describe, load_data, pack_shared, split_data, step_rows
+from minicls.data import describe, load_data, split_data
 from minicls.logger import Logger
-from minicls.optim import cosine_lr, every_steps, make_optimizer
+from minicls.optim import class_weights, cosine_lr, every_steps, make_optimizer
 from minicls.predict import classify_rows
-from minicls.prompt import Chat, make_template
+from minicls.prompt import PROMPTS, Chat, ChatFormat, make_template, thinks
 from minicls.scorer import common_prefix, score
-from minicls.tokenizer import QWEN_CONTROL_TOKENS, load_tokenizer, text_rows, train_qwen_tokenizer
+from minicls.tokenizer import Tokenizer, load_tokenizer, text_rows, train_qwen_tokenizer
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,7 @@ class Settings:
     linear_input: str = setting("text", "what the linear head reads: the bare text or the question", choices=("text", "prompt"))
     train_on: str = setting("response", "the whole response, or the letter alone", choices=("response", "letter"))
     think_in: str = setting("response", "what the empty think block is part of", choices=("response", "prompt"))
-    options: str = setting(
-        "after", "where the published question and its options stand: after or before the text", choices=("after", "before")
-    )
-    language: str = setting("en", "of the published question", choices=("en", "zh"))
-    prompt: str | None = setting(None, "file with a question of your own, {text} and {options} in it; off: the published one")
+    prompt: str = setting("published", f"the question: {', '.join(PROMPTS)}, or a text file with {{text}} and {{options}} in it")
     normalize: str = setting("mean", "an option's log-likelihood per token, or its sum", choices=("mean", "sum"))
     eval_every: float = setting(0.2, "steps, or below 1 a share of all steps; 0: after the last step only", minimum=0)
     save_every: float = setting(0.2, "likewise, for checkpoints", minimum=0)
@@ -80,6 +80,11 @@ class Settings:
     max_train_rows: int | None = setting(None, "use a stratified sample of the training rows, drawn by --seed", minimum=1)
     max_eval_rows: int | None = setting(
         None, "use a stratified sample of the test (and validation) rows, the same for every seed", minimum=1
+    )
+    class_weights: str = setting("none", "balanced: rows of rare classes weigh more in the loss", choices=("none", "balanced"))
+    label_smoothing: float = setting(0.0, "share of a target spread over all classes", minimum=0, maximum=1)
+    patience: int | None = setting(
+        None, "evaluations without a better validation score after which training stops; unset: never", minimum=1
     )
     dtype: str = setting("bf16", "bf16 is autocast over fp32 weights", choices=("bf16", "fp32"))
     device: str | None = setting(None, "cpu, cuda or cuda:N; off: cuda if there is one")
@@ -106,46 +111,124 @@ TINY = {
 }
 
 
+class Targets(NamedTuple):
+    """What a batch of training rows is trained on: T targets of all rows, L of them tokens of a letter.
+
+    row      <|im_start|>user … assistant\\n   <think> \\n\\n </think> \\n\\n   C   <|im_end|> \\n
+    read     every token but the last
+    targets                                   `------ format ------'  letter  `- format -'
+    `at`     one place to the left: the token before a target predicts it
+    """
+
+    batch: Batch
+    at: torch.Tensor  # (T,) int64, indices in the batch
+    ids: torch.Tensor  # (T,) int64
+    letters: torch.Tensor  # (L,) int64, indices in `ids`
+    classes: torch.Tensor  # (L,) int64, the class of each letter's row
+
+
+def make_targets(rows: list[list[int]], labels: np.ndarray, endings: np.ndarray, shared: int, device: torch.device) -> Targets:
+    """Packs B training rows and says where their targets are.
+
+    labels: (B,); endings: (C, 3), the targets at the end of a row of each class: format, letter, format again.
+    `shared`: all rows begin with so many equal ids, which are packed once.
+    """
+    batch = pack_shared([row[:-1] for row in rows], shared, device)
+    counts = endings[labels]  # (B, 3)
+    totals = counts.sum(1)  # (B,)
+    own = np.array([len(row) - 1 - shared for row in rows])
+    row_ends = shared + own.cumsum()  # (B,)
+    firsts = np.concatenate([[0], totals.cumsum()[:-1]])  # (B,) a row's first target among all
+    at = np.arange(totals.sum()) + np.repeat(row_ends - totals - firsts, totals)
+    letters = np.arange(counts[:, 1].sum()) + np.repeat(
+        firsts + counts[:, 0] - np.concatenate([[0], counts[:, 1].cumsum()[:-1]]), counts[:, 1]
+    )
+    ids = np.concatenate([row[-total:] for row, total in zip(rows, totals, strict=True)])
+    indices = (at, ids, letters, np.repeat(labels, counts[:, 1]))
+    return Targets(batch, *(torch.from_numpy(x.astype(np.int64)).to(device, non_blocking=True) for x in indices))
+
+
+def answer_loss(
+    logits: torch.Tensor, targets: Targets, weights: torch.Tensor, smoothing: float, letter_ids: torch.Tensor
+) -> torch.Tensor:
+    """The summed cross-entropy of all targets and of the letters alone, (2,) fp32.
+
+    logits: (T, V) fp32; weights: (C,), of a class's letters; letter_ids: (O,). Label smoothing spreads its share of
+    a letter's target evenly over all letters. The format's tokens have weight 1 and no smoothing.
+    """
+    losses = F.cross_entropy(logits, targets.ids, reduction="none")  # (T,)
+    of_letters = losses[targets.letters]  # (L,)
+    if smoothing:
+        log_likelihoods = logits[targets.letters].log_softmax(1)[:, letter_ids]  # (L, O)
+        of_letters = (1 - smoothing) * of_letters - smoothing * log_likelihoods.mean(1)
+    of_letters = of_letters * weights[targets.classes]
+    return torch.stack([losses.index_copy(0, targets.letters, of_letters).sum(), of_letters.sum()])
+
+
+def check_head(s: Settings) -> None:
+    """Raises UserError for a setting that the chosen head would ignore."""
+    unused = ("train_on", "think_in", "normalize") if s.head == "linear" else ("linear_input",)
+    unused += ("prompt",) if s.head == "linear" and s.linear_input == "text" else ()
+    for name in unused:
+        if getattr(s, name) != getattr(Settings, name):
+            remedy = ", or add --linear-input prompt" if name == "prompt" else ""
+            raise UserError(f"--{name.replace('_', '-')}: --head {s.head} does not use it; leave it out{remedy}")
+
+
+def end_and_pad(tokenizer: Tokenizer, config: dict) -> tuple[int, int]:
+    """The ids of the end-of-sequence and the padding token, for config.json; one serves as the other where it is missing."""
+    names = {name: tokenizer.special_token(f"{name}_token") for name in ("eos", "pad")}
+    ids = {name: tokenizer.control_ids([token])[0] if token else config.get(f"{name}_token_id") for name, token in names.items()}
+    ids = {name: value[0] if isinstance(value, list) else value for name, value in ids.items()}
+    given = [value for value in ids.values() if value is not None]
+    if not given:
+        raise UserError("--model: neither its tokenizer_config.json nor its config.json names an eos_token or pad_token; add one")
+    return tuple(given[0] if value is None else value for value in ids.values())
+
+
 def main(argv: list[str] | None = None) -> None:
     # 1. Settings, ranks, the run to resume.
     s = parse(Settings, argv, __doc__)
+    check_head(s)
     previous = checkpoint.open_run(Path(s.resume)) if s.resume else None
     if previous and previous.finished and not s.eval_only:
         print(f"{s.resume} is finished; its results are in {previous.dir / 'results.json'}")
         return
     if previous and s.eval_only and not previous.newest:
         raise UserError(f"--eval-only: {s.resume} has no complete checkpoint; go on with it first, without --eval-only")
-    device = dist.start(s.device, s.threads)
+    device = dist.start(s.device, s.threads, s.dtype)
     grad_accum_steps = dist.grad_accum_steps(s.global_batch_size, s.micro_batch_size)
     if dist.is_first() and not previous:
         checkpoint.check_output_dir(s.output_dir)
+    lock = checkpoint.lock(previous.dir) if dist.is_first() and previous else None
 
     # 2. Tokenizer, data, model, optimizer.
-    pinned = previous.info if previous else {"revision": None, "data_revision": None, "template": None}
+    pinned = previous.info if previous else {"revision": None, "data_revision": None}
     columns = (s.text_column, s.label_column)
     data = load_data(s.data, *columns, s.label_names, pinned["data_revision"], s.test_size)
     data, validation = split_data(data, s.validation_size, s.max_train_rows, s.max_eval_rows, s.seed)
+    if s.patience and not validation:
+        raise UserError(f"--patience: {s.patience} needs validation rows to watch; hold some out with --validation-size")
     grad_accum_steps = min(grad_accum_steps, math.ceil(len(data.train) / dist.world_size()))  # the others would be empty
     if previous and not data.matches(previous.info["data_fingerprint"]):
         raise UserError(
             f"--data: {s.data} has other rows or classes than {s.resume} was started on; restore them or start a new run"
         )
-    template = pinned["template"]
-    if not template and (s.head == "options" or s.linear_input == "prompt"):
-        template = make_template(data.label_names, s.language, s.options, s.prompt)
+    asks = s.head == "options" or s.linear_input == "prompt"  # the model reads a question, not the bare text
     if previous and previous.newest:
         directory, revision = previous.newest, pinned["revision"]
     else:
         directory, revision = (None, None) if s.model == "tiny" else weights.find_model(s.model, pinned["revision"])
-    kind = weights.QWEN3 if s.head == "options" else weights.QWEN3_LINEAR
+    kind = weights.DECODER if s.head == "options" else weights.DECODER_LINEAR
     config = weights.read_config(directory, kind) if directory else TINY
     if directory:
         tokenizer = load_tokenizer(directory)
     else:
-        before, after = template or ("", "")
+        before, after = make_template(data.label_names, s.prompt, no_think=True) if asks else ("", "")
         tokenizer = train_qwen_tokenizer([before + text + after for text in data.train.texts], vocab_size=2000)
+    template = pinned.get("template") or (asks and make_template(data.label_names, s.prompt, thinks(tokenizer)))
     config = {"vocab_size": len(tokenizer)} | config
-    pad, _, end, *_ = tokenizer.control_ids(QWEN_CONTROL_TOKENS)
+    end, pad = end_and_pad(tokenizer, config)
     trained_labels = config.get("id2label")
     config |= weights.label_config(data.label_names) | {"pad_token_id": pad, "eos_token_id": end}
     random = s.init == "random" and not (previous and previous.newest)
@@ -164,11 +247,15 @@ def main(argv: list[str] | None = None) -> None:
     eval_every, save_every = every_steps(s.eval_every, total_steps), every_steps(s.save_every, total_steps)
     state = {"step": 0, "train_seconds": 0.0, "eval_seconds": 0.0, "evaluations": 0, "samples": 0, "tokens": 0}
     state |= {"best_on_validation": None, "best_on_test": None}  # [step, macro F1]
+    state |= {"evaluations_since_best": 0}  # on validation
     if previous and previous.newest:
         state |= checkpoint.load_state(directory, model, None if s.eval_only else optimizer)
     splits = {} if s.eval_only else {"train": data.train}
     splits |= ({"validation": validation} if validation else {}) | {"test": data.test}
-    chat = Chat(tokenizer, tuple(template), len(data.label_names), s.max_length, s.think_in, s.train_on) if template else None
+    chat = None
+    if template:
+        form = ChatFormat(**pinned["chat"]) if pinned.get("chat") else None
+        chat = Chat(tokenizer, tuple(template), len(data.label_names), s.max_length, s.think_in, s.train_on, form)
     read = chat.questions if chat else functools.partial(text_rows, tokenizer, max_length=s.max_length)
     tokenized = {}
     for name, split in splits.items():
@@ -178,12 +265,18 @@ def main(argv: list[str] | None = None) -> None:
     # A model that is only evaluated was trained before: what its run says of that, if it is one of ours.
     before = checkpoint.info_of_model(directory) if s.eval_only and directory and not random else {}
     trained_rows = before.get("num_train_rows", 0) if s.eval_only else len(data.train)
+    # How the model has to be asked, wherever its directory is copied to.
+    asked = {"script": "train_qwen", "label_names": data.label_names} | (chat.saved() if chat else {})
+    asked |= {
+        name: getattr(s, name) for name in ("head", "linear_input", "max_length", "dtype", "normalize", "think_in", "train_on")
+    }
     run_dir = None
     if dist.is_first():
         run_dir = previous.dir if previous else checkpoint.new_run_dir(s.output_dir, "train_qwen")
         if not previous:
+            lock = checkpoint.lock(run_dir)
             about = {"script": "train_qwen", "total_steps": total_steps, "revision": revision, "data_revision": data.revision}
-            about |= {"data_fingerprint": data.fingerprint(), "num_train_rows": trained_rows, "template": template}
+            about |= {"data_fingerprint": data.fingerprint(), "num_train_rows": trained_rows} | (chat.saved() if chat else {})
             checkpoint.write_run_info(run_dir, dataclasses.asdict(s), device, about)
     logger = Logger(run_dir, state["step"], total_steps, drop_later=not s.eval_only)
     for line in describe(data, validation):
@@ -194,59 +287,54 @@ def main(argv: list[str] | None = None) -> None:
     logger.print(f"example: {data.label_names[splits[first].labels[0]]} <- {tokenizer.decode(tokenized[first][0][0])}")
     logger.print(f"{s.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {load_report}; {dist.device_name(device)}")
 
-    if before and not previous:
-        trained = before["settings"]
-        asked = [name for name in ("options", "language", "prompt", "linear_input") if trained.get(name) != getattr(s, name)]
-        if asked and trained.get("head") == s.head:
-            how = {name: f"--{name.replace('_', '-')}" for name in asked}
-            flags = " ".join(f"{flag} {trained[name]}" if trained.get(name) else f"no {flag}" for name, flag in how.items())
-            logger.print(f"note: {s.model} was trained with {flags}, and is asked otherwise here")
+    if before.get("template") and not previous and before["template"] != list(template or ()):
+        logger.print(f"note: {s.model} was trained on another question than the one that it is asked here; see --prompt")
 
     # 3. The loss of one batch.
-    # How the rows of each class end: tokens of the format, of the letter, of the format again. A linear head has one target.
+    # Targets at the end of a row of each class: (format, letter, format again). A linear head has one target.
     endings = [chat.target_counts(label) if s.head == "options" else (0, 1, 0) for label in range(len(data.label_names))]
+    endings = np.array(endings)  # (C, 3)
+    row_weights_on_host = class_weights(data.train.labels, len(data.label_names), s.class_weights)  # (C,)
+    row_weights = row_weights_on_host.to(device)
+    letter_ids = None
+    if s.label_smoothing and s.head == "options":
+        if any(len(option) > 1 for option in chat.options):
+            raise UserError("--label-smoothing: an option of several tokens has no letters to spread to; leave it out")
+        letter_ids = torch.tensor(chat.options, device=device)[:, 0]  # (O,)
     if s.head == "options" and s.train_on == "response":
         logger.print(
-            f"loss: the mean over {sum(endings[0])} tokens of an answer, all but {endings[0][1]} the same in every row and soon "
-            "learned; answer_loss, the letter's alone, is the one to compare with a classifier's, format_loss the others'"
+            f"loss: the mean over the {endings[0].sum()} tokens of an answer, of which only {endings[0][1]} depend on the text. "
+            "Compare answer_loss (the letter) with BERT's loss; format_loss covers the fixed tokens"
         )
 
     # What all questions begin with goes through the model once a batch: less to compute, the same loss and gradients. Not on
     # a GPU, whose attention kernel wants every row whole.
     shared = 0
     if device.type == "cpu" and not s.eval_only:
-        questions = [row[: -sum(endings[label])] for row, label in zip(train_rows, data.train.labels, strict=True)]
+        questions = [row[: -endings[label].sum()] for row, label in zip(train_rows, data.train.labels, strict=True)]
         shared = len(common_prefix(questions))
         if shared:
             logger.print(f"all questions begin with the same {shared} tokens, which a batch reads once")
 
-    def count_targets(rows: np.ndarray) -> tuple[int, int]:
-        """The number of targets of some training rows, and of the letters' tokens among them."""
-        counts = np.array(endings)[data.train.labels[rows]].sum(0)  # (3,)
-        return int(counts.sum()), int(counts[1])
+    def count_targets(rows: np.ndarray) -> tuple[float, float]:
+        """The targets of some training rows, and the letters' tokens among them, each letter counted by its weight."""
+        labels = data.train.labels[rows]
+        num_letters = float((row_weights_on_host.numpy()[labels] * endings[labels, 1]).sum())
+        return float(endings[labels][:, [0, 2]].sum()) + num_letters, num_letters
 
     def loss_sums(rows: np.ndarray) -> torch.Tensor:
         """The summed cross-entropy of some training rows: (2,) of all targets, and of the letters alone."""
-        labels = data.train.labels[rows]
+        labels, ids = data.train.labels[rows], [train_rows[row] for row in rows]
         if s.head == "linear":
+            batch, targets = pack_shared(ids, shared, device), torch.from_numpy(labels).to(device, non_blocking=True)
             with autocast:
-                logits = forward(*pack_shared([train_rows[row] for row in rows], shared, device), shared=shared)  # (B, C) fp32
-            return F.cross_entropy(logits, torch.from_numpy(labels).to(device), reduction="sum").expand(2)
-        # The token before a target predicts it, so the last token of a row need not be read.
-        packed = pack_shared([train_rows[row][:-1] for row in rows], shared, device)
-        at, targets, letters, row_end = [], [], [], shared
-        for row, label in zip(rows, labels, strict=True):
-            before, letter, after = endings[label]
-            count = before + letter + after
-            row_end += len(train_rows[row]) - 1 - shared
-            at += range(row_end - count, row_end)
-            targets += train_rows[row][-count:]
-            letters += [False] * before + [True] * letter + [False] * after
-        at, targets, letters = (torch.tensor(values, device=device) for values in (at, targets, letters))
+                logits = forward(*batch, shared=shared)  # (B, C) fp32
+            losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=s.label_smoothing)  # (B,)
+            return (losses * row_weights[targets]).sum().expand(2)
+        targets = make_targets(ids, labels, endings, shared, device)
         with autocast:
-            logits = forward(*packed, at, shared=shared)  # (targets, V) fp32
-        losses = F.cross_entropy(logits, targets, reduction="none")  # (targets,)
-        return torch.stack([losses.sum(), losses[letters].sum()])
+            logits = forward(*targets.batch, targets.at, shared=shared)  # (T, V) fp32
+        return answer_loss(logits, targets, row_weights, s.label_smoothing, letter_ids)
 
     def check_finite(value: float, what: str, step: int) -> None:
         """Stops the run before a step or a checkpoint can be spoiled: the last good checkpoint stays the newest."""
@@ -280,16 +368,23 @@ def main(argv: list[str] | None = None) -> None:
             logger.event("eval", state["step"], split=name, **scores)
             logger.print(f"step {state['step']} {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
             best = state[f"best_on_{name}"]
-            if best is None or scores["f1"] > best[1]:
+            better = best is None or scores["f1"] > best[1]
+            if better:
                 state[f"best_on_{name}"] = [state["step"], scores["f1"]]
+            if name == "validation":
+                state["evaluations_since_best"] = 0 if better else state["evaluations_since_best"] + 1
         state["eval_seconds"] += time.perf_counter() - started
         state["evaluations"] += 1
         return logits
 
+    def stopped_early() -> bool:
+        return s.patience is not None and state["evaluations_since_best"] >= s.patience
+
     def save(directory: Path) -> None:
-        weights.save_model(model, config, tokenizer, directory)
+        weights.save_model(model, config, tokenizer, directory, None if chat else s.max_length)
+        checkpoint.write_json(directory / "minicls.json", asked)
         if s.head == "options":  # greedy, whatever the pretrained model's file says: an answer is not to be sampled
-            generation = {"do_sample": False, "eos_token_id": [end, pad], "pad_token_id": pad}
+            generation = {"do_sample": False, "eos_token_id": chat.stop_ids, "pad_token_id": pad}
             checkpoint.write_json(directory / "generation_config.json", generation)
 
     # 5. The loop: lr -> micro-batches -> clip -> step -> log -> evaluate and save at intervals.
@@ -297,7 +392,7 @@ def main(argv: list[str] | None = None) -> None:
     logits = None
     with checkpoint.stop_on_signal() as stop:
         started, logged = time.perf_counter(), dict(state)
-        for step in range(state["step"], 0 if s.eval_only else total_steps):
+        for step in range(state["step"], 0 if s.eval_only or stopped_early() else total_steps):
             for group in optimizer.param_groups:
                 group["lr"] = cosine_lr(step, total_steps, s.learning_rate, s.warmup_ratio)
             window = step_rows(step, len(train_rows), s.global_batch_size, s.seed)
@@ -340,6 +435,9 @@ def main(argv: list[str] | None = None) -> None:
             last, interrupted = state["step"] == total_steps, dist.any_rank(stop.is_set(), device)
             if last or (eval_every and state["step"] % eval_every == 0):
                 logits = evaluate()
+                if not last and stopped_early():
+                    last = True
+                    logger.print(f"stopped early: {s.patience} evaluations without a better validation score")
             best_step = state["best_on_validation"][0] if state["best_on_validation"] else None
             due = last or interrupted or best_step == state["step"] or (save_every and state["step"] % save_every == 0)
             if due and dist.is_first():
@@ -348,7 +446,11 @@ def main(argv: list[str] | None = None) -> None:
                 logger.close()
                 logger.print(f"stopped at step {step + 1} of {total_steps}; go on: python train_qwen.py --resume {run_dir}")
                 dist.stop()
+                if lock:
+                    lock.close()
                 raise SystemExit(130)
+            if last:
+                break
             started = time.perf_counter()
 
     # 6. Final test and results.json.
@@ -373,11 +475,14 @@ def main(argv: list[str] | None = None) -> None:
     logger.close()
     if dist.is_first():
         save(run_dir)
+        state["stopped_early"] = stopped_early()
         results = report.write_results(run_dir, data, validation, tokenizer, logits, state, headline_step, device)
         logger.print(report.steps_table(run_dir))
         logger.print(report.summary(results))
         logger.print(f"curves: {plots.plot_curves(run_dir)}")
         logger.print(f"confusion matrix: {plots.plot_confusion(results['confusion'], data.label_names, run_dir)}")
+    if lock:
+        lock.close()
     dist.stop()
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minicls.attention import Rows, attention
+from minicls.kernels import cast_once
 
 
 @dataclass
@@ -68,6 +69,7 @@ class BertSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        x = cast_once(x)
         q, k, v = (f(x).view(len(x), self.num_attention_heads, -1) for f in (self.query, self.key, self.value))  # (N, H, Dh)
         dropout_p = self.dropout_p if self.training else 0.0
         return attention(q, k, v, rows, dropout_p=dropout_p).flatten(1)  # (N, D)
@@ -137,6 +139,7 @@ class BertPooler(nn.Module):
 class BertModel(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
+        self.config = config
         self.embeddings = BertEmbeddings(config)
         self.encoder = BertEncoder(config)
         self.pooler = BertPooler(config)
@@ -147,7 +150,9 @@ class BertModel(nn.Module):
     ) -> torch.Tensor:
         """Returns the hidden states (n, D), before the pooler, of the tokens asked for, by their indices in the batch: at (n,)."""
         x = self.embeddings(input_ids, position_ids)  # (N, D)
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
         rows = Rows(cu_seqlens, max_seqlen)
+        rows.prepare(x, head_dim, self.config.attention_probs_dropout_prob if self.training else 0.0)
         for layer in self.encoder.layer:
             wanted = at if layer is self.encoder.layer[-1] else None
             if self.activation_checkpointing and self.training:

@@ -5,6 +5,7 @@ seeded from (seed, step, micro-step, rank), and the order of rows is a function 
 """
 
 import contextlib
+import fcntl
 import importlib.metadata
 import itertools
 import json
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from safetensors import SafetensorError
@@ -56,6 +58,25 @@ def new_run_dir(output_dir: str | None, script: str) -> Path:
     return path
 
 
+def lock(run_dir: Path) -> TextIO:
+    """Takes a run for this process until the returned file is closed, at the latest when the process ends, however it ends.
+
+    Raises UserError where another process has it.
+    """
+    file = (run_dir / ".lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        file.close()
+        raise UserError(f"{run_dir}: process {owner} is training or testing this run; wait for it or stop it first") from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
 @dataclass(frozen=True)
 class Run:
     """A run directory as found: its run.json, its results if it has any, and the model directory to go on from."""
@@ -67,7 +88,9 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.results is not None and self.results["final_step"] == self.info["total_steps"]
+        if self.results is None:
+            return False
+        return self.results["final_step"] == self.info["total_steps"] or bool(self.results.get("stopped_early"))
 
 
 def open_run(run_dir: Path) -> Run:
@@ -77,6 +100,25 @@ def open_run(run_dir: Path) -> Run:
     results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     saved = checkpoints(run_dir)
     return Run(run_dir, info, results, saved[max(saved)] if saved else None)
+
+
+def how_asked(directory: Path) -> dict:
+    """A model directory's minicls.json: which head it has and how it is asked. Empty for a model from elsewhere.
+
+    Runs and checkpoints from before there was such a file have a run.json in or above them, which says the same.
+    Raises UserError where the file is broken.
+    """
+    file = directory / "minicls.json"
+    if file.is_file():
+        try:
+            asked = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(asked, dict):
+                raise ValueError("no JSON object")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: not readable ({error}); restore it, or copy the whole model directory again") from None
+        return asked
+    info = info_of_model(directory)
+    return info["settings"] | {name: info[name] for name in ("template", "chat") if info.get(name)}
 
 
 def info_of_model(directory: Path) -> dict:
@@ -129,6 +171,7 @@ def save_checkpoint(
         moments = {
             f"{key}.{name}": optimizer.state[parameter][key]
             for name, parameter in model.named_parameters()
+            if parameter in optimizer.state  # a frozen one has none
             for key in ("exp_avg", "exp_avg_sq")
         }
         write_tensors(moments, aside / "optimizer.safetensors")
@@ -155,14 +198,17 @@ def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     """Fills the optimizer, if there is one, from a checkpoint whose weights the model holds already; returns its state.json."""
     try:
         state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-        for name, parameter in model.named_parameters() if optimizer else ():
+        trained = {p for group in optimizer.param_groups for p in group["params"]} if optimizer else ()
+        for name, parameter in model.named_parameters():
+            if parameter not in trained:
+                continue
             slots = optimizer.state[parameter] = {"step": torch.tensor(float(state["step"]), device=parameter.device)}
             for key in ("exp_avg", "exp_avg_sq"):
                 moment = read_tensor(directory / "optimizer.safetensors", f"{key}.{name}")
                 slots[key] = torch.empty_like(parameter, requires_grad=False).copy_(moment)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{directory}: not a whole checkpoint ({error}); delete it and resume from the one before") from None
-    best = state["best_on_validation"]
+        best = state["best_on_validation"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"{directory}: not a whole checkpoint ({error!r}); delete it and resume from the one before") from None
     if best and best[0] not in checkpoints(directory.parents[1]):
         raise UserError(f"{directory}: step {best[0]}, the best on validation, has no checkpoint any more; restore it")
     return state

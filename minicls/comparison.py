@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from minicls.checkpoint import Run, open_run
 from minicls.config import UserError
 from minicls.data import AG_NEWS_LABELS
 from minicls.logger import read_metrics
-from minicls.report import f1_with_interval, fold, folded, interval, kind, markdown, short_names, spread, steps
+from minicls.report import f1_with_interval, fold, folded, interval, kind, markdown, script, short_names, spread, steps
 
 # The published experiment on AG News, one RTX 3090: steps of the whole run, columns of its table, best on test (step, F1).
 PUBLISHED_STEPS = {"BERT": 9375, "Qwen3": 1250}
@@ -38,7 +39,7 @@ PUBLISHED_BEST = {"BERT": (3752, 0.945572), "Qwen3": (1000, 0.941)}
 
 
 def open_runs(run_dirs: Sequence[Path]) -> dict[str, Run]:
-    """Finished runs by their short names. Raises UserError where one is not, or where test rows differ: no comparison."""
+    """Finished runs by their short names. Raises UserError where one is not, or has other classes than the first."""
     run_dirs = [*{path.resolve(): path for path in run_dirs}.values()]  # named twice, it is not two seeds
     runs = {}
     for name, run_dir in zip(short_names(run_dirs), run_dirs, strict=True):
@@ -49,15 +50,13 @@ def open_runs(run_dirs: Sequence[Path]) -> dict[str, Run]:
         if run.results is None:
             raise UserError(f"{run_dir}: no finished run (no results.json); train it to the end first")
         first = next(iter(runs.values()))
-        if run.info["data_fingerprint"]["test"] != first.info["data_fingerprint"]["test"]:
-            raise UserError(f"{run_dir}: other test rows than {first.dir}, so there is nothing to compare; test both on the same")
         if [*run.results["per_class"]] != [*first.results["per_class"]]:
             raise UserError(f"{run_dir}: other class names than {first.dir}; give both the same --label-names")
     return runs
 
 
 def predictions(run: Run) -> dict[str, np.ndarray] | None:
-    """The columns of predictions.parquet, (n,) each; None where it was not kept."""
+    """The columns of predictions.parquet that hold values, (n,) each; None where the file was not kept."""
     import pyarrow.parquet as pq
 
     file = run.dir / "predictions.parquet"
@@ -67,7 +66,48 @@ def predictions(run: Run) -> dict[str, np.ndarray] | None:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not a readable parquet file ({error}); run --eval-only --resume {run.dir} again") from None
-    return {name: table[name].to_numpy() for name in table.column_names}
+    return {name: table[name].to_numpy() for name in table.column_names if not table[name].null_count}
+
+
+def common_predictions(runs: dict[str, Run]) -> dict[str, dict[str, np.ndarray]]:
+    """The columns of each predictions.parquet that was kept, for the test rows that all runs have, in one order.
+
+    Runs of one test fingerprint have the same rows. Of others, the fewest rows must be among those of every run: each with the same
+    number in the file, the same text (by its hash) and the same label. Raises UserError where they are not: other data.
+    """
+    found = {name: columns for name, run in runs.items() if (columns := predictions(run))}
+    first, *others = runs.values()
+    tests = {name: run.info["data_fingerprint"]["test"] for name, run in runs.items()}
+    for run in others if len({*tests.values()}) > 1 else ():
+        if run.info["data_fingerprint"]["test"] != first.info["data_fingerprint"]["test"]:
+            other = f"{run.dir}: other test rows than {first.dir}"
+            break
+    else:
+        return found
+    if any("text_hash" not in found.get(name, ()) for name in runs):
+        raise UserError(
+            f"{other}, and not every predictions.parquet has text_hash to tell which are the same; test both on the same"
+        )
+    keys = {name: [*zip(columns["row"].tolist(), columns["text_hash"].tolist(), strict=True)] for name, columns in found.items()}
+    fewest = min(keys, key=lambda name: len(keys[name]))
+    common = {}
+    for name, columns in found.items():
+        place = {key: i for i, key in enumerate(keys[name])}
+        at = [place.get(key, -1) for key in keys[fewest]]
+        if -1 in at or (columns["label"][at] != found[fewest]["label"]).any():
+            raise UserError(
+                f"{runs[name].dir}: other test rows than {runs[fewest].dir}, so there is nothing to compare; test both on the same"
+            )
+        common[name] = {column: values[at] for column, values in columns.items()}
+    return common
+
+
+def common_note(runs: dict[str, Run], found: dict[str, dict[str, np.ndarray]]) -> str | None:
+    """Says that the runs do not have the same test rows, and how many all have; None where they are the same."""
+    if len({run.info["data_fingerprint"]["test"] for run in runs.values()}) == 1:
+        return None
+    number = len(next(iter(found.values()))["label"])
+    return f"The runs have different parts of the same test rows: row by row and over training rows, the {number:,} that all have count."
 
 
 def hardware(run: Run) -> str:
@@ -87,7 +127,7 @@ def published_kind(run: Run) -> str | None:
     """Which published table a run stands beside; None where it was not on AG News."""
     if tuple(run.results["per_class"]) != AG_NEWS_LABELS or run.info["settings"]["data"] == "synthetic":
         return None
-    return kind(run)[0]
+    return kind(run)[0] if kind(run)[0] in PUBLISHED else None
 
 
 def published_table(run: Run) -> str | None:
@@ -123,15 +163,23 @@ def confusion_table(run: Run) -> str:
 
 def runs_table(runs: dict[str, Run]) -> str:
     """The headlines, a line for each run, the seeds of a setting folded into one."""
-    header = ["run", "model", "head", "steps", "accuracy", "macro F1 (95 % interval)", "training, s", "evaluation, s"]
+    header = ["run", "model", "head", "steps", "test rows", "accuracy", "constant answer", "macro F1 (95 % interval)"]
+    header += ["training, s", "evaluation, s"]
     rows = []
     for group in fold(runs.values()):
         name, accuracy, f1 = folded(group, [str(run.dir) for run in group])
         reached = " ".join(dict.fromkeys(f"{run.results['headline_step']} of {run.results['final_step']}" for run in group))
         seconds = [spread([run.results[f"{what}_seconds"] for run in group], 0) for what in ("train", "eval")]
-        s = group[0].info["settings"]
-        rows.append([name, s["model"], s.get("head", "linear"), reached, accuracy, f1, *seconds])
+        s, head = group[0].info["settings"], kind(group[0])[2]
+        scores = [f"{group[0].results['num_test_rows']:,}", accuracy, constant_answer(group), f1]
+        rows.append([name, s.get("model") or s["features"], head, reached, *scores, *seconds])
     return markdown(header, rows)
+
+
+def constant_answer(group: Sequence[Run]) -> str | None:
+    """Accuracy of always answering the class with most training rows; None where the results are from before it was kept."""
+    values = [run.results.get("majority_accuracy") for run in group]
+    return None if None in values else spread(values)
 
 
 def about_table(runs: dict[str, Run]) -> str:
@@ -146,27 +194,27 @@ def about_table(runs: dict[str, Run]) -> str:
 
 def selection_table(runs: dict[str, Run]) -> str:
     """What no look at the test rows has chosen, and beside it the published protocol: the best of the steps on the test rows."""
-    header = ["run", "headline", "step", "accuracy (95 % interval)", "macro F1 (95 % interval)", "best on test: step", "macro F1"]
+    header = ["run", "headline", "step", "accuracy (95 % interval)", "constant answer", "macro F1 (95 % interval)"]
+    header += ["best on test: step", "macro F1"]
     rows, published = [], set()
     for name, run in runs.items():
         found = run.results
         chosen = "last step" if found["best_step_on_validation"] is None else "best on validation"
         accuracy = interval(found["accuracy"], *metrics.accuracy_interval(found["accuracy"], found["num_test_rows"]))
         best = found["best_step_on_test"], found["best_f1_on_test"]
-        rows.append([name, chosen, found["headline_step"], accuracy, f1_with_interval(found), *best])
+        rows.append([name, chosen, found["headline_step"], accuracy, constant_answer([run]), f1_with_interval(found), *best])
         published |= {published_kind(run)} - {None}
     for name in sorted(published):
         last = {column: values[-1] for column, values in PUBLISHED[name].items()}
         accuracy = interval(last["accuracy"], *metrics.accuracy_interval(last["accuracy"], 7600))
-        rows.append([f"published {name}", "last of its table", last["step"], accuracy, last.get("F1"), *PUBLISHED_BEST[name]])
+        rows.append([f"published {name}", "last of its table", last["step"], accuracy, 0.25, last.get("F1"), *PUBLISHED_BEST[name]])
     return markdown(header, rows)
 
 
-def comparison_table(runs: dict[str, Run]) -> str:
+def comparison_table(runs: dict[str, Run], found: dict[str, dict[str, np.ndarray]]) -> str:
     """Every two runs, row by row. One is called better where McNemar's test and both intervals of a - b agree on it."""
     header = ["a", "b", "only a right", "only b right", "McNemar's p", "accuracy, a - b", "macro F1, a - b", "better"]
     rows = []
-    found = {name: columns for name, run in runs.items() if (columns := predictions(run))}
     for (a, left), (b, right) in itertools.combinations(found.items(), 2):
         labels, both = left["label"], (left["prediction"], right["prediction"])
         only_a, only_b, p = metrics.mcnemar(labels, *both)
@@ -241,9 +289,8 @@ def grid_tables(runs: dict[str, Run]) -> list[str]:
     return tables
 
 
-def length_table(runs: dict[str, Run]) -> str | None:
+def length_table(found: dict[str, dict[str, np.ndarray]]) -> str | None:
     """Accuracy by length of the text; all runs in the buckets of the first, whose tokens are counted."""
-    found = {name: columns for name, run in runs.items() if (columns := predictions(run))}
     lengths = next((columns["num_tokens"] for columns in found.values() if "num_tokens" in columns), None)
     if lengths is None:
         return None
@@ -257,15 +304,116 @@ def length_table(runs: dict[str, Run]) -> str | None:
     return markdown(["tokens", "rows", *found], rows)
 
 
-def learning_curves(runs: dict[str, Run]) -> dict[str, list[tuple[int, float, float, float]]]:
-    """(training rows, macro F1, low, high) of all runs of a model and head that were trained on different numbers of rows."""
-    curves = {}
-    for run in runs.values():
-        if run.info["settings"]["eval_only"]:
+# Settings that never make another model of a run: where and when it is written down, where it runs, which rows there are.
+ASIDE = ("output_dir", "seed", "resume", "eval_only", "data", "max_train_rows", "max_eval_rows", "test_size", "micro_batch_size")
+ASIDE += ("eval_every", "save_every", "keep_checkpoints", "log_every", "device", "threads", "compile", "activation_checkpointing")
+# Settings that may go with the number of training rows, as smaller data wants more epochs.
+SCHEDULE = ("epochs", "max_steps", "global_batch_size", "learning_rate", "warmup_ratio", "weight_decay", "max_grad_norm")
+SCHEDULE += ("validation_size", "patience")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Accuracy over training rows: of each number of rows, ascending, the runs by their names, which differ in their seeds."""
+
+    label: str
+    sizes: dict[int, list[str]]
+
+
+def learning_curves(runs: dict[str, Run]) -> list[Curve]:
+    """The models that were trained on several numbers of rows.
+
+    Runs are of one model where script, model, head and all settings agree but these: the seed, the rows, the machine, how often
+    something is written (ASIDE), and the schedule (SCHEDULE), which may go with the number of rows. Where runs of the same number of
+    rows differ in a setting of the schedule, a grid of learning rates for one, that setting tells models apart, too. A setting
+    that an older run does not have counts as not set, like None, 0 or "none". A label names what its curve does not share
+    with another of the same kind. Models that were only evaluated have no curve.
+    """
+
+    def settings(run: Run, names: Sequence[str]) -> dict[str, str]:
+        values = {name: run.info["settings"].get(name) for name in names}
+        return {name: str(value) for name, value in values.items() if value and value != "none"}
+
+    recipes: dict[tuple, list[str]] = {}
+    for name, run in runs.items():
+        if run.info["settings"].get("eval_only") or (run.info["total_steps"] == 0 and script(run) != "baseline"):
             continue
-        point = run.info["num_train_rows"], *(run.results[key] for key in ("f1", "f1_low", "f1_high"))
-        curves.setdefault(_label(kind(run)), []).append(point)
-    return {name: sorted(points) for name, points in curves.items() if len({point[0] for point in points}) > 1}
+        others = sorted(run.info["settings"].keys() - {*ASIDE, *SCHEDULE, "model", "features"})
+        recipes.setdefault((kind(run), *settings(run, others).items()), []).append(name)
+    models: dict[tuple, dict[int, list[str]]] = {}
+    for recipe, names in recipes.items():
+        of_size: dict[int, list[Run]] = {}
+        for name in names:
+            of_size.setdefault(runs[name].info["num_train_rows"], []).append(runs[name])
+        apart = [s for s in SCHEDULE if any(len({str(settings(run, [s])) for run in group}) > 1 for group in of_size.values())]
+        for name in names:
+            sizes = models.setdefault((*recipe, *settings(runs[name], apart).items()), {})
+            sizes.setdefault(runs[name].info["num_train_rows"], []).append(name)
+    models = {model: dict(sorted(sizes.items())) for model, sizes in models.items() if len(sizes) > 1}
+    curves = []
+    for model, sizes in models.items():
+        alike = [{*other[1:]} for other in models if other[0] == model[0]]
+        own = [f"{name} {value}" for name, value in model[1:] if not all((name, value) in other for other in alike)]
+        curves.append(Curve(", ".join([_label(model[0]), *own]), sizes))
+    labels = [curve.label for curve in curves]
+    # What differs may be that a setting is not set.
+    return [replace(c, label=f"{c.label} ({i + 1})" if labels.count(c.label) > 1 else c.label) for i, c in enumerate(curves)]
+
+
+def curve_section(runs: dict[str, Run], found: dict[str, dict[str, np.ndarray]]) -> tuple[str | None, dict]:
+    """Tables of the learning curves and of where they cross, and the points to draw: by label, (rows, accuracy, low, high, seeds)."""
+    curves = learning_curves({name: run for name, run in runs.items() if name in found})
+    if not curves:
+        return None, {}
+    names = [name for curve in curves for group in curve.sizes.values() for name in group]
+    right = np.stack([found[name]["label"] == found[name]["prediction"] for name in names])
+    places = [(curve.label, size) for curve in curves for size in curve.sizes]
+    groups = [[names.index(name) for name in group] for curve in curves for group in curve.sizes.values()]
+    means, replicates = metrics.resampled_accuracies(right, groups)
+    low, high = np.quantile(replicates, [0.025, 0.975], axis=0)
+    points: dict[str, list[tuple]] = {}
+    for i, (label, size) in enumerate(places):
+        points.setdefault(label, []).append((size, means[i], low[i], high[i], len(groups[i])))
+    rows = [
+        [
+            label,
+            f"{size:,}",
+            f"{right.shape[1]:,}",
+            seeds,
+            interval(*accuracy),
+            "test rows only" if seeds == 1 else "seeds and test rows",
+        ]
+        for label, values in points.items()
+        for size, *accuracy, seeds in values
+    ]
+    header = ["model", "training rows", "test rows", "seeds", "accuracy (95 % interval)", "the interval covers"]
+    parts, lines = [markdown(header, rows)], []
+    for a, b in itertools.combinations(curves, 2):
+        shared = sorted(a.sizes.keys() & b.sizes.keys())
+        if len(shared) > 1:
+            at = [[places.index((curve.label, size)) for size in shared] for curve in (a, b)]
+            cross = metrics.crossing(shared, *(means[i] for i in at), *(replicates[:, i] for i in at))
+            lines.append([a.label, b.label, *_crossing_cells(cross, shared, (a.label, b.label))])
+    if lines:
+        header = ["a", "b", "sizes that both have", "they cross at, rows", "95 % interval", "replicates without a crossing"]
+        parts.append(markdown(header, lines))
+    return "\n\n".join(parts), points
+
+
+def _crossing_cells(cross: dict, sizes: Sequence[int], names: tuple[str, str]) -> list[str]:
+    ahead = {1: f"{names[0]} is ahead", -1: f"{names[1]} is ahead", 0: "neither is ahead"}[cross["later"]]
+    if cross["rows"] is None:
+        where = f"nowhere: {ahead} from {sizes[0]:,} to {sizes[-1]:,}"
+    else:
+        where = f"{cross['rows']:,.0f}; from there on {ahead}"
+    if math.isnan(cross["low"]):
+        bounds = "-"
+    else:
+        ends = {-math.inf: f"open below {sizes[0]:,}", math.inf: f"open above {sizes[-1]:,}"}
+        bounds = " to ".join(ends.get(end, f"{end:,.0f}") for end in (cross["low"], cross["high"]))
+        if cross["low"] == cross["high"] and math.isinf(cross["low"]):  # so few replicates cross
+            bounds = f"all {ends[cross['low']].removeprefix('open ')}"
+    return [", ".join(f"{size:,}" for size in sizes), where, bounds, f"{cross['without']:.1%}"]
 
 
 def read_bench(file: Path) -> list[dict]:
@@ -291,12 +439,13 @@ def bench_table(rows: Sequence[dict]) -> str:
     return markdown([*header, "agreement", "status"], lines)
 
 
-def write_report(runs: dict[str, Run], bench: Sequence[dict], out: Path) -> Path:
-    """Writes report.md and its pictures into the new or empty directory `out`; returns the former's path."""
+def write_report(runs: dict[str, Run], found: dict[str, dict[str, np.ndarray]], bench: Sequence[dict], out: Path) -> Path:
+    """Writes report.md and its pictures into the new or empty directory `out`; returns the former's path. `found`: common_predictions."""
     published = [f"### {name}\n\n{table}" for name, run in runs.items() if (table := published_table(run))]
-    left_out = [name for name, run in runs.items() if not (run.dir / "predictions.parquet").is_file()]
-    curves = learning_curves(runs)
-    pairs = math.comb(len(runs) - len(left_out), 2)
+    left_out = [name for name in runs if name not in found]
+    note = common_note(runs, found)
+    curves, points = curve_section(runs, found)
+    pairs = math.comb(len(found), 2)
     sections = [
         (
             "Headlines",
@@ -323,19 +472,29 @@ def write_report(runs: dict[str, Run], bench: Sequence[dict], out: Path) -> Path
             "The same test rows, paired: exact McNemar test, and 95 % intervals of the difference from 10,000 resamples of the rows "
             "(seeded). Better is said where all three agree."
             + f" Of {pairs} pairs that are equal, one in twenty would look so by chance." * (pairs > 5)
+            + f" {note}" * bool(note)
             + f" Left out, without predictions.parquet: {', '.join(left_out)}." * bool(left_out),
-            comparison_table(runs),
+            comparison_table(runs, found),
         ),
         (
             "Settings and seeds",
             "Macro F1 on the validation rows and on the test rows, of every run; chosen is the best mean on validation.",
             "\n\n".join(grid_tables(runs)),
         ),
-        ("Training rows", "Macro F1 on test with its 95 % interval.", "![F1 over training rows](rows.png)" if curves else ""),
+        (
+            "Training rows",
+            "Mean accuracy over the seeds of each number of training rows, all on the same test rows. 95 % intervals from 10,000 "
+            "replicates (seeded), each a draw of the test rows, the same for all, and of every point's seeds; a point with one "
+            "seed is drawn hollow. Curves cross where their difference, linear in the logarithm of the rows, changes sign for the last "
+            "time; replicates that do not cross lie beyond the sizes, and more than 2.5 % of them leave that side of the interval open."
+            + f" {note}"
+            * bool(note),
+            curves and f"{curves}\n\n![accuracy over training rows](rows.png)",
+        ),
         (
             "Length",
             "Accuracy by length of the text, with 95 % intervals (Wilson), in tokens of the first run that has them, before any cut.",
-            length_table(runs),
+            length_table(found),
         ),
         ("Classes", "", per_class_table(runs)),
         (
@@ -363,8 +522,8 @@ def write_report(runs: dict[str, Run], bench: Sequence[dict], out: Path) -> Path
     ]
     parts = [part for title, note, body in sections if body for part in (f"## {title}", note, body) if part]
     out.mkdir(parents=True, exist_ok=True)
-    if curves:
-        plots.plot_learning_curves(curves, out / "rows.png")
+    if points:
+        plots.plot_learning_curves(points, out / "rows.png")
     if bench:
         plots.plot_deploy(bench, out / "deploy.png")
     (out / "report.md").write_text("\n\n".join(["# Report", *parts]) + "\n", encoding="utf-8")

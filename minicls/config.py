@@ -99,6 +99,7 @@ def parse(
     cls: type,
     argv: list[str] | None = None,
     description: str | None = None,
+    prog: str | None = None,
     upgrade: Callable[[dict], dict] | None = None,
 ):
     """Reads the command line into an instance of the dataclass `cls`.
@@ -107,7 +108,7 @@ def parse(
     it only `--eval-only` and `--device` may be given, so that a resumed run cannot silently become another experiment.
     Raises UserError for unknown flags and for values of the wrong type or outside their bounds.
     """
-    parser = group = Parser(description=description)
+    parser = group = Parser(prog, description)
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         kind, several = _value_type(hints[field.name])

@@ -1,4 +1,4 @@
-"""Texts and labels: from the hub, from local parquet/CSV/JSON, or synthetic; splits; order of rows; packed batches.
+"""Texts and labels: from the hub, from local parquet/CSV/JSON, or synthetic; splits.
 
 A data set is a train and a test split, and may have a validation split; its files are flat or under `data/`. Texts are used
 verbatim. Every choice of rows is a pure function of the texts or of (seed, epoch), so that a run can be repeated, resumed at
@@ -22,10 +22,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from minicls.config import UserError
 
@@ -808,66 +806,6 @@ def describe(data: Data, validation: Split | None = None) -> list[str]:
     return lines
 
 
-def step_rows(step: int, num_rows: int, global_batch_size: int, seed: int) -> np.ndarray:
-    """The training rows of one optimizer step: a window of the epoch's shuffled order, the last one of an epoch shorter.
-
-    A function of its arguments alone, so that resuming at any step needs no state.
-    """
-    steps_per_epoch = -(-num_rows // global_batch_size)
-    epoch, index = divmod(step, steps_per_epoch)
-    order = np.random.default_rng((seed, epoch)).permutation(num_rows)
-    return order[index * global_batch_size : (index + 1) * global_batch_size]
-
-
 def derived_seed(*numbers: int) -> int:
     """One seed out of several numbers; neighbouring numbers give unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)  # torch takes 63 bits
-
-
-class Batch(NamedTuple):
-    """B rows packed into one line of N tokens: what the models' `forward` takes."""
-
-    input_ids: torch.Tensor  # (N,) int64
-    position_ids: torch.Tensor  # (N,) int64, counted in each row from 0
-    cu_seqlens: torch.Tensor  # (B + 1,) int32, cumulative row lengths
-    max_seqlen: int
-
-    @property
-    def last(self) -> torch.Tensor:
-        """Where each row's last token stands, (B,) int64: what a language model is asked to continue."""
-        return self.cu_seqlens[1:].long() - 1
-
-
-def pack(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", starts: Sequence[int] | None = None) -> Batch:
-    """Packs rows of ids. `starts`: the position of each row's first token, where a cache holds what comes before it."""
-    lengths = np.array([len(row) for row in rows])
-    cu_seqlens = np.concatenate([[0], lengths.cumsum()])
-    first = cu_seqlens[:-1] if starts is None else cu_seqlens[:-1] - np.array(starts)
-    position_ids = np.arange(cu_seqlens[-1]) - np.repeat(first, lengths)
-    return Batch(
-        torch.from_numpy(np.concatenate(rows).astype(np.int64)).to(device, non_blocking=True),
-        torch.from_numpy(position_ids).to(device, non_blocking=True),
-        torch.from_numpy(cu_seqlens.astype(np.int32)).to(device, non_blocking=True),
-        int(lengths.max()),
-    )
-
-
-def pack_shared(rows: Sequence[list[int]], shared: int, device: torch.device | str = "cpu") -> Batch:
-    """Packs rows that all begin with the same `shared` ids: these stand in the batch once, in the first row."""
-    first, *others = rows
-    return pack([first, *(row[shared:] for row in others)], device, [0] + [shared] * len(others))
-
-
-def length_batches(rows: Sequence[Sequence[int]], max_tokens: int, extra: int = 0) -> list[np.ndarray]:
-    """Row numbers in batches of at most `max_tokens` tokens (or one row), sorted by length: for evaluation.
-
-    `extra`: what each row needs beside its own tokens, as in a cache with room for more.
-    """
-    batches, batch, tokens = [], [], 0
-    for row in np.argsort([len(row) for row in rows], kind="stable"):
-        if batch and tokens + len(rows[row]) + extra > max_tokens:
-            batches.append(np.array(batch))
-            batch, tokens = [], 0
-        batch.append(row)
-        tokens += len(rows[row]) + extra
-    return [*batches, np.array(batch)] if batch else []

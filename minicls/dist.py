@@ -1,6 +1,9 @@
 """Several processes under torchrun, or one: start, sum over ranks, and who prints. Without torchrun every sum is a no-op."""
 
+import datetime
 import os
+import re
+import sys
 from pathlib import Path
 
 import torch
@@ -10,14 +13,17 @@ from torch import nn
 from minicls.config import UserError
 
 
-def start(device: str | None, threads: int | None = None) -> torch.device:
-    """Picks the device of this rank and joins the process group if torchrun set one up (nccl on CUDA, gloo on CPU)."""
+def start(device: str | None, threads: int | None = None, dtype: str | None = None) -> torch.device:
+    """Picks the device of this rank, sets PyTorch up for it, and joins the process group if torchrun set one up (nccl on CUDA,
+    gloo on a CPU). `dtype`: `--dtype`, for a note about cards that are slow in bf16."""
     if threads is not None:
         if threads < 1:
             raise UserError(f"--threads: {threads} is too small; pass at least 1")
         torch.set_num_threads(threads)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu" and (reason := why_no_cuda()):
+            print(f"NOTE: THIS RUNS ON THE CPU, though the machine has an NVIDIA driver: {reason}", file=sys.stderr, flush=True)
     try:
         kind = torch.device(device).type
     except RuntimeError:
@@ -25,18 +31,58 @@ def start(device: str | None, threads: int | None = None) -> torch.device:
     if kind not in ("cpu", "cuda"):
         raise UserError(f"--device: {device!r} is not supported; pass cpu, cuda or cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device: {device!r} asked for, but torch sees no CUDA device; pass cpu")
+        reason = why_no_cuda() or "torch sees no CUDA device; pass cpu"
+        raise UserError(f"--device: {device!r} asked for, but {reason}")
     index = int(os.environ.get("LOCAL_RANK", torch.device(device).index or 0))
     if kind == "cuda" and index >= torch.cuda.device_count():
         raise UserError(
             f"--device: cuda:{index} is not there, torch sees {torch.cuda.device_count()}; pass a lower N or fewer ranks"
         )
-    if "RANK" in os.environ and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+    chosen = torch.device("cuda", index) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
-        torch.cuda.set_device(index)
-        return torch.device("cuda", index)
-    return torch.device("cpu")
+        set_up_cuda(chosen, dtype)
+    if "RANK" in os.environ and not torch.distributed.is_initialized():
+        missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise UserError(
+                f"RANK: {os.environ['RANK']!r} in the environment, but no {', '.join(missing)}; start with torchrun, or unset RANK"
+            )
+        # An hour, as the others wait while the first rank saves gigabytes.
+        hour = datetime.timedelta(hours=1)
+        torch.distributed.init_process_group(
+            "nccl" if kind == "cuda" else "gloo", timeout=hour, device_id=chosen if kind == "cuda" else None
+        )
+    return chosen
+
+
+def set_up_cuda(device: torch.device, dtype: str | None) -> None:
+    """What minicls wants of PyTorch on every GPU."""
+    # Batches are all of different sizes: segments that grow leave no holes between them. Read at the first allocation.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    torch.cuda.set_device(device)
+    # On Hopper and later cuDNN comes first, which builds a plan for each new shape, in tenths of a second; and its dropout
+    # rounds the probability to sixteenths in torch 2.11.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    capability = torch.cuda.get_device_capability(device)
+    if dtype == "bf16" and capability < (8, 0):
+        name = f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}"
+        print(f"NOTE: BF16 IS SLOW HERE: {name} and only emulates it; pass --dtype fp32", file=sys.stderr, flush=True)
+
+
+def why_no_cuda() -> str | None:
+    """Why torch uses no GPU although the machine has NVIDIA's driver; None where it has none, or the user has hidden them."""
+    file = Path("/proc/driver/nvidia/version")
+    if not file.is_file() or os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1") or torch.cuda.is_available():
+        return None
+    version = re.search(r"(\d+)\.\d+[.\d]*", file.read_text())
+    driver = version.group() if version else "of an unknown version"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; install the build for CUDA (pip install torch)"
+    return (
+        f"torch {torch.__version__} is built for CUDA {torch.version.cuda}, which driver {driver} does not run; update the driver "
+        "or install a torch for an older CUDA"
+    )
 
 
 def stop() -> None:

@@ -7,9 +7,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from minicls.data import length_batches, pack
-from minicls.qwen3 import KVCache
+from minicls.attention import on_gpu
+from minicls.batch import length_batches, pack
+from minicls.decoder import KVCache
 from minicls.tokenizer import Tokenizer
+
+# Of a batch with its answers, on a CPU and on a GPU, where a step takes as long for 200 rows as for one.
+MAX_TOKENS = 4096, 32_768
 
 
 @torch.inference_mode()
@@ -19,7 +23,7 @@ def generate(
     max_new_tokens: int,
     stop_ids: Sequence[int],
     device: torch.device,
-    max_tokens: int = 4096,
+    max_tokens: int | None = None,
 ) -> list[list[int]]:
     """The likeliest continuation of each prompt, token by token: at most `max_new_tokens` ids, up to and without a stop id.
 
@@ -28,7 +32,7 @@ def generate(
     """
     answers: list[list[int]] = [[] for _ in prompts]
     stop = set(stop_ids)
-    for batch in length_batches(prompts, max_tokens, extra=max_new_tokens):
+    for batch in length_batches(prompts, max_tokens or MAX_TOKENS[on_gpu(device)], extra=max_new_tokens):
         lengths = np.array([len(prompts[row]) for row in batch])
         cache = KVCache(len(batch), int(lengths.max()) + max_new_tokens)
         packed = pack([prompts[row] for row in batch], device)

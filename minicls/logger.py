@@ -56,13 +56,14 @@ class Logger:
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
-    """The events of metrics.jsonl in order. A last line torn by a kill is left out; of a step evaluated twice, the later counts."""
+    """The events of metrics.jsonl in order. A line that is no event, torn by a kill for one, is left out; of a step evaluated
+    twice, the later counts."""
     events = {}
     path = run_dir / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
         try:
             event = json.loads(line)
-            events[event["event"], event.get("split"), event["step"]] = event
-        except ValueError:
-            break
+            events[event["event"], event.get("split"), int(event["step"])] = event
+        except (ValueError, TypeError, KeyError, AttributeError):
+            continue
     return sorted(events.values(), key=lambda event: event["step"])  # an evaluation may come long after the training

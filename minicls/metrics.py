@@ -4,6 +4,7 @@ n rows, C classes. `confusion[i, j]` counts rows of class i that were predicted 
 """
 
 import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -24,28 +25,64 @@ def per_class(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def classification_metrics(confusion: np.ndarray) -> dict[str, float]:
-    """Accuracy, and the unweighted (macro) mean over the classes of precision, recall and F1."""
-    precision, recall, f1 = per_class(confusion)
+    """Accuracy, and the unweighted (macro) mean of precision, recall and F1 over the classes that occur.
+
+    A class that has no rows and is never predicted is left out of the mean, as scikit-learn leaves it out where it is given no
+    `labels`; a class without rows that is predicted counts as 0.
+    """
+    occurring = occurs(confusion)
     accuracy = np.trace(confusion) / max(1, confusion.sum())
-    means = {"precision": precision.mean(), "recall": recall.mean(), "f1": f1.mean()}
-    return {"accuracy": float(accuracy)} | {name: float(value) for name, value in means.items()}
+    means = [float(scores.sum() / max(1, occurring.sum())) for scores in per_class(confusion)]  # 0 where nothing occurs
+    return {"accuracy": float(accuracy)} | dict(zip(("precision", "recall", "f1"), means, strict=True))
+
+
+def occurs(confusion: np.ndarray) -> np.ndarray:
+    """Which classes have rows or are predicted, (C,) bool: the macro means are over these."""
+    return confusion.sum(0) + confusion.sum(1) > 0
+
+
+def constant_metrics(support: np.ndarray, answer: int) -> dict[str, float]:
+    """Accuracy and macro F1 of always answering one class; support: rows of each class, (C,)."""
+    confusion = np.zeros((len(support), len(support)), np.int64)
+    confusion[:, answer] = support
+    return {name: value for name, value in classification_metrics(confusion).items() if name in ("accuracy", "f1")}
+
+
+def _scores(draws: np.ndarray, labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Accuracy and macro F1, (R,) each, of R draws: (R, K) counts of K cells, whose label and prediction are (K,) each."""
+
+    def sums(cells: np.ndarray, classes: np.ndarray) -> np.ndarray:  # (R, C)
+        index = np.arange(len(cells))[:, None] * num_labels + classes
+        return np.bincount(index.ravel(), cells.ravel(), len(cells) * num_labels).reshape(-1, num_labels)
+
+    right = labels == predictions
+    hits, rows = sums(draws[:, right], labels[right]), sums(draws, labels) + sums(draws, predictions)
+    f1 = (2 * hits / np.maximum(rows, 1)).sum(1) / np.maximum((rows > 0).sum(1), 1)
+    return hits.sum(1) / np.maximum(draws.sum(1), 1), f1
+
+
+def _draws(counts: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Resamples of rows that fall into cells, in parts: (R, K) counts, `resamples` in all.
+
+    Rows enter the scores only through the cell they count in, so drawing n rows with replacement is one multinomial draw of the
+    K occupied cells: the same distribution as resampling rows, at a fraction of the work.
+    """
+    rng, part = np.random.default_rng(seed), max(1, min(500, 2_000_000 // len(counts)))
+    for start in range(0, resamples, part):
+        yield rng.multinomial(counts.sum(), counts / counts.sum(), size=min(part, resamples - start))
 
 
 def f1_interval(confusion: np.ndarray, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
     """95 % percentile interval of macro F1 by a bootstrap over the test rows (Efron & Tibshirani 1993, chapter 13).
 
-    Rows enter F1 only through the cell they count in, so drawing n rows with replacement is one multinomial draw of the
-    C * C cells: the same distribution as resampling rows, at a thousandth of the work.
+    The macro mean of a resample is over the classes that occur in it, as `classification_metrics` has it.
     """
-    n, C = int(confusion.sum()), len(confusion)
-    if n == 0:
+    labels, predictions = np.nonzero(confusion)
+    if not len(labels):
         return 0.0, 0.0
-    rng = np.random.default_rng(seed)
-    f1 = [
-        per_class(rng.multinomial(n, confusion.flatten() / n, size=min(500, resamples - start)).reshape(-1, C, C))[2].mean(-1)
-        for start in range(0, resamples, 500)  # in parts: 10,000 tables of 77 x 77 cells would be half a gigabyte
-    ]
-    low, high = np.quantile(np.concatenate(f1), [0.025, 0.975])
+    drawn = _draws(confusion[labels, predictions], resamples, seed)
+    f1 = np.concatenate([_scores(draws, labels, predictions, len(confusion))[1] for draws in drawn])
+    low, high = np.quantile(f1, [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -115,17 +152,82 @@ def paired_bootstrap(
     `f1_interval`, rows that agree in label and both predictions are drawn together.
     """
     cells, counts = np.unique(np.stack([labels, predictions_a, predictions_b]), axis=1, return_counts=True)
-    label, *predicted = np.eye(num_labels)[cells]  # (cells, C) each
+    label, *predicted = cells  # (K,) each
 
-    def scores(draws: np.ndarray) -> np.ndarray:
-        """(2, R): the differences in accuracy and macro F1 of R draws, (R, cells) counts."""
-        hits = [draws @ (label * p) for p in predicted]  # (R, C) each
-        f1 = [2 * h / np.maximum(draws @ (label + p), 1) for h, p in zip(hits, predicted, strict=True)]
-        return np.stack([(hits[0] - hits[1]).sum(1) / len(labels), (f1[0] - f1[1]).mean(1)])
+    def differences(draws: np.ndarray) -> np.ndarray:
+        """(2, R): the differences in accuracy and macro F1 of R draws, (R, K) counts."""
+        a, b = (np.stack(_scores(draws, label, p, num_labels)) for p in predicted)
+        return a - b
 
-    rng = np.random.default_rng(seed)
-    sizes = [min(500, resamples - start) for start in range(0, resamples, 500)]
-    drawn = [scores(rng.multinomial(len(labels), counts / len(labels), size=size).astype(np.float64)) for size in sizes]
-    low, high = np.quantile(np.concatenate(drawn, axis=1), [0.025, 0.975], axis=1)
-    differences = scores(counts[None].astype(np.float64))[:, 0]
-    return {name: (float(differences[i]), float(low[i]), float(high[i])) for i, name in enumerate(("accuracy", "f1"))}
+    drawn = np.concatenate([differences(draws) for draws in _draws(counts, resamples, seed)], axis=1)
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=1)
+    values = differences(counts[None])[:, 0]
+    return {name: (float(values[i]), float(low[i]), float(high[i])) for i, name in enumerate(("accuracy", "f1"))}
+
+
+def resampled_accuracies(
+    right: np.ndarray, points: Sequence[Sequence[int]], resamples: int = 10_000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean accuracies of groups of runs on the same test rows, and a bootstrap of them over seeds and test rows.
+
+    right: (runs, n) bool; points: for each of P points, the runs that are its seeds. Returns the means, (P,), and their
+    replicates, (resamples, P). A replicate draws n test rows with replacement, the same for all runs, and for each point as many of its
+    runs as it has, with replacement: a point of one run varies with the test rows alone. Seeded.
+    """
+    patterns, counts = np.unique(right, axis=1, return_counts=True)  # (runs, K): rows that all runs treat alike are drawn together
+    rng, replicates = np.random.default_rng((seed, 1)), []
+    for draws in _draws(counts, resamples, seed):
+        accuracies = draws @ patterns.T / right.shape[1]  # (R, runs)
+        drawn = [rng.integers(0, len(runs), (len(draws), len(runs))) for runs in points]
+        parts = [np.take_along_axis(accuracies[:, [*runs]], pick, 1).mean(1) for runs, pick in zip(points, drawn, strict=True)]
+        replicates.append(np.stack(parts, axis=1))
+    return np.array([right[[*runs]].mean() for runs in points]), np.concatenate(replicates)
+
+
+def last_crossing(x: np.ndarray, differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where piecewise linear curves change sign for the last time.
+
+    x: (S,) ascending; differences: (R, S), the curves' values there. Returns the places, (R,), NaN where a curve has no values of both
+    signs; and the sign (R,) from there on, or of the whole curve where there is no change (0 if it is 0 everywhere). Where a
+    curve is 0 for a while between the signs, the place is the end of that.
+    """
+    sign = np.sign(differences[:, -1])  # from here on
+    begins, places = (np.full(len(differences), np.nan) for _ in range(2))
+    for j in range(len(x) - 2, -1, -1):
+        here, following = differences[:, j], differences[:, j + 1]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            zero = x[j] + (x[j + 1] - x[j]) * here / (here - following)
+        other = (sign != 0) & (np.sign(here) != sign)
+        begins = np.where(other & np.isnan(begins), zero, begins)
+        places = np.where(other & (here != 0) & np.isnan(places), begins, places)
+        sign = np.where(sign == 0, np.sign(here), sign)
+    return places, sign
+
+
+def crossing(
+    sizes: Sequence[int], a: np.ndarray, b: np.ndarray, replicates_a: np.ndarray, replicates_b: np.ndarray
+) -> dict[str, float | int | None]:
+    """The number of training rows where a's curve and b's cross for the last time, with its 95 % interval.
+
+    sizes: (S,) numbers of rows, ascending; a, b: (S,) mean accuracies there; replicates_…: (R, S), of the same draws. Between
+    sizes a - b is linear in the logarithm of the rows; outside of them nothing is said. Returns
+    - rows: where a - b changes sign for the last time, None if it does not
+    - later: the sign of a - b from there on (1: a is ahead), or of all of it where it does not change
+    - low, high: percentiles 2.5 and 97.5 of the replicates' crossings, on a scale that holds those without one: a replicate whose
+      a - b has the later sign everywhere has crossed below all sizes (-inf), any other has not crossed yet (inf). So a
+      side with more than 2.5 % of such replicates is open. Where a - b itself has no crossing, the later sign is here that of most
+      crossing replicates. NaN where no replicate crosses
+    - without: the share of replicates that do not cross
+    """
+    x = np.log(sizes)
+    (place,), (later,) = last_crossing(x, (a - b)[None])
+    places, signs = last_crossing(x, replicates_a - replicates_b)
+    none = np.isnan(places)
+    found = {"rows": None if np.isnan(place) else float(np.exp(place)), "later": int(later), "without": float(none.mean())}
+    if none.all():
+        return found | {"low": math.nan, "high": math.nan}
+    towards = later if found["rows"] else np.sign(signs[~none].sum()) or later
+    scale = np.sort(np.where(none, np.where(signs == towards, -np.inf, np.inf), np.exp(places)))
+    cut = math.floor(0.025 * len(scale))  # no interpolation: an end is infinite where more than 2.5 % of the replicates are
+    low, high = scale[cut], scale[len(scale) - 1 - cut]
+    return found | {"low": float(low), "high": float(high)}

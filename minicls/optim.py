@@ -1,7 +1,8 @@
-"""AdamW over two parameter groups, and the learning rate as a pure function of the step."""
+"""AdamW over two parameter groups, the learning rate as a pure function of the step, and class weights."""
 
 import math
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -42,3 +43,16 @@ def every_steps(interval: float, total_steps: int) -> int:
     0.1 of 9,375 steps is every 938. 0 means never; the caller still acts at the last step.
     """
     return math.ceil(interval * total_steps) if interval < 1 else int(interval)
+
+
+def class_weights(labels: np.ndarray, num_labels: int, scheme: str) -> torch.Tensor:
+    """The weight of each class's rows in the loss, (C,) fp32: 1, or, `balanced`, inversely proportional to its rows.
+
+    labels: (n,) int. Balanced weights are n / (classes that occur * rows of the class), as in scikit-learn; a class
+    without rows has no row to weight, and gets 0.
+    """
+    if scheme == "none":
+        return torch.ones(num_labels)
+    counts = np.bincount(labels, minlength=num_labels)
+    weights = np.where(counts > 0, len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1)), 0.0)
+    return torch.from_numpy(weights.astype(np.float32))

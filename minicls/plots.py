@@ -89,24 +89,28 @@ def plot_rps(rows: Sequence[dict], output_dir: Path) -> Path:
     return output_dir / "rps.png"
 
 
-def plot_learning_curves(curves: dict[str, Sequence[tuple[int, float, float, float]]], file: Path) -> None:
-    """Macro F1 over training rows: of each name, points (rows, F1, low, high) and a line through the means of equal rows."""
+def plot_learning_curves(curves: dict[str, Sequence[tuple[int, float, float, float, int]]], file: Path) -> None:
+    """Accuracy over training rows: of each name, points (rows, accuracy, low, high, seeds); those of one seed are hollow."""
     plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for name, points in curves.items():
-        rows, f1, low, high = np.array(points, float).T
-        sizes = np.unique(rows)
-        (line,) = axes.plot(sizes, [f1[rows == size].mean() for size in sizes], label=name)
-        bars = np.maximum(0, [f1 - low, high - f1])  # a percentile interval need not hold the figure of a few rows
-        axes.errorbar(rows, f1, bars, fmt="o", color=line.get_color(), markersize=4, capsize=3)
-    axes.set(xscale="log", xlabel="training rows", ylabel="macro F1 on test, 95 % interval", title="What more labels buy")
+    figure, axes = plt.subplots(figsize=(8, 5 + 0.25 * len(curves)), layout="constrained")
+    for i, (name, points) in enumerate(curves.items()):
+        rows, accuracy, low, high, seeds = np.array(points, float).T
+        rows = rows * 1.025 ** (i - (len(curves) - 1) / 2)  # beside each other, or bars of equal sizes would hide each other
+        bars = np.maximum(0, [accuracy - low, high - accuracy])  # a percentile interval need not hold the figure of a few rows
+        color = f"C{i}"
+        axes.plot(rows, accuracy, color=color, label=name)
+        axes.errorbar(rows, accuracy, bars, fmt="none", ecolor=color, capsize=3)
+        axes.scatter(rows, accuracy, s=28, zorder=3, edgecolors=color, facecolors=["white" if n == 1 else color for n in seeds])
+    axes.set(xscale="log", xlabel="training rows", ylabel="accuracy on test, 95 % interval", title="What more labels buy")
     ticks = []
     for size in sorted({point[0] for points in curves.values() for point in points}):
         ticks += [size] if not ticks or size > 1.4 * ticks[-1] else []  # labels of nearer ones would overlap
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    if any(point[4] == 1 for points in curves.values() for point in points):
+        axes.text(0.99, 0.02, "hollow: one seed, interval of test rows only", transform=axes.transAxes, ha="right", fontsize=8)
+    figure.legend(loc="outside lower center", fontsize=9)
     figure.savefig(file, dpi=120)
     plt.close(figure)
 

@@ -8,14 +8,17 @@ is not divided by the option's length.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from minicls import dist
-from minicls.data import length_batches, pack
-from minicls.qwen3 import KVCache
+from minicls.attention import on_gpu
+from minicls.batch import length_batches, pack, to_device
+from minicls.decoder import KVCache
 
-MAX_TOKENS = {"cpu": 1536, "cuda": 16_384}  # of a batch and its cache: no result depends on it, only speed and memory
+# Of a batch and its cache, on a CPU and on a GPU: no result depends on it, only speed and memory.
+MAX_TOKENS = 1536, 16_384
 
 
 @torch.inference_mode()
@@ -94,7 +97,7 @@ def score(
     rests = [question[start:] for question in questions]
     first_tokens = torch.tensor([option[0] for option in options], device=device)
     longest_option = max(map(len, options))
-    batches = length_batches(rests, max_tokens or MAX_TOKENS[device.type], extra=start + longest_option - 1)
+    batches = length_batches(rests, max_tokens or MAX_TOKENS[on_gpu(device)], extra=start + longest_option - 1)
     for batch in batches[dist.rank() :: dist.world_size()]:
         rows = [rests[row] for row in batch]
         lengths = [len(questions[row]) for row in batch]
@@ -108,9 +111,9 @@ def score(
             if len(option) > 1:
                 packed = pack([option[:-1]] * len(rows), device, lengths)
                 logits = model(*packed, torch.arange(len(packed.input_ids), device=device), cache)  # (B * tokens, V)
-                targets = torch.tensor(option[1:] * len(rows), device=device)[:, None]
+                targets = to_device(np.array(option[1:] * len(rows)), device)[:, None]
                 likelihoods[:, o] += logits.log_softmax(1).gather(1, targets).view(len(rows), -1).sum(1)
-        scores[torch.from_numpy(batch).to(device)] = likelihoods
+        scores[to_device(batch, device)] = likelihoods
     if normalize == "mean":
         scores /= torch.tensor([len(option) for option in options], device=device)
     return dist.all_sum(scores).cpu()  # a row is zero on all ranks but one, so the sum is exact

@@ -19,7 +19,7 @@ from torch import nn
 from minicls.bert import BertConfig, BertForSequenceClassification
 from minicls.config import UserError
 from minicls.data import derived_seed, download
-from minicls.qwen3 import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
+from minicls.decoder import FAMILIES, DecoderConfig, DecoderForCausalLM, DecoderForSequenceClassification
 from minicls.tokenizer import Tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -29,9 +29,9 @@ INDEX = "model.safetensors.index.json"
 class Architecture:
     """A model class, and how the names in a file may differ from its own; any other difference is an error."""
 
-    model: type[nn.Module]  # of the name that transformers gives it
+    model: type[nn.Module]
     config: type
-    model_type: str
+    model_types: tuple[str, ...]  # the values of config.json's model_type
     prefix: str  # of the encoder, which files without a head leave out (sentence-transformers' layout)
     fresh: tuple[str, ...]  # begin the names that a file may lack: they start from random values
     ignored: tuple[str, ...]  # begin the names in a file that the model has no use for
@@ -41,23 +41,63 @@ class Architecture:
 BERT = Architecture(
     model=BertForSequenceClassification,
     config=BertConfig,
-    model_type="bert",
+    model_types=("bert",),
     prefix="bert.",
     fresh=("classifier.", "bert.pooler."),
     ignored=("cls.", "bert.embeddings.position_ids"),
     renamed=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
 )
 
-QWEN3 = Architecture(
-    model=Qwen3ForCausalLM,
-    config=Qwen3Config,
-    model_type="qwen3",
+DECODER = Architecture(
+    model=DecoderForCausalLM,
+    config=DecoderConfig,
+    model_types=tuple(FAMILIES),
     prefix="model.",
     fresh=(),
     ignored=("lm_head.",),  # where it is the embedding once more; a model with a head of its own has the parameter
 )
-QWEN3_LINEAR = dataclasses.replace(QWEN3, model=Qwen3ForSequenceClassification, fresh=("score.",))
-ARCHITECTURES = {kind.model.__name__: kind for kind in (BERT, QWEN3, QWEN3_LINEAR)}
+DECODER_LINEAR = dataclasses.replace(DECODER, model=DecoderForSequenceClassification, fresh=("score.",))
+
+# By the name that transformers gives a model's class.
+ARCHITECTURES = {"BertForSequenceClassification": BERT}
+ARCHITECTURES |= {f"{family.prefix}ForCausalLM": DECODER for family in FAMILIES.values()}
+ARCHITECTURES |= {f"{family.prefix}ForSequenceClassification": DECODER_LINEAR for family in FAMILIES.values()}
+SUPPORTED = (
+    "train_bert.py takes bert; train_qwen.py takes llama, qwen2 and qwen3, without sliding windows, stretched RoPE and other biases"
+)
+
+
+def class_name(model: nn.Module) -> str:
+    """The name that transformers gives the model's class."""
+    name = type(model).__name__
+    return name.replace("Decoder", model.config.family.prefix) if name.startswith("Decoder") else name
+
+
+# Begins class and model_type in config.json where a model is another one than transformers', so that nobody opens it there.
+OWN = ("Minicls", "minicls-")
+
+
+def is_own(model: nn.Module) -> bool:
+    """Whether the parameters are others than those of transformers' class, as after a change to the head.
+
+    transformers would give what it does not find random values, and ignore what it does not know.
+    """
+    linear = type(model).__name__.endswith("ForSequenceClassification")
+    if isinstance(model.config, BertConfig):
+        parts = "attention.self.query attention.self.key attention.self.value attention.output.dense attention.output.LayerNorm "
+        parts += "intermediate.dense output.dense output.LayerNorm"
+        modules = ["bert.embeddings.LayerNorm", "bert.pooler.dense", "classifier"]
+        modules += [f"bert.encoder.layer.N.{part}" for part in parts.split()]
+        names = {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
+        names |= {f"bert.embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type")}
+    else:
+        family, projections = model.config.family, ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+        parts = ["self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm"]
+        parts += projections + (["self_attn.q_norm", "self_attn.k_norm"] if family.qk_norm else [])
+        names = {"model.embed_tokens.weight", "model.norm.weight", *(f"model.layers.N.{part}.weight" for part in parts)}
+        names |= {f"model.layers.N.{part}.bias" for part in projections if family.qkv_bias}
+        names |= {"score.weight"} if linear else set() if model.config.tie_word_embeddings else {"lm_head.weight"}
+    return names != {re.sub(r"\.\d+\.", ".N.", name) for name, _ in model.named_parameters()}
 
 
 def find_model(model: str, revision: str | None = None, flag: str = "--model") -> tuple[Path, str | None]:
@@ -76,8 +116,12 @@ def read_config(directory: Path, kind: Architecture | None = None) -> dict:
             raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
         raise UserError(f"{directory / 'config.json'}: not readable ({error}); pass a directory in Hugging Face layout") from None
-    if kind and config.get("model_type") != kind.model_type:
-        raise UserError(f"--model: {directory} is a {config.get('model_type')} model, not {kind.model_type}; pass another")
+    if str(config.get("model_type")).startswith(OWN[1]):
+        config["model_type"] = config["model_type"].removeprefix(OWN[1])
+        config["architectures"] = [name.removeprefix(OWN[0]) for name in config.get("architectures") or []]
+    if kind and config.get("model_type") not in kind.model_types:
+        name = config.get("model_type") or "nameless"
+        raise UserError(f"--model: {directory} is a {name} model; pass another: {SUPPORTED}")
     return config
 
 
@@ -88,6 +132,27 @@ def label_config(label_names: Sequence[str]) -> dict:
         "label2id": {name: i for i, name in enumerate(label_names)},
         "problem_type": "single_label_classification",
     }
+
+
+def head_labels(config: dict, directory: Path) -> list[str]:
+    """The classes of a trained classifier's config.json in the order of their indices; without names, as in transformers, they
+    are two, LABEL_0 and LABEL_1. Raises UserError where the head gives no scores of classes that exclude each other."""
+    file, count = directory / "config.json", config.get("num_labels") or 2
+    labels = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(count)}
+    needed = "minicls reads a score for each of two or more classes, one of which is right"
+    if config.get("problem_type") in ("regression", "multi_label_classification"):
+        raise UserError(f"{file}: problem_type is {config['problem_type']}; {needed}: pass such a classifier")
+    if len(labels) == 1:
+        raise UserError(
+            f"{file}: num_labels is 1, so its head gives a number or the logit of yes; {needed}: pass such a classifier"
+        )
+    if not isinstance(labels, dict) or labels.keys() != {str(i) for i in range(len(labels))}:
+        raise UserError(f"{file}: id2label {str(labels)[:80]} does not number the classes 0, 1, 2 and so on; correct it")
+    names = [str(labels[str(i)]) for i in range(len(labels))]
+    if len({*names}) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{file}: id2label has two classes with the name {twice!r}; give each a name of its own")
+    return names
 
 
 def build_model(
@@ -104,11 +169,13 @@ def build_model(
     parameters that started fresh, and the load report.
     """
     known = {field.name for field in dataclasses.fields(kind.config)}
-    num_labels = {"num_labels": len(values["id2label"])} if "id2label" in values else {}
+    num_labels = {"num_labels": len(values["id2label"])} if values.get("id2label") else {}
+    if kind is BERT and values.get("is_decoder"):
+        raise UserError(f"--model: its config.json says is_decoder, so a token sees only those before it; {SUPPORTED}")
     try:
         config = kind.config(**{name: value for name, value in values.items() if name in known} | num_labels)
     except (ValueError, TypeError, ArithmeticError) as error:
-        raise UserError(f"--model: its config.json does not fit ({error}); pass another model") from None
+        raise UserError(f"--model: its config.json does not fit ({error}); pass another: {SUPPORTED}") from None
     with torch.device("meta"):  # shapes only: the memory is taken once, and the default initialisation skipped
         model = kind.model(config).to(dtype)
     model.to_empty(device=device)
@@ -117,6 +184,8 @@ def build_model(
     else:
         fresh, report = load_weights(model, directory, kind)
     init_weights(model, fresh, config.initializer_range, seed)
+    if is_own(model):
+        report += f"; not the parameters of transformers' {class_name(model)}, so what is saved opens in minicls alone"
     return model, fresh, report
 
 
@@ -170,7 +239,7 @@ def load_weights(model: nn.Module, directory: Path, kind: Architecture) -> tuple
     Raises UserError naming a tensor that is missing, of another shape, or unknown, beyond what `kind` explains.
     """
     parameters = dict(model.named_parameters())
-    loaded, ignored, unknown = set(), [], []
+    loaded, ignored, unknown, head = set(), [], [], None
     for file in weight_files(directory):
         try:
             with safe_open(file, framework="pt") as tensors:
@@ -193,6 +262,7 @@ def load_weights(model: nn.Module, directory: Path, kind: Architecture) -> tuple
                         loaded.add(name)
                     elif name.startswith(kind.ignored) or (headless and (kind.prefix + name).startswith(kind.ignored)):
                         ignored.append(stored_name)
+                        head = file if name == "lm_head.weight" and kind is DECODER else head
                     else:
                         unknown.append(stored_name)
         except (SafetensorError, OSError) as error:
@@ -203,6 +273,15 @@ def load_weights(model: nn.Module, directory: Path, kind: Architecture) -> tuple
         raise UserError(f"{directory}: {missing[0]} and {len(missing) - 1} other tensors are missing; pass complete weights")
     if unknown:
         raise UserError(f"{directory}: unknown tensor {unknown[0]} and {len(unknown) - 1} others; is it another architecture?")
+
+    if head:  # the embedding is the head; a head that was trained apart from it must not be lost without a word
+        embedding = model.get_parameter("model.embed_tokens.weight")
+        stored = read_tensor(head, "lm_head.weight").to(embedding)
+        if stored.shape != embedding.shape or not torch.equal(stored, embedding):
+            raise UserError(
+                f"{head}: lm_head.weight is another than model.embed_tokens.weight, but config.json says that they are one "
+                "(tie_word_embeddings); set that to false, or delete the tensor"
+            )
 
     def listed(names):
         names = sorted(names)
@@ -223,22 +302,34 @@ def check_fits(config, tokenizer: Tokenizer, max_length: int) -> None:
         )
 
 
-def save_model(model: nn.Module, config: dict, tokenizer: Tokenizer, directory: Path) -> None:
-    """Writes config.json, model.safetensors and the tokenizer; the weights aside first, so that they are whole or absent."""
+def save_model(model: nn.Module, config: dict, tokenizer: Tokenizer, directory: Path, text_length: int | None = None) -> None:
+    """Writes config.json, model.safetensors and the tokenizer; the weights aside first, so that they are whole or absent.
+
+    `text_length`: for a model that reads bare texts, of at most so many ids (see `Tokenizer.save`).
+    """
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(dict(model.named_parameters()), directory / ".model.tmp")
     (directory / ".model.tmp").replace(directory / "model.safetensors")
-    tokenizer.save(directory)
-    config = {name: value for name, value in config.items() if name not in ("torch_dtype", "_name_or_path")}
+    tokenizer.save(directory, text_length, model.config.pad_token_id)
+    # What the model's own values below replace, and what is not true of plain weights.
+    stale = ("torch_dtype", "_name_or_path", "num_labels", "_num_labels", "auto_map", "quantization_config", "pruned_heads")
+    config = {name: value for name, value in config.items() if name not in (*stale, "return_dict", "torchscript")}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    config |= {"architectures": [type(model).__name__], "dtype": dtype, "pad_token_id": model.config.pad_token_id}
+    config |= {"architectures": [class_name(model)], "dtype": dtype, "vocab_size": model.config.vocab_size}
+    config |= {"pad_token_id": model.config.pad_token_id}
+    if is_own(model):
+        config |= {"architectures": [OWN[0] + class_name(model)], "model_type": OWN[1] + config["model_type"]}
     (directory / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
     """Writes a safetensors file; raises OSError (the library has an error of its own for a full disk)."""
+    file.unlink(missing_ok=True)
+    file.touch()
+    mode = file.stat().st_mode  # as the umask says; the library makes its files readable by nobody else
     try:
         save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, file, metadata={"format": "pt"})
+        file.chmod(mode)
     except SafetensorError as error:
         file.unlink(missing_ok=True)
         raise OSError(f"{file}: {error}") from None

@@ -41,7 +41,7 @@ long) # Texts cut to their start, or to start and end. Chinese ones by a small B
     # At their full length.
     qwen movie_reviews-qwen --model models/qwen3-small --data data/movie_reviews --max-length 4096 --max-train-rows 200 \
         --epochs 2 --micro-batch-size 4
-    qwen fudan_long-qwen --model models/qwen3-small-zh --data data/fudan_long --language zh --max-length 4096 --threads 2 \
+    qwen fudan_long-qwen --model models/qwen3-small-zh --data data/fudan_long --prompt published-zh --max-length 4096 --threads 2 \
         --global-batch-size 4 --epochs 1 --micro-batch-size 4
     ;;
 harder) # 77 classes, and 20.
@@ -53,7 +53,7 @@ harder) # 77 classes, and 20.
     ;;
 qwen)
     # Chinese.
-    qwen thucnews-qwen --model models/qwen3-small-zh --data data/thucnews_small --language zh --max-train-rows 12800 \
+    qwen thucnews-qwen --model models/qwen3-small-zh --data data/thucnews_small --prompt published-zh --max-train-rows 12800 \
         --epochs 1
     # The same rows through a linear head on the bare text.
     qwen thucnews-qwen-linear --model models/qwen3-small-zh --data data/thucnews_small --head linear --max-train-rows 12800 \

@@ -42,7 +42,7 @@ args = parser.parse_args()
 torch.set_num_threads(args.threads)
 data = load_data(args.data)
 tokenizer = load_tokenizer(args.model)
-chat = Chat(tokenizer, make_template(data.label_names), len(data.label_names), 512)
+chat = Chat(tokenizer, make_template(data.label_names, no_think=True), len(data.label_names), 512)
 test = data.test.select(stratified_rows(data.test, args.num_questions))
 questions = chat.questions(test.texts)[0]
 flags = ["--task", "score", "--side", "minicls", "--qwen", args.model, "--data", args.data]

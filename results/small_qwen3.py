@@ -14,19 +14,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from minicls.data import load_data
 from minicls.prompt import make_template
-from minicls.tokenizer import QWEN_CONTROL_TOKENS, train_qwen_tokenizer
+from minicls.tokenizer import train_qwen_tokenizer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("directory", type=Path)
 parser.add_argument("--data", required=True)
-parser.add_argument("--language", choices=("en", "zh"), default="en")
+parser.add_argument("--prompt", default="published")
 parser.add_argument("--vocab-size", type=int, default=8192)
 args = parser.parse_args()
 
 data = load_data(args.data)
-before, after = make_template(data.label_names, args.language)
+before, after = make_template(data.label_names, args.prompt, no_think=True)
 tokenizer = train_qwen_tokenizer([before + text + after for text in data.train.texts], args.vocab_size)
-pad, _, end, *_ = tokenizer.control_ids(QWEN_CONTROL_TOKENS)
+pad, end = tokenizer.control_ids(["<|endoftext|>", "<|im_end|>"])
 config = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",

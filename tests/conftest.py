@@ -56,7 +56,17 @@ def qwen_run(tmp_path_factory) -> Path:
     return run_dir
 
 
-@pytest.fixture(params=[256, 0], ids=["multiplied out", "fused"])
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The branches that a GPU takes, on the CPU, over a reference kernel."""
+    import flash_reference  # noqa: F401 - it registers the kernel
+
+    monkeypatch.setattr("minicls.attention.GPUS", ("cuda", "cpu"))
+
+
+@pytest.fixture(params=["multiplied out", "fused", "as on a GPU"])
 def way(request, monkeypatch):
-    """Both ways of attention on a CPU, multiplied out and PyTorch's kernel, whatever the length of a test's rows."""
-    monkeypatch.setattr("minicls.attention.MAX_PLAIN", request.param)
+    """All ways of attention: a CPU's two, multiplied out and PyTorch's kernel, whatever the length of a test's rows; a GPU's."""
+    if request.param == "as on a GPU":
+        request.getfixturevalue("as_on_a_gpu")
+    monkeypatch.setattr("minicls.attention.MAX_PLAIN", 256 if request.param == "multiplied out" else 0)

@@ -60,7 +60,10 @@ def test_scoring_asks_as_the_run_was_trained_and_training_begins_anew(qwen_run, 
         (tmp_path / name).write_bytes((qwen_run / name).read_bytes())
     (tmp_path / "run.json").write_text(json.dumps({"template": ["Say what this is: ", " Answer:"]}))
     data = load_data("synthetic")
-    for task, expected in (("score", ("Say what this is: ", " Answer:")), ("train", make_template(data.label_names))):
+    for task, expected in (
+        ("score", ("Say what this is: ", " Answer:")),
+        ("train", make_template(data.label_names, no_think=True)),
+    ):
         settings = bench.Settings(task=task, qwen=str(tmp_path))
         assert bench.make_chat(settings, data).template == expected
     assert Reader(tmp_path).settings == {}  # a run.json that says no more than that is no error

@@ -20,20 +20,9 @@ import torch
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.naive_bayes import MultinomialNB
 
+from minicls.batch import length_batches, pack, step_rows
 from minicls.config import UserError
-from minicls.data import (
-    Data,
-    Split,
-    describe,
-    length_batches,
-    load_data,
-    pack,
-    read_texts,
-    split_data,
-    step_rows,
-    stratified_rows,
-    synthetic,
-)
+from minicls.data import Data, Split, describe, load_data, read_texts, split_data, stratified_rows, synthetic
 
 # What a file format could bend: separators, quotes, line ends of every kind, white space, characters that only
 # str.splitlines takes for line ends, text that looks like a header, a number, a control token or nothing.

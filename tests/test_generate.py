@@ -8,10 +8,10 @@ rounding of each other, which a test makes sure they never are.
 
 import pytest
 import torch
-import transformers  # noqa: F401 - imported by test_qwen3 in any case, and slow: not to be counted to the first test
-from test_qwen3 import CPU, MANY, make_model, make_pair, random_rows
+import transformers  # noqa: F401 - imported by test_decoder in any case, and slow: not to be counted to the first test
+from test_decoder import CPU, MANY, make_model, make_pair, random_rows
 
-from minicls.data import pack
+from minicls.batch import pack
 from minicls.generate import generate, read_answer, read_answers
 from minicls.tokenizer import train_qwen_tokenizer
 

@@ -6,6 +6,8 @@ Counts and quotients agree to a few units of the last of 16 digits: 1e-12. The b
 everything is seeded, so nothing fails by chance.
 """
 
+import tracemalloc
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -19,11 +21,16 @@ from minicls.metrics import (
     calibration_error,
     classification_metrics,
     confusion_matrix,
+    constant_metrics,
+    crossing,
     f1_interval,
     fit_temperature,
+    last_crossing,
     mcnemar,
+    occurs,
     paired_bootstrap,
     per_class,
+    resampled_accuracies,
 )
 
 CLOSE = {"rtol": 0, "atol": 1e-12}
@@ -58,7 +65,8 @@ def test_metrics_equal_scikit_learn(C, labels, predictions):
         np.testing.assert_allclose(ours, reference, **CLOSE)
     scores = classification_metrics(confusion)
     assert list(scores) == ["accuracy", "precision", "recall", "f1"] and {type(x) for x in scores.values()} == {float}
-    macro = sklearn_metrics.precision_recall_fscore_support(labels, predictions, average="macro", zero_division=0, **classes)
+    # Without `labels`, scikit-learn's macro mean is over the classes that occur in labels or predictions.
+    macro = sklearn_metrics.precision_recall_fscore_support(labels, predictions, average="macro", zero_division=0)
     reference = [sklearn_metrics.accuracy_score(labels, predictions), *macro[:3]]
     np.testing.assert_allclose([*scores.values()], reference, **CLOSE)
 
@@ -73,6 +81,38 @@ def test_metrics_counted_by_hand():
     np.testing.assert_allclose(f1, [4 / 7, 1 / 2, 0], **CLOSE)
     scores = classification_metrics(confusion)
     assert scores == pytest.approx({"accuracy": 3 / 6, "precision": 1 / 3, "recall": 7 / 18, "f1": 5 / 14}, abs=1e-12)
+
+
+def test_macro_means_are_over_the_classes_that_occur():
+    """Classes 0 and 1 have rows; 2 has none and is predicted once, so it counts as 0; 3 is nowhere, and does not count."""
+    labels, predictions = np.array([0, 0, 1, 1]), np.array([0, 0, 1, 2])
+    confusion = confusion_matrix(labels, predictions, 4)
+    assert occurs(confusion).tolist() == [True, True, True, False]
+    assert classification_metrics(confusion)["f1"] == pytest.approx((1 + 2 / 3 + 0) / 3, abs=1e-12)
+    assert classification_metrics(np.diag([3, 2, 0]))["f1"] == 1.0 and f1_interval(np.diag([3, 2, 0])) == (1.0, 1.0)
+    assert paired_bootstrap(labels, labels, labels, 4)["f1"] == (0, 0, 0)
+
+
+def test_a_constant_answer_counted_by_hand():
+    """3, 6 and 1 rows; always the second: accuracy 6/10, its F1 12/16, the others' 0."""
+    assert constant_metrics(np.array([3, 6, 1]), 1) == pytest.approx({"accuracy": 0.6, "f1": 0.75 / 3}, abs=1e-12)
+    assert constant_metrics(np.array([3, 0]), 1) == {"accuracy": 0.0, "f1": 0.0}
+
+
+def test_a_thousand_classes_need_no_table_of_a_million_cells_a_draw():
+    """1,000 rows fill at most 1,000 of the cells; all cells of 10,000 draws would be 80 GB, of 500 draws 4 GB."""
+    labels, a = random_rows(1000, 1000, 0.5)
+    b = random_rows(1000, 1000, 0.5, seed=1)[1]
+    confusion = confusion_matrix(labels, a, 1000)
+    tracemalloc.start()
+    low, high = f1_interval(confusion)
+    found = paired_bootstrap(labels, a, b, 1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200e6 and 0 < low < high < 1
+    assert found["f1"][0] == pytest.approx(
+        sklearn_metrics.f1_score(labels, a, average="macro") - sklearn_metrics.f1_score(labels, b, average="macro"), abs=0.02
+    )  # each over the classes that it predicts or that have rows
 
 
 def test_nothing_counted_gives_zeros():
@@ -225,6 +265,74 @@ def test_paired_bootstrap_equals_one_over_rows(n, C):
         assert abs(low - np.quantile(values, 0.025)) < tolerance and abs(high - np.quantile(values, 0.975)) < tolerance
     mirrored = paired_bootstrap(labels, b, a, C)
     assert mirrored["f1"][0] == pytest.approx(-found["f1"][0], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("values", "place", "sign"),
+    [
+        ([2.0, 1.0, -1.0], 1.5, -1),
+        ([-1.0, 3.0, 1.0], 0.25, 1),
+        ([1.0, -1.0, 3.0], 1.25, 1),  # the last of two
+        ([1.0, 2.0, 3.0], None, 1),
+        ([-1.0, 0.0, -1.0], None, -1),  # touches, does not change
+        ([1.0, 0.0, -1.0], 1.0, -1),
+        ([1.0, -1.0, 0.0], 0.5, -1),
+        ([0.0, 0.0, 1.0], None, 1),
+        ([0.0, 0.0, 0.0], None, 0),
+    ],
+)
+def test_the_last_crossing_by_hand(values, place, sign):
+    (found,), (later,) = last_crossing(np.arange(3.0), np.array([values]))
+    assert later == sign and (np.isnan(found) if place is None else found == pytest.approx(place, abs=1e-12))
+
+
+def test_a_zero_for_a_while_between_the_signs_ends_with_the_later_one():
+    (found,), _ = last_crossing(np.arange(4.0), np.array([[1.0, 0.0, 0.0, -1.0]]))
+    assert found == 2.0
+
+
+def test_a_crossing_by_hand_with_replicates_on_both_sides():
+    """a - b is 0.05 at 1,000 rows and -0.1 at 10,000: a third of the way in the logarithm. Of 100 replicates, 3 are below 0
+    everywhere (crossed before), 2 above 0 everywhere (not yet); the others cross half way, at 10^3.5."""
+    sizes, a, b = [100, 1000, 10_000], np.array([0.8, 0.8, 0.8]), np.array([0.6, 0.75, 0.9])
+    differences = np.array([[0.2, 0.1, -0.1]] * 95 + [[-0.1, -0.1, -0.1]] * 3 + [[0.1, 0.1, 0.1]] * 2)
+    found = crossing(sizes, a, b, differences, np.zeros((100, 3)))
+    assert found["rows"] == pytest.approx(10 ** (3 + 1 / 3)) and found["later"] == -1
+    assert found["without"] == pytest.approx(0.05)
+    assert found["low"] == -np.inf  # 3 %: open
+    assert found["high"] == pytest.approx(10**3.5)  # 2 %: not
+    mirrored = crossing(sizes, b, a, np.zeros((100, 3)), differences)
+    assert mirrored | {"later": -1} == found and mirrored["later"] == 1
+
+
+def test_no_crossing_by_hand():
+    """a is ahead at both sizes; 10 of 100 replicates cross at the geometric middle, so the interval is open above."""
+    differences = np.array([[0.1, -0.1]] * 10 + [[0.1, 0.1]] * 90)
+    found = crossing([100, 10_000], np.array([0.8, 0.8]), np.array([0.7, 0.75]), differences, np.zeros((100, 2)))
+    assert (found["rows"], found["later"], found["without"]) == (None, 1, 0.9)
+    assert found["low"] == pytest.approx(1000) and found["high"] == np.inf
+    never = crossing([100, 10_000], np.array([0.8, 0.8]), np.array([0.7, 0.75]), np.ones((100, 2)), np.zeros((100, 2)))
+    assert (never["rows"], never["without"]) == (None, 1.0) and np.isnan([never["low"], never["high"]]).all()
+
+
+def test_replicates_over_seeds_and_rows_equal_brute_force():
+    """Three runs of one point and one of another on 60 rows, drawn one by one."""
+    rng = np.random.default_rng(3)
+    right = rng.random((4, 60)) < np.array([0.9, 0.7, 0.6, 0.75])[:, None]
+    points = [[0, 1, 2], [3]]
+    means, replicates = resampled_accuracies(right, points)
+    assert means == pytest.approx([right[:3].mean(), right[3].mean()], abs=1e-12) and replicates.shape == (10_000, 2)
+    brute = []
+    for _ in range(4000):
+        rows, seeds = rng.integers(0, 60, 60), rng.integers(0, 3, 3)
+        brute.append([np.mean([right[seed, rows].mean() for seed in seeds]), right[3, rows].mean()])
+    brute = np.array(brute)
+    # Standard errors: of a mean sigma / 63, of a standard deviation sigma / 89 (4,000 draws); five of them.
+    for values in (replicates, brute):
+        assert values.mean(0) == pytest.approx(means, abs=5 * brute.std(0).max() / 63)
+    np.testing.assert_allclose(replicates.std(0), brute.std(0), rtol=5 / 89)
+    assert np.corrcoef(replicates.T)[0, 1] == pytest.approx(np.corrcoef(brute.T)[0, 1], abs=5 / 63)  # the rows are the same
+    assert replicates.std(0)[1] < np.sqrt(0.75 * 0.25 / 60) * 1.05  # one seed: rows alone
 
 
 def test_published_predictions_reproduce_their_authors_figures(shared):

@@ -54,15 +54,15 @@ C. Business
 D. Science/Technology
 
 答案：/no_think"""
-CHINESE_OTHER_BEFORE = """\
+CHINESE_OTHER = """\
 请阅读下面的文本，并从给出的选项中判断它的类别。
+
+文本：
+{text}
 
 问题：这篇文本最合适的类别是什么？
 A. 体育
 B. 财经
-
-文本：
-{text}
 
 答案：/no_think"""
 ANSWER = "<think>\n\n</think>\n\n"  # without thoughts, before the letter
@@ -80,11 +80,11 @@ def turn(template: tuple[str, str], text: str = "{text}") -> str:
 @pytest.mark.parametrize(
     ("arguments", "wording"),
     [
-        ((AG_NEWS_LABELS,), PUBLISHED),
-        ((list(AG_NEWS_LABELS), "en", "after"), PUBLISHED),
-        ((["spam", "ham"], "en", "before"), OTHER_BEFORE),
-        ((AG_NEWS_LABELS, "zh"), CHINESE),
-        ((["体育", "财经"], "zh", "before"), CHINESE_OTHER_BEFORE),
+        ((AG_NEWS_LABELS, "published", True), PUBLISHED),
+        ((list(AG_NEWS_LABELS), "published"), PUBLISHED.removesuffix("/no_think")),
+        ((["spam", "ham"], "options-first", True), OTHER_BEFORE),
+        ((AG_NEWS_LABELS, "published-zh", True), CHINESE),
+        ((["体育", "财经"], "published-zh", True), CHINESE_OTHER),
     ],
 )
 def test_the_wording(arguments, wording):
@@ -93,7 +93,7 @@ def test_the_wording(arguments, wording):
 
 def test_only_ag_news_own_names_in_their_order_make_the_published_question():
     reordered = turn(make_template(["Sports", "World", "Business", "Sci/Tech"]))
-    assert "news" not in reordered and reordered.endswith("\nD. Sci/Tech\n\nAnswer:/no_think")
+    assert "news" not in reordered and reordered.endswith("\nD. Sci/Tech\n\nAnswer:")
     assert "\nB. two words\n" in turn(make_template(["one", " two words\t"]))
 
 
@@ -125,7 +125,7 @@ def test_a_prompt_file(start, ending, tmp_path):
     file = tmp_path / "prompt.txt"
     file.write_text(f"{start}哪一个？\n{{options}}\n{{braces}} {{text}}\nEnd.\n{ending}", encoding="utf-8")
     # Of the line breaks at the end, one is the file's own.
-    assert make_template(["x", "y"], file=str(file)) == ("哪一个？\nA. x\nB. y\n{braces} ", "\nEnd." + ("\n" if ending else ""))
+    assert make_template(["x", "y"], str(file), True) == ("哪一个？\nA. x\nB. y\n{braces} ", "\nEnd." + ("\n" if ending else ""))
 
 
 @pytest.mark.parametrize(
@@ -146,18 +146,18 @@ def test_a_prompt_file_that_is_no_template(content, parts, tmp_path):
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(UserError) as error:
-        make_template(["x", "y"], file=str(file))
+        make_template(["x", "y"], str(file), True)
     assert [part for part in ("--prompt", str(file), "; ", *parts) if part not in str(error.value)] == []
 
 
 def test_a_prompt_file_that_is_a_directory(tmp_path):
     with pytest.raises(UserError, match=r"--prompt: .* is not readable"):
-        make_template(["x", "y"], file=str(tmp_path))
+        make_template(["x", "y"], str(tmp_path))
 
 
-@pytest.mark.parametrize("options", ["after", "before"])
-def test_classes_may_be_called_anything(options):
-    template = make_template(["{text}", "{options}", "{noun}", "%s {0}"], options=options)
+@pytest.mark.parametrize("prompt", ["published", "options-first"])
+def test_classes_may_be_called_anything(prompt):
+    template = make_template(["{text}", "{options}", "{noun}", "%s {0}"], prompt)
     assert "\nA. {text}\nB. {options}\nC. {noun}\nD. %s {0}\n" in turn(template, "article")
     assert turn(template, "article").count("article") == 1 and turn(template, "article").count("\nText:\narticle\n\n") == 1
 
@@ -207,7 +207,7 @@ def ag_news(shared) -> tuple[list[str], list[int]]:
 
 
 def make_chat(tokenizer: Tokenizer, max_length: int = 4096, names=AG_NEWS_LABELS, **settings) -> Chat:
-    return Chat(tokenizer, make_template(names), len(names), max_length, **settings)
+    return Chat(tokenizer, make_template(names, no_think=True), len(names), max_length, **settings)
 
 
 def assert_rows_are_transformers(chat: Chat, theirs, texts: list[str], labels: list[int]) -> None:
@@ -313,7 +313,7 @@ def test_letters_of_several_tokens(tiny):
 
 
 def test_a_tokenizer_that_joins_a_blank_line_and_a_letter(tiny):
-    with pytest.raises(UserError, match=r"--model: .*tokenizer.*; use the tokenizer of a Qwen3 model"):
+    with pytest.raises(UserError, match=r"--model: .*tokenizer merges the option B .*; use another model"):
         _ = make_chat(with_replacement(tiny, r"\n\nB", "B")).options
 
 

@@ -3,9 +3,11 @@
 Figures are those of the files, digit by digit; comparisons are reckoned again, with scipy where it has them.
 """
 
+import hashlib
 import json
 import re
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from minicls.comparison import PUBLISHED
 from minicls.config import UserError
 from minicls.data import AG_NEWS_LABELS, Data, Split
 from minicls.logger import read_metrics
-from minicls.report import results_table, steps_table, write_results
+from minicls.report import advice, results_table, steps_table, summary, write_results
 
 
 def cells(line: str) -> list[str]:
@@ -69,6 +71,104 @@ def copy_run(run: Path, folder: Path, results: dict | None = None, num_train_row
 
 # A run's own files.
 
+STATE = {"step": 4, "train_seconds": 0.0, "eval_seconds": 0.0, "evaluations": 0, "samples": 0, "tokens": 0}
+STATE |= {"best_on_validation": None, "best_on_test": None}
+TRAIN = '{"event": "train", "step": %d, "loss": %f, "peak_memory_bytes": 1}\n'
+
+
+class Words:
+    def encode(self, texts):
+        return [text.split() for text in texts]
+
+
+def write_three(run_dir: Path, labels: list[int], predictions: list[int], names=("x", "y", "z"), train=(1, 1, 0)) -> dict:
+    """results.json of a run on these test rows."""
+    train, test = (Split([f"text {row}" for row in range(len(of))], np.array(of), 7 + np.arange(len(of))) for of in (train, labels))
+    logits = torch.from_numpy(4.0 * np.eye(len(names))[predictions]).float()
+    data = Data(train, test, names)
+    return write_results(run_dir, data, train, Words(), {"test": logits, "validation": logits[:3]}, STATE, 4, torch.device("cpu"))
+
+
+def test_predictions_of_both_splits_name_their_rows_and_classes(tmp_path):
+    """The row is that of the file, and the schema names the classes where `datasets` and `load_data` look for them."""
+    write_three(tmp_path, [2, 0, 1, 1], [2, 0, 1, 0])
+    for file, labels in (("predictions", [2, 0, 1, 1]), ("validation", [1, 1, 0])):
+        table = pq.read_table(tmp_path / f"{file}.parquet")
+        assert table.column_names == [
+            "row",
+            "label",
+            "prediction",
+            "num_tokens",
+            "text_hash",
+            *(f"probability_{c}" for c in range(3)),
+        ]
+        assert table["row"].to_pylist() == [7 + row for row in range(len(labels))] and table["label"].to_pylist() == labels
+        digests = [hashlib.sha256(f"text {row}".encode()).digest() for row in range(len(labels))]
+        assert table["text_hash"].to_pylist() == [struct.unpack("<q", digest[:8])[0] for digest in digests]
+        features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+        assert [*features] == table.column_names and features["probability_0"] == {"dtype": "float32", "_type": "Value"}
+        assert features["label"] == features["prediction"] == {"names": ["x", "y", "z"], "_type": "ClassLabel"}
+
+
+def test_the_constant_answer_is_the_commonest_class_of_train(tmp_path):
+    """Of train y, y, x it is y, with one of four test rows; its F1 is 2 / 5, over the classes x, y and z that occur."""
+    results = write_three(tmp_path, [2, 0, 1, 2], [2, 0, 1, 0])
+    assert (results["majority_class"], results["majority_accuracy"]) == ("y", 0.25)
+    assert results["majority_f1"] == pytest.approx(2 / 5 / 3, abs=1e-12)
+    assert [of["support"] for of in results["per_class"].values()] == [1, 1, 2]
+    assert "accuracy 0.7500 (always answering y: 0.2500)" in summary(results)
+
+
+def test_classes_without_test_rows_are_named(tmp_path):
+    names = tuple(f"c{i}" for i in range(15))
+    results = write_three(tmp_path, [0, 1, 1], [0, 1, 2], names)
+    assert results["absent_classes"] == [*names[2:]] and results["macro_classes"] == 3
+    assert results["f1"] == pytest.approx((1 + 2 / 3 + 0) / 3, abs=1e-12)
+    said = "macro means are over 3 of 15 classes; no test rows of c2, c3, c4, c5, c6, c7, c8, c9, c10, c11 and 3 more; "
+    assert said + "1 of them predicted, which counts as 0" in summary(results)
+    assert "macro means" not in summary(write_three(tmp_path, [0, 1, 2], [0, 1, 2]))
+
+
+def test_a_run_that_learned_nothing_says_which_flags_to_change(tmp_path):
+    labels = [0, 1] * 50
+    learned = write_three(tmp_path, labels, labels, ("a", "b"))
+    assert advice(learned) == []
+    guessed = write_three(tmp_path, labels, [1] * 100, ("a", "b"))
+    assert advice(guessed) == ["note: no better than always answering b (accuracy 0.5000, macro F1 0.3333), within the interval"]
+    (tmp_path / "metrics.jsonl").write_text("".join(TRAIN % pair for pair in enumerate((9, 0.7, 0.68, 0.7, 0.68, 0.69))))
+    trained = write_three(tmp_path, labels, labels, ("a", "b"))
+    note, flags = advice(trained)
+    assert note == "note: the last training loss, 0.690, is near ln 2 = 0.693, that of a guess"
+    assert all(flag in flags for flag in ("--learning-rate", "--epochs", "--warmup-ratio", "python -m minicls baseline"))
+    assert summary(trained).endswith(f"{note}\n{flags}")
+
+
+def test_a_rare_class_that_is_often_right_is_no_constant_answer(tmp_path):
+    """Accuracy 0.97 where always "no" has 0.96, but half of the rare rows are right: macro F1 tells them apart."""
+    labels, predictions = [0] * 960 + [1] * 40, [0] * 955 + [1] * 5 + [1] * 15 + [0] * 25
+    results = write_three(tmp_path, labels, predictions, ("no", "yes"), (0, 0, 1))
+    low, _ = metrics.accuracy_interval(results["accuracy"], 1000)
+    assert low < results["majority_accuracy"] == 0.96 and advice(results) == []
+
+
+def test_the_best_step_on_test_is_told_where_a_published_table_has_one(tmp_path):
+    results = write_three(tmp_path, [0, 1, 2], [0, 1, 2]) | {"best_step_on_test": 2, "best_f1_on_test": 0.9, "evaluations": 3}
+    assert "best step" not in summary(results)
+    scores = results["per_class"]["x"]
+    results |= {"per_class": dict.fromkeys(AG_NEWS_LABELS, scores)}
+    assert "best step on test: 2 with F1 0.9000 (the published protocol" in summary(results)
+    assert "best step" not in summary(results | {"evaluations": 1}) and "best step" not in summary(
+        results | {"best_step_on_test": 0}
+    )
+
+
+@pytest.mark.parametrize("broken", ["{", "5", "[1]", '{"event": "eval"}', '{"event": "eval", "step": "x"}', "\udcff"])
+def test_a_broken_line_of_metrics_leaves_the_others(broken, tmp_path):
+    lines = [TRAIN % (step, 1.0) for step in (1, 2, 3)]
+    text = lines[0] + broken + "\n" + lines[1] + lines[2][:-5]
+    (tmp_path / "metrics.jsonl").write_bytes(text.encode(errors="surrogateescape"))
+    assert [event["step"] for event in read_metrics(tmp_path)] == [1, 2]
+
 
 @pytest.mark.parametrize("held_out", [True, False])
 def test_temperature_is_fitted_on_validation_and_used_on_test(held_out, tmp_path):
@@ -77,14 +177,8 @@ def test_temperature_is_fitted_on_validation_and_used_on_test(held_out, tmp_path
     logits = [torch.from_numpy(8 * (np.eye(3)[s.labels] * 0.5 + rng.normal(size=(len(s), 3)))).float() for s in splits]
     data, validation = Data(splits[1], splits[0], ("x", "y", "z")), splits[1] if held_out else None
 
-    class Words:
-        def encode(self, texts):
-            return [text.split() for text in texts]
-
-    state = {"step": 4, "train_seconds": 0.0, "eval_seconds": 0.0, "evaluations": 0, "samples": 0, "tokens": 0}
-    state |= {"best_on_validation": None, "best_on_test": None}
     of_splits = {"test": logits[0]} | ({"validation": logits[1]} if held_out else {})
-    results = write_results(tmp_path, data, validation, Words(), of_splits, state, 4, torch.device("cpu"))
+    results = write_results(tmp_path, data, validation, Words(), of_splits, STATE, 4, torch.device("cpu"))
     assert results == found(tmp_path) and columns(tmp_path)["num_tokens"].tolist() == [3] * 300
     if not held_out:
         assert results["temperature"] is results["calibration_error_scaled"] is None
@@ -128,6 +222,7 @@ def test_two_runs_and_all_their_figures(bert_run, qwen_run, tmp_path, capsys):
         interval = f"{of_run['f1']:.4f} ({of_run['f1_low']:.4f} to {of_run['f1_high']:.4f})"
         assert row["macro F1 (95 % interval)"] == interval
         assert row["accuracy"] == f"{of_run['accuracy']:.4f}"
+        assert (row["test rows"], row["constant answer"]) == ("100", f"{of_run['majority_accuracy']:.4f}")
         assert [row["training, s"], row["evaluation, s"]] == [f"{of_run[f'{what}_seconds']:.0f}" for what in ("train", "eval")]
         row = tables["How the step was chosen"][i]
         assert (row["headline"], row["step"], row["macro F1 (95 % interval)"]) == ("last step", "16", interval)
@@ -242,18 +337,140 @@ def test_seeds_are_folded_and_every_cell_is_told(bert_run, tmp_path):
     assert not (tmp_path / "out" / "rows.png").exists()
 
 
-def test_a_curve_over_training_rows(bert_run, qwen_run, tmp_path):
-    runs = [bert_run, copy_run(bert_run, tmp_path / "less", {"f1": 0.4}, 64, max_train_rows=64), qwen_run]
-    zero_shot = copy_run(bert_run, tmp_path / "zero", {"f1": 0.1}, 999, eval_only=True)
-    curves = comparison.learning_curves(comparison.open_runs([*runs, zero_shot]))
-    all_rows = json.loads((bert_run / "run.json").read_text())["num_train_rows"]
-    drawn = {name: [point[:2] for point in points] for name, points in curves.items()}
-    assert drawn == {"BERT (tiny), linear": [(64, 0.4), (all_rows, found(bert_run)["f1"])]}
+def curve_run(like: Path, folder: Path, right: np.ndarray, num_train_rows: int, seed: int = 1, rows=None, **settings) -> Path:
+    """A run trained on so many rows whose predictions are right where `right` is; `rows`: which of the file's rows it tested."""
+    run = copy_run(like, folder, num_train_rows=num_train_rows, max_train_rows=num_train_rows, seed=seed, **settings)
+    rows = np.arange(len(right)) if rows is None else rows
+    labels = rows % 4
+    columns = {"row": rows, "label": labels, "prediction": np.where(right[rows], labels, (labels + 1) % 4), "text_hash": rows * 7}
+    pq.write_table(pa.table(columns), run / "predictions.parquet")
+    info = json.loads((run / "run.json").read_text())
+    info["data_fingerprint"] = {"train": f"{num_train_rows} {seed}", "test": f"{len(rows)}"}
+    (run / "run.json").write_text(json.dumps(info))
+    (run / "results.json").write_text(json.dumps(found(run) | {"num_test_rows": len(rows)}))
+    return run
+
+
+def first(share: float, n: int = 2000) -> np.ndarray:
+    """So large a share of n rows is right, spread evenly."""
+    return np.argsort(np.random.default_rng(0).permutation(n)) < round(share * n)
+
+
+def write_curves(bert_run, qwen_run, folder, seeds=(1, 2, 3)) -> list[Path]:
+    """BERT is at 0.8 everywhere, Qwen3 at 0.6, 0.75 and 0.9: they cross a third of the way from 1,000 to 10,000 rows. The rates
+    go with the rows."""
+    runs = []
+    for size, share in ((100, 0.6), (1000, 0.75), (10_000, 0.9)):
+        for seed in seeds:
+            rate = {"learning_rate": 1e-3 / size, "epochs": 1000 / size}
+            runs.append(curve_run(bert_run, folder / f"b{size}-{seed}", first(0.8), size, seed, **rate))
+            runs.append(curve_run(qwen_run, folder / f"q{size}-{seed}", first(share), size, seed, **rate))
+    return runs
+
+
+def test_learning_curves_and_where_they_cross(bert_run, qwen_run, tmp_path):
+    sections = report(tmp_path / "out", *write_curves(bert_run, qwen_run, tmp_path))
+    body = sections["Training rows"]
+    points = read_table(body)
+    assert [(row["model"], row["training rows"], row["seeds"]) for row in points] == [
+        (model, size, "3") for model in ("BERT (tiny), linear", "Qwen3 (tiny), options") for size in ("100", "1,000", "10,000")
+    ]
+    assert [row["accuracy (95 % interval)"][:6] for row in points] == ["0.8000"] * 3 + ["0.6000", "0.7500", "0.9000"]
+    assert {(row["test rows"], row["the interval covers"]) for row in points} == {("2,000", "seeds and test rows")}
+    (cross,) = read_table(body.split("| the interval covers |")[1].split("\n\n", 1)[1])
+    assert cross["sizes that both have"] == "100, 1,000, 10,000"
+    assert cross["they cross at, rows"] == f"{10 ** (3 + 1 / 3):,.0f}; from there on Qwen3 (tiny), options is ahead"
+    low, high = (float(end.replace(",", "")) for end in cross["95 % interval"].split(" to "))
+    # D at 1,000 rows is 0.05 of 2,000: its standard error is 0.0049, so it is 0.04 to 0.06, and -0.11 to -0.09 at 10,000.
+    assert 10 ** (3 + 0.04 / 0.15) < low < 10 ** (3 + 0.05 / 0.15) < high < 10 ** (3 + 0.06 / 0.15)
+    assert cross["replicates without a crossing"] == "0.0%"
+    assert "(rows.png)" in body and (tmp_path / "out" / "rows.png").stat().st_size > 5000
+    # The seeds of one size are one line, though each has drawn training rows of its own.
+    assert len(read_table(sections["Headlines"])) == 6
+
+
+def test_curves_that_do_not_cross_say_so(bert_run, qwen_run, tmp_path):
+    runs = [curve_run(bert_run, tmp_path / f"b{size}", first(0.9), size) for size in (100, 1000)]
+    runs += [curve_run(qwen_run, tmp_path / f"q{size}", first(share), size) for size, share in ((100, 0.5), (1000, 0.895))]
+    body = report(tmp_path / "out", *runs)["Training rows"]
+    assert {row["the interval covers"] for row in read_table(body)} == {"test rows only"}
+    (cross,) = read_table(body.split("| the interval covers |")[1].split("\n\n", 1)[1])
+    assert cross["they cross at, rows"] == "nowhere: BERT (tiny), linear is ahead from 100 to 1,000"
+    # 10 rows right for BERT alone, none for Qwen3 alone: a resample has none of them with a chance of e^-10.
+    assert cross["replicates without a crossing"] == "100.0%" and cross["95 % interval"] == "-"
+
+
+def test_a_crossing_that_may_be_beyond_the_sizes_is_open(bert_run, qwen_run, tmp_path):
+    """At 1,000 rows Qwen3 is right in 12 rows that BERT is not, and BERT in 10: D is 0.001 +- 0.0023, of either sign."""
+    bert, qwen = first(0.9), first(0.9)
+    qwen[np.flatnonzero(bert)[:10]] = False
+    qwen[np.flatnonzero(~bert)[:12]] = True
+    runs = [curve_run(bert_run, tmp_path / f"b{size}", bert, size) for size in (100, 1000)]
+    runs += [curve_run(qwen_run, tmp_path / f"q{size}", right, size) for size, right in ((100, first(0.5)), (1000, qwen))]
+    body = report(tmp_path / "out", *runs)["Training rows"]
+    (cross,) = read_table(body.split("| the interval covers |")[1].split("\n\n", 1)[1])
+    assert cross["they cross at, rows"].endswith("from there on Qwen3 (tiny), options is ahead")
+    assert cross["95 % interval"].endswith(" to open above 1,000")
+    without = float(cross["replicates without a crossing"].removesuffix("%")) / 100
+    assert without == pytest.approx(0.37, abs=0.05)  # P(Poisson(12) <= Poisson(10)), 0.37
+
+
+def test_what_makes_a_model_of_its_own(bert_run, qwen_run, tmp_path):
+    """The schedule goes with the rows unless one size has two of it; a prompt never does; an absent setting is an unset one."""
+    rates = [
+        curve_run(bert_run, tmp_path / f"b{size}-{rate}", first(0.8), size, learning_rate=rate)
+        for size in (10, 99)
+        for rate in (1, 2)
+    ]
+    prompts = [
+        curve_run(qwen_run, tmp_path / f"q{size}-{p}", first(0.8), size, epochs=size, prompt=p)
+        for size in (10, 99)
+        for p in ("x", "y")
+    ]
+    old = curve_run(qwen_run, tmp_path / "old", first(0.8), 500, prompt="x")
+    info = json.loads((old / "run.json").read_text())
+    del info["script"], info["settings"]["eval_only"], info["settings"]["compile"]
+    (old / "run.json").write_text(json.dumps(info))
+    zero_shot = curve_run(qwen_run, tmp_path / "zero", first(0.8), 700, prompt="x")
+    info = json.loads((zero_shot / "run.json").read_text())
+    (zero_shot / "run.json").write_text(json.dumps(info | {"total_steps": 0}))
+    curves = comparison.learning_curves(comparison.open_runs([*rates, *prompts, old, zero_shot]))
+    assert {curve.label: curve.sizes for curve in curves} == {
+        **{f"BERT (tiny), linear, learning_rate {rate}": {10: [f"b10-{rate}"], 99: [f"b99-{rate}"]} for rate in (1, 2)},
+        "Qwen3 (tiny), options, prompt x": {10: ["q10-x"], 99: ["q99-x"], 500: ["old"]},
+        "Qwen3 (tiny), options, prompt y": {10: ["q10-y"], 99: ["q99-y"]},
+    }
+
+
+def test_runs_with_parts_of_the_test_rows_are_compared_on_those_all_have(bert_run, qwen_run, tmp_path, capsys):
+    part = np.arange(0, 2000, 3)
+    runs = [curve_run(bert_run, tmp_path / f"b{size}", first(0.8), size) for size in (100, 1000)]
+    runs += [curve_run(qwen_run, tmp_path / f"q{size}", first(0.7), size, rows=part[::-1]) for size in (100, 1000)]
     sections = report(tmp_path / "out", *runs)
-    assert "(rows.png)" in sections["Training rows"] and (tmp_path / "out" / "rows.png").stat().st_size > 5000
-    grid = read_table(sections["Settings and seeds"])
-    assert sections["Settings and seeds"].count("BERT (tiny), linear") == 1 and "Qwen3" not in sections["Settings and seeds"]
-    assert [(row["max_train_rows"], row["seed 42: validation / test"]) for row in grid][1] == ("64", "- / 0.4000")
+    note = "The runs have different parts of the same test rows: row by row and over training rows, the 667 that all have count."
+    assert note in sections["Two by two"] and note in sections["Training rows"] and note in capsys.readouterr().out.splitlines()
+    assert [row["test rows"] for row in read_table(sections["Headlines"])] == ["2,000", "2,000", "667", "667"]
+    pair = read_table(sections["Two by two"])[1]
+    assert (pair["only a right"], pair["only b right"]) == (str((first(0.8) & ~first(0.7))[part].sum()), "0")
+    points = read_table(sections["Training rows"])
+    assert [row["accuracy (95 % interval)"][:6] for row in points] == [f"{first(x)[part].mean():.4f}" for x in (0.8, 0.8, 0.7, 0.7)]
+
+
+@pytest.mark.parametrize("change", ["a row of another text", "another label", "a row that the larger has not", "no hashes"])
+def test_other_rows_are_refused(change, bert_run, qwen_run, tmp_path):
+    large = curve_run(bert_run, tmp_path / "large", first(0.8), 100)
+    small = curve_run(qwen_run, tmp_path / "small", first(0.8), 100, rows=np.arange(50))
+    table = columns(small)
+    if change == "no hashes":
+        del table["text_hash"]
+    elif change == "a row that the larger has not":
+        table["row"][3] = 5000
+    else:
+        table["label" if change == "another label" else "text_hash"][3] += 1
+    pq.write_table(pa.table(table), small / "predictions.parquet")
+    with pytest.raises(UserError, match=r"other test rows than .*; test both on the same"):
+        report(tmp_path / "out", large, small)
+    assert not (tmp_path / "out").exists()
 
 
 BENCH = {"model": "bert", "engine": "minicls", "engine_version": "0.1.0", "method": "classify", "mode": "offline", "dtype": "fp32"}
@@ -284,7 +501,17 @@ def test_what_is_kept_of_runs_will_do(bert_run, qwen_run, tmp_path):
         (run / "predictions.parquet").unlink()
         (run / "metrics.jsonl").unlink()
         old = found(run)
-        del old["temperature"], old["calibration_error_scaled"], old["evaluations"]  # of before they were kept
+        for key in (
+            "temperature",
+            "calibration_error_scaled",
+            "evaluations",
+            "majority_accuracy",
+            "macro_classes",
+            "absent_classes",
+        ):
+            del old[key]  # of before they were kept
+        for scores in old["per_class"].values():
+            del scores["support"]
         (run / "results.json").write_text(json.dumps(old))
     sections = report(tmp_path / "out", *runs)
     assert "Left out, without predictions.parquet: bert, qwen." in sections["Two by two"]
@@ -300,6 +527,8 @@ def test_other_test_rows_are_no_comparison(bert_run, tmp_path):
     info = json.loads((other / "run.json").read_text())
     info["data_fingerprint"]["test"] = "0" * 64
     (other / "run.json").write_text(json.dumps(info))
+    table = columns(other)  # other texts, with the same labels
+    pq.write_table(pa.table(table | {"text_hash": table["text_hash"] + 1}), other / "predictions.parquet")
     with pytest.raises(UserError, match=f"{other}: other test rows than {bert_run}"):
         report(tmp_path / "out", bert_run, other)
     assert not (tmp_path / "out").exists()

@@ -8,8 +8,8 @@ layers and over at most six tokens, so that rounding stays below 1e-5 of that: t
 
 import pytest
 import torch
-import transformers  # noqa: F401 - imported by test_qwen3 in any case, and slow: not to be counted to the first test
-from test_qwen3 import CPU, make_model, make_pair, random_rows
+import transformers  # noqa: F401 - imported by test_decoder in any case, and slow: not to be counted to the first test
+from test_decoder import CPU, make_model, make_pair, random_rows
 
 from minicls.scorer import common_prefix, read_prefix, score, score_brute_force
 

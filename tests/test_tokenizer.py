@@ -8,13 +8,16 @@ Everything is exact.
 
 import json
 import os
+import random
 import subprocess
 import sys
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from string import ascii_uppercase
 
 import pytest
+from tokenizers import AddedToken
 
 from minicls.config import UserError
 from minicls.data import synthetic
@@ -245,10 +248,11 @@ def test_a_qwen_tokenizer_has_every_byte(texts):
 def test_save_and_load_give_the_same_tokenizer(tiny, tmp_path):
     tiny.save(tmp_path)
     loaded = load_tokenizer(tmp_path)
-    assert loaded.json_text == tiny.json_text and loaded.config == tiny.config and len(loaded) == len(tiny)
+    assert tiny.config.items() <= loaded.config.items() and len(loaded) == len(tiny)
     assert loaded.encode(LINES) == tiny.encode(LINES)
+    files = [(tmp_path / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")]
     loaded.save(tmp_path)
-    assert (tmp_path / "tokenizer.json").read_text(encoding="utf-8") == tiny.json_text
+    assert [(tmp_path / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")] == files
 
 
 def test_transformers_reads_what_is_saved(tiny, tmp_path):
@@ -289,8 +293,8 @@ def test_a_chat_template_in_a_file_of_its_own_is_kept(tiny_qwen, tmp_path):
     assert loaded.config == config | {"chat_template": template}
     (tmp_path / "saved").mkdir()
     loaded.save(tmp_path / "saved")
-    assert load_tokenizer(tmp_path / "saved").config == loaded.config
-    assert load_tokenizer(old).config == tiny_qwen.config
+    assert loaded.config.items() <= load_tokenizer(tmp_path / "saved").config.items()
+    assert tiny_qwen.config.items() <= load_tokenizer(old).config.items()
     (new / "tokenizer_config.json").unlink()
     assert load_tokenizer(new).config == {"chat_template": template}
 
@@ -305,7 +309,10 @@ def test_a_file_s_own_truncation_and_padding_have_no_effect(tiny, tmp_path):
     file.write_text(json.dumps(spec), encoding="utf-8")
     loaded = load_tokenizer(tmp_path)
     assert loaded.encode(LINES) == tiny.encode(LINES)
-    assert loaded.json_text == file.read_text(encoding="utf-8")  # and the file is handed on as it came
+    (tmp_path / "saved").mkdir()
+    loaded.save(tmp_path / "saved")  # nor on whoever reads what we write
+    saved = json.loads((tmp_path / "saved" / "tokenizer.json").read_text(encoding="utf-8"))
+    assert saved["truncation"] is None and saved["padding"] is None
 
 
 def test_no_config_file_is_no_mistake(tiny, tmp_path):
@@ -317,3 +324,217 @@ def test_no_config_file_is_no_mistake(tiny, tmp_path):
 def test_a_missing_control_token_is_named(tiny):
     with pytest.raises(UserError, match=r"--model: .*lacks <\|im_end\|>, <think>;"):
         tiny.control_ids(["[CLS]", "<|im_end|>", "<think>"])
+
+
+# What transformers reads of a directory that we write: the ids that training used. Every case is a field or a file that
+# transformers builds a tokenizer from. `change(tokenizer.json, tokenizer_config.json)` edits a directory like a published one.
+
+PARTS = [
+    *("Ünïcödé Café", "cafe\u0301 n\u0303", "中文、日本語", "한국어", "😀👩\u200d👧", "ﬁ ℌ İstanbul straße", "\u00a0\ufffd\x00a"),
+    *("[SEP]", "[CLS]", "[MASK]", "[PAD]", "[UNK]", "<|im_end|>", "<think>", "</think>\n\n", "<|endoftext|>", "<s>"),
+    *("", " ", "  ", "\n\n", "\t", "12345 3.14", "it's", "The Cat SAT", "the dog", "word7 Word8"),
+    *("covidword", "CovidWord", " COVIDWORD.", "xcovidwordx", "super" * 30),
+]
+
+
+def nasty_texts() -> list[str]:
+    rng = random.Random(0)
+    mixed = ["".join(rng.choice(PARTS) + rng.choice(["", " "]) for _ in range(rng.randint(2, 7))) for _ in range(200)]
+    return [*PARTS, *mixed, "the cat " * 400]
+
+
+def published(name: str, folder: Path) -> Path:
+    """A directory as the hub has it, with a small vocabulary that keeps case and accents apart."""
+    import transformers
+
+    characters = sorted(
+        {c for text in PARTS for c in text if not c.isspace() and c.isprintable()} | set("abcdefghijklmnopqrstuvwxyz")
+    )
+    words = ["the", "The", "cat", "Cat", "cafe", "Cafe", "café", "Café", "word7", "it"]
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *(f"##{c}" for c in characters), *words]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(vocab))}
+    theirs = transformers.BertTokenizer(vocab=vocab, do_lower_case=name == "uncased", model_max_length=512)
+    if name == "words":  # special: false, as add_tokens makes them
+        theirs.add_tokens(
+            ["covidword", "中文", AddedToken("Cat", single_word=True), AddedToken("dog", lstrip=True, normalized=False)]
+        )
+    theirs.save_pretrained(folder)
+    return folder
+
+
+def edited(folder: Path, change: Callable[[dict, dict], object], model_type: str) -> Path:
+    """The directory after a change; a config that is emptied is a config that is not there."""
+    files = [folder / "tokenizer.json", folder / "tokenizer_config.json"]
+    spec, config = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    change(spec, config)
+    for file, values in zip(files, (spec, config), strict=True):
+        file.write_text(json.dumps(values), encoding="utf-8")
+    if not config:
+        files[1].unlink()
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return folder
+
+
+def set_normalizer(**fields) -> Callable:
+    return lambda spec, config: spec["normalizer"].update(fields)
+
+
+def set_config(**fields) -> Callable:
+    return lambda spec, config: config.update(fields)
+
+
+def unmark_control_tokens(spec: dict, config: dict) -> None:
+    for token in spec["added_tokens"]:
+        token["special"] = False
+
+
+BERT_FILES = {
+    "as it is": lambda spec, config: None,
+    "no config": lambda spec, config: config.clear(),
+    "lower case against it": lambda spec, config: config.update(do_lower_case=not config["do_lower_case"]),
+    "strips accents": set_config(strip_accents=True),
+    "keeps accents": set_config(strip_accents=False),
+    "accents against it": lambda spec, config: (spec["normalizer"].update(strip_accents=False), config.update(strip_accents=None)),
+    "Chinese as words": set_config(tokenize_chinese_chars=False),
+    "accents in tokenizer.json alone": lambda spec, config: (
+        set_normalizer(strip_accents=True)(spec, config),
+        config.pop("strip_accents"),
+    ),
+    "dirty text": set_normalizer(clean_text=False),
+    "BertTokenizerFast": set_config(tokenizer_class="BertTokenizerFast"),
+    "DistilBertTokenizer": set_config(tokenizer_class="DistilBertTokenizer"),
+    "no class": lambda spec, config: config.pop("tokenizer_class"),
+    "null class": set_config(tokenizer_class=None),
+    "an unknown class": set_config(tokenizer_class="HouseTokenizer"),
+    "verbatim, lower case against it": lambda spec, config: config.update(
+        tokenizer_class="PreTrainedTokenizerFast", do_lower_case=not config["do_lower_case"]
+    ),
+    "no post-processor": lambda spec, config: spec.update(post_processor=None),
+    "another post-processor": lambda spec, config: spec.update(
+        post_processor={"type": "BertProcessing", "sep": ["[MASK]", 4], "cls": ["[PAD]", 0]}
+    ),
+    "control tokens not special": unmark_control_tokens,
+    "no added tokens": lambda spec, config: spec.update(added_tokens=[t for t in spec["added_tokens"] if t["id"] > 4]),
+    "other names": set_config(cls_token="<s>", sep_token="</s>", pad_token="<pad>"),
+    "left": set_config(truncation_side="left", padding_side="left"),
+    "no limit": lambda spec, config: config.pop("model_max_length"),
+    "short words": lambda spec, config: spec["model"].update(max_input_chars_per_word=5),
+    "tokens as objects": set_config(cls_token={"content": "[CLS]", "special": True}, extra_special_tokens=["[SEP]"]),
+    "v4": set_config(
+        added_tokens_decoder={
+            "5": {"content": "!", "special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("vocabulary", ["cased", "uncased", "words"])
+@pytest.mark.parametrize("case", BERT_FILES)
+def test_transformers_reads_a_bert_export_as_training_did(case, vocabulary, tmp_path):
+    import transformers
+
+    source, run_dir = edited(published(vocabulary, tmp_path / "source"), BERT_FILES[case], "bert"), tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    ours, texts = load_tokenizer(source), nasty_texts()
+    ours.save(run_dir, text_length=200)
+    rows, cut = bert_rows(ours, texts, 200)
+    assert cut and len({tuple(row) for row in rows}) > 150
+    theirs = transformers.AutoTokenizer.from_pretrained(run_dir)
+    assert theirs(texts, truncation=True)["input_ids"] == rows
+    assert theirs.padding_side == "right" and theirs.pad_token == "[PAD]"
+    assert bert_rows(load_tokenizer(run_dir), texts, 200) == (rows, cut)
+    if vocabulary == "words":
+        assert {*ours.control_ids(["covidword", "中文", "dog"])} <= {i for row in rows for i in row}
+    # The source, too, is read as transformers reads it, wherever it says how.
+    if case in ("as it is", "lower case against it", "strips accents", "keeps accents", "accents against it", "Chinese as words"):
+        source_tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        assert source_tokenizer(texts, truncation=True, max_length=200, split_special_tokens=True)["input_ids"] == rows
+
+
+@pytest.mark.parametrize("name", ["bert-base-cased", "bert-base-uncased", "bert-base-chinese", "Qwen3-0.6B"])
+def test_transformers_reads_a_published_tokenizer_s_export_as_training_did(name, shared, tmp_path):
+    import transformers
+
+    ours, texts = load_tokenizer(shared / "tokenizers" / name), nasty_texts()
+    ours.save(tmp_path, text_length=100)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert" if name.startswith("bert") else "qwen3"}))
+    rows = bert_rows(ours, texts, 100)[0] if name.startswith("bert") else [ids[:100] for ids in ours.encode(texts)]
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path)(texts, truncation=True)["input_ids"] == rows
+
+
+def surround(*parts: str, byte_level: bool = False) -> Callable:
+    """Sets a post-processor that puts control tokens around a text, "$A"."""
+
+    def change(spec: dict, config: dict) -> None:
+        ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        single = [
+            {"Sequence": {"id": "A", "type_id": 0}} if p == "$A" else {"SpecialToken": {"id": p, "type_id": 0}} for p in parts
+        ]
+        special = {p: {"id": p, "ids": [ids[p]], "tokens": [p]} for p in parts if p != "$A"}
+        processor = {"type": "TemplateProcessing", "single": single, "pair": [*single, *single], "special_tokens": special}
+        both = {"type": "Sequence", "processors": [BYTE_LEVEL, processor]}
+        spec["post_processor"] = both if byte_level else processor
+
+    return change
+
+
+def digits_first(spec: dict, config: dict) -> None:
+    """As SmolLM2's file."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    parts = [{"type": "Digits", "individual_digits": True}, byte_level]
+    spec.update(pre_tokenizer={"type": "Sequence", "pretokenizers": parts}, normalizer=None)
+    config["tokenizer_class"] = "GPT2Tokenizer"
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+DECODER_FILES = {
+    "as it is": ("qwen3", lambda spec, config: None),
+    "Qwen2Tokenizer": ("qwen3", set_config(tokenizer_class="Qwen2Tokenizer")),
+    "qwen2": ("qwen2", set_config(tokenizer_class="Qwen2Tokenizer")),
+    "no config": ("qwen3", lambda spec, config: config.clear()),
+    "another normalizer": ("qwen3", lambda spec, config: spec.update(normalizer={"type": "NFKC"})),
+    "digits": ("llama", digits_first),
+    "a BOS token": ("llama", surround("<think>", "$A")),
+    "a BOS token and an EOS token": ("llama", surround("<think>", "$A", "</think>", byte_level=True)),
+    "trimmed offsets": ("llama", lambda spec, config: spec.update(post_processor=BYTE_LEVEL | {"trim_offsets": True})),
+    "an EOS token": ("llama", surround("$A", "</think>")),
+    "add_bos_token": (
+        "llama",
+        set_config(add_bos_token=True, add_eos_token=True, bos_token="<think>", tokenizer_class="LlamaTokenizer"),
+    ),
+    "left": ("qwen3", set_config(truncation_side="left", padding_side="left")),
+    "a token that is not there": ("llama", set_config(unk_token="<unk>", additional_special_tokens=["<pad>", "<|im_end|>"])),
+}
+
+
+@pytest.mark.parametrize("case", DECODER_FILES)
+def test_transformers_reads_a_decoder_s_export_as_training_did(case, tiny_qwen, tmp_path):
+    """Bare texts, for a linear head. An empty text is one `<|im_end|>` here and nothing there."""
+    import transformers
+
+    model_type, change = DECODER_FILES[case]
+    source, run_dir = tmp_path / "source", tmp_path / "run"
+    for folder in (source, run_dir):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    tiny_qwen.save(source)
+    ours, texts = load_tokenizer(edited(source, change, model_type)), [text for text in nasty_texts() if text]
+    end, pad = ours.control_ids(["<|im_end|>", "<|endoftext|>"])
+    ours.save(run_dir, text_length=100, pad_token_id=end)
+    rows, cut = text_rows(ours, texts, 100)
+    theirs = transformers.AutoTokenizer.from_pretrained(run_dir)
+    encoded = theirs(texts, truncation=True)
+    assert {row[0] == ours.control_ids(["<think>"])[0] for row in rows} == {"a BOS token" in case}
+    assert encoded["input_ids"] == rows and cut and [*encoded] == ["input_ids", "attention_mask"]
+    assert theirs.pad_token_id == end and len(theirs) == len(ours)
+    again = load_tokenizer(run_dir)
+    assert again.encode(texts) == ours.encode(texts) and text_rows(again, texts, 100) == (rows, cut)
+    assert [again.head(text, 5) for text in texts] == [ours.head(text, 5) for text in texts]
+    # Without text_length the model is asked in its chat format, whose control tokens a rendered text has to become.
+    ours.save(run_dir, pad_token_id=pad)
+    theirs = transformers.AutoTokenizer.from_pretrained(run_dir)
+    chat = "<|im_start|>user\nthe cat 12\n<|im_end|>\n<think>\n\n</think>\n\n"
+    start, end, think, no_think = ours.control_ids(["<|im_start|>", "<|im_end|>", "<think>", "</think>"])
+    turn, newline, blank = ours.encode(["user\nthe cat 12\n", "\n", "\n\n"])
+    assert theirs(chat, add_special_tokens=False)["input_ids"] == [start, *turn, end, *newline, think, *blank, no_think, *blank]

@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 
 import train_bert
 from minicls import checkpoint, report, weights
+from minicls.batch import pack, step_rows
 from minicls.checkpoint import checkpoints
 from minicls.config import UserError
-from minicls.data import Data, Split, load_data, pack, split_data, step_rows
+from minicls.data import Data, Split, load_data, split_data
 from minicls.optim import cosine_lr, every_steps, make_optimizer, warmup_steps
 from minicls.tokenizer import bert_rows, load_tokenizer
 
@@ -117,7 +118,7 @@ def test_step_rows_cover_each_epoch_once(num_rows, batch):
 def test_loss_is_the_mean_over_the_rows_of_the_step(calm, tmp_path):
     """With a learning rate of 0 every step's loss follows from one look at each row, also in a window of 22 = 6 + 6 + 5 + 5."""
     run = train(tmp_path / "run", "--model", str(calm), *UNEVEN, "--micro-batch-size", "16", "--learning-rate", "0")
-    data, _ = split_data(load_data("synthetic"), max_train_rows=150)
+    data, _ = split_data(load_data("synthetic"), max_train_rows=150, seed=42)
     model, _, _ = weights.build_model(weights.BERT, weights.read_config(run), run, 0, torch.device("cpu"))
     rows, _ = bert_rows(load_tokenizer(run), data.train.texts, max_length=512)
     with torch.no_grad():
@@ -187,7 +188,7 @@ def test_results(learned):
 def test_predictions(learned, news):
     found, labels = predictions(learned), load_data(str(news)).test.labels
     probabilities = np.array([found[f"probability_{c}"] for c in range(4)])
-    assert [*found] == ["row", "label", "prediction", "num_tokens", *(f"probability_{c}" for c in range(4))]
+    assert [*found] == ["row", "label", "prediction", "num_tokens", "text_hash", *(f"probability_{c}" for c in range(4))]
     assert found["row"] == [*range(200)] and found["label"] == labels.tolist()
     assert found["prediction"] == probabilities.argmax(0).tolist()
     assert probabilities.sum(0) == pytest.approx(np.ones(200), abs=1e-6)
@@ -262,7 +263,7 @@ def test_headline_is_the_step_best_on_validation(news, tmp_path, monkeypatch):
 def test_head_tail_keeps_both_ends(tmp_path, capsys):
     flags = ["--max-train-rows", "32", "--max-eval-rows", "8", "--max-steps", "1", "--max-length", "12"]
     train(tmp_path / "run", *flags, "--long-text", "head-tail")
-    data, _ = split_data(load_data("synthetic"), max_train_rows=32)
+    data, _ = split_data(load_data("synthetic"), max_train_rows=32, seed=42)
     words = data.train.texts[0].lower().removesuffix(".").split()
     printed = capsys.readouterr().out
     # Ten tokens: the text's first round(10 * 128 / 510) = 3, and its last 7, the full stop being one.

@@ -74,8 +74,8 @@ def texts():
 )
 def test_options(engine, dtype, tolerance, qwen_run, texts):
     """Greedy tokens up to a stop token, and the options' log-probabilities, in the engine's process and over HTTP."""
-    tokenizer, model = load_tokenizer(qwen_run), load(qwen_run, weights.QWEN3)
-    chat = Chat(tokenizer, make_template(load_data("synthetic").label_names), 4, 256)
+    tokenizer, model = load_tokenizer(qwen_run), load(qwen_run, weights.DECODER)
+    chat = Chat(tokenizer, make_template(load_data("synthetic").label_names, no_think=True), 4, 256)
     questions, _ = chat.questions(texts)
     stop = tokenizer.control_ids(["<|im_end|>", "<|endoftext|>"])
     stop += generate(model, questions[:1], 3, [], CPU)[0][2:]  # and one that does come
@@ -89,7 +89,7 @@ def test_options(engine, dtype, tolerance, qwen_run, texts):
 def test_linear_head(tmp_path, texts):
     run = train(tmp_path / "run", "--head", "linear", "--max-steps", "16", "--dtype", "fp32", script=train_qwen)
     rows, _ = text_rows(load_tokenizer(run), texts, 256)
-    expected = classify_rows(load(run, weights.QWEN3_LINEAR), rows, CPU).log_softmax(1)
+    expected = classify_rows(load(run, weights.DECODER_LINEAR), rows, CPU).log_softmax(1)
     torch.testing.assert_close(torch.tensor(ask_vllm(run, "float32", rows)), expected, rtol=0, atol=1e-4)
 
 

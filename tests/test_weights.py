@@ -7,22 +7,30 @@ Loaded numbers are equal to the last bit; what two implementations compute from 
 """
 
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+from runs import train
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
+import train_qwen
 from minicls import dist, weights
+from minicls.batch import pack
 from minicls.bert import BertConfig, BertForSequenceClassification
 from minicls.config import UserError
-from minicls.data import load_data, pack, split_data
+from minicls.data import load_data, split_data
+from minicls.predict import Classifier
 from minicls.tokenizer import bert_rows, load_tokenizer, train_bert_tokenizer
 
+TEXTS = ["[SEP] shares [CLS]", "<|im_end|> <think> profit", "Ünï cafe\u0301 中文 😀", "\n", "a" * 300, "profit of shares " * 300]
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 SIZES |= {"max_position_embeddings": 32, "num_labels": 3}
 VALUES = SIZES | {"model_type": "bert"}
@@ -98,6 +106,8 @@ LAYOUTS = {
     "no prefix, no pooler": (lambda t: [headless(only(t, "bert.embeddings", "bert.encoder"))], HEAD | POOLER, 0),
     "no prefix, two shards": (lambda t: halves(headless(t)), HEAD, 0),
     "half precision": (lambda t: [{name: tensor.half() for name, tensor in t.items()}], set(), 0),
+    "bfloat16": (lambda t: [{name: tensor.bfloat16() for name, tensor in t.items()}], set(), 0),
+    "half precision, two shards": (lambda t: halves({name: tensor.half() for name, tensor in t.items()}), set(), 0),
 }
 
 
@@ -107,7 +117,8 @@ def test_layouts_load_with_a_report(layout, tensors, tmp_path):
     model, fresh, report = build(write(tmp_path, *make_shards(tensors)))
     assert fresh == fresh_names
     for name in model.keys() - fresh:
-        expected = tensors[name].half().float() if layout == "half precision" else tensors[name]
+        stored = torch.float16 if "half" in layout else torch.bfloat16 if "bf" in layout else torch.float32
+        expected = tensors[name].to(stored).float()
         torch.testing.assert_close(model[name], expected, rtol=0, atol=0, msg=name)  # dtype included: always fp32
     counts = [int(count) for count in re.findall(r"(\d+)(?= tensors loaded|,| \(|$)", report)]
     assert counts == [len(tensors) - len(fresh), len(fresh), num_ignored], report
@@ -161,7 +172,7 @@ DAMAGES = {  # what happens to a directory of one file, and what the message has
     "torn config": (lambda d: truncate(d / "config.json", 30), "config.json"),
     "config is a list": (lambda d: (d / "config.json").write_text("[]"), "config.json"),
     "another architecture": (lambda d: write_config(d, model_type="roberta"), "roberta"),
-    "no architecture": (lambda d: write_config(d, model_type=None), "not bert"),
+    "no architecture": (lambda d: write_config(d, model_type=None), "nameless model"),
     "another activation": (lambda d: write_config(d, hidden_act="relu"), "relu"),
     "heads that do not divide": (lambda d: write_config(d, num_attention_heads=3), "16.*3"),
 }
@@ -293,6 +304,225 @@ def test_a_run_directory_opens_in_transformers_with_the_same_results(bert_run):
     assert table["prediction"] == expected.argmax(1).tolist()
     probabilities = torch.tensor([table[f"probability_{c}"] for c in range(4)]).T
     torch.testing.assert_close(probabilities, expected.softmax(1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("run", ["bert", "linear"])
+def test_a_pipeline_on_a_run_directory_gives_its_labels_and_probabilities(run, bert_run, tmp_path):
+    """From text to label in transformers, control tokens and all; long texts are cut as in training, where one asks for a cut."""
+    folder = bert_run
+    if run == "linear":
+        folder = train(
+            tmp_path / "run", "--head", "linear", "--max-steps", "8", "--max-length", "40", "--dtype", "fp32", script=train_qwen
+        )
+    texts = [*split_data(load_data("synthetic"), max_eval_rows=40)[0].test.texts, *TEXTS]
+    classifier = Classifier(folder, torch.device("cpu"))
+    probabilities = classifier.scores(texts).softmax(1)
+    theirs = transformers.pipeline("text-classification", str(folder), device="cpu")(texts, truncation=True, top_k=None)
+    scores = [{row["label"]: row["score"] for row in rows} for rows in theirs]
+    expected = torch.tensor([[row[name] for name in classifier.label_names] for row in scores], dtype=torch.float64)
+    torch.testing.assert_close(probabilities, expected, rtol=0, atol=1e-6)
+    assert len({tuple(row) for row in probabilities.tolist()}) == len(texts)
+
+
+# Heads, and what config.json says of them.
+
+
+def classifier_dir(folder: Path, **config) -> Path:
+    """A BERT with a trained head as transformers saves it, and a tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = train_bert_tokenizer(TEXTS, vocab_size=100)
+    sizes = SIZES | {"vocab_size": len(tokenizer), "initializer_range": 0.5}
+    del sizes["num_labels"]
+    transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, **config)).save_pretrained(folder)
+    tokenizer.save(folder, text_length=32)
+    return folder
+
+
+def edit_config(folder: Path, **values) -> Path:
+    config = json.loads((folder / "config.json").read_text()) | values
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+NOT_SOFTMAX = {
+    "one label": ({"num_labels": 1}, {}, "num_labels is 1"),
+    "one label in an older file": ({"num_labels": 1}, {"id2label": None, "num_labels": 1}, "num_labels is 1"),
+    "regression": ({"num_labels": 3}, {"problem_type": "regression"}, "problem_type is regression"),
+    "several labels at once": ({"num_labels": 3}, {"problem_type": "multi_label_classification"}, "is multi_label_classification"),
+    "numbered from 1": ({"num_labels": 2}, {"id2label": {"1": "no", "2": "yes"}}, "0, 1, 2"),
+    "a list": ({"num_labels": 2}, {"id2label": ["no", "yes"]}, "0, 1, 2"),
+    "one name twice": ({"num_labels": 2}, {"id2label": {"0": "yes", "1": "yes"}}, "two classes with the name 'yes'"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_SOFTMAX)
+def test_a_head_that_is_no_softmax_over_classes_is_refused(case, tmp_path):
+    config, changes, named = NOT_SOFTMAX[case]
+    with pytest.raises(UserError, match=rf"config.json: .*{named}"):
+        Classifier(edit_config(classifier_dir(tmp_path, **config), **changes), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("config", [{}, {"num_labels": 3}, {"num_labels": 3, "problem_type": "single_label_classification"}])
+def test_classes_without_names_have_transformers_names(config, tmp_path):
+    folder = classifier_dir(tmp_path, **config)
+    assert ("id2label" in json.loads((folder / "config.json").read_text())) == bool(config)  # two are the default, and left out
+    theirs = transformers.pipeline("text-classification", str(folder), device="cpu")("profit of shares", top_k=None)
+    ours = Classifier(folder, torch.device("cpu"))
+    (probabilities,) = ours.scores(["profit of shares"]).softmax(1).tolist()
+    assert {row["label"]: row["score"] for row in theirs} == pytest.approx(
+        dict(zip(ours.label_names, probabilities, strict=True)), abs=1e-5
+    )
+
+
+def test_a_decoder_that_knows_no_classes_is_no_classifier(qwen_run, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(qwen_run, folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["id2label"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="no trained classifier"):
+        Classifier(folder, torch.device("cpu"))
+
+
+STALE = {  # what a pretrained model's config.json may say that is not true of the model trained from it
+    "num_labels": 2,
+    "_num_labels": 7,
+    "id2label": {"0": "negative", "1": "positive"},
+    "label2id": {"negative": 0, "positive": 1},
+    "problem_type": "multi_label_classification",
+    "architectures": ["BertForMaskedLM"],
+    "torch_dtype": "float16",
+    "dtype": "bfloat16",
+    "auto_map": {"AutoModel": "elsewhere.Model"},
+    "quantization_config": {"quant_method": "fp8"},
+    "return_dict": False,
+    "torchscript": True,
+    "_name_or_path": "elsewhere",
+}
+
+
+def test_a_run_of_a_model_with_a_stale_config_opens_in_transformers(tmp_path):
+    encoder = classifier_dir(tmp_path / "model", num_labels=2)
+    tensors = {name: x for name, x in load_file(encoder / "model.safetensors").items() if not name.startswith("classifier")}
+    save_file(tensors, encoder / "model.safetensors")
+    edit_config(encoder, **STALE)
+    flags = ["--model", str(encoder), "--max-length", "32", "--max-steps", "1", "--dtype", "fp32"]
+    run_dir = train(tmp_path / "run", *flags)
+    theirs, loading = transformers.AutoModelForSequenceClassification.from_pretrained(run_dir, output_loading_info=True)
+    assert not any(loading.values()), loading
+    assert theirs.dtype == torch.float32 and theirs.config.problem_type == "single_label_classification"
+    assert theirs.config.label2id == {"World": 0, "Sports": 1, "Business": 2, "Sci/Tech": 3}
+    ours = Classifier(run_dir, torch.device("cpu"))
+    expected = transformers.pipeline("text-classification", str(run_dir), device="cpu")(TEXTS[-1], truncation=True, top_k=None)
+    (probabilities,) = ours.scores(TEXTS[-1:]).softmax(1).tolist()
+    assert {row["label"]: row["score"] for row in expected} == pytest.approx(
+        dict(zip(ours.label_names, probabilities, strict=True))
+    )
+
+
+def test_a_bert_whose_tokens_see_only_what_is_before_them_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is_decoder"):
+        Classifier(edit_config(classifier_dir(tmp_path), is_decoder=True), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("max_shard_size", ["1GB", "8KB"])
+@pytest.mark.parametrize("model_type", ["Qwen3", "Qwen2", "Llama"])
+def test_a_tied_model_with_another_head_in_its_file_is_refused(model_type, max_shard_size, tmp_path):
+    """A copy of the embedding is fine; so is any head where the model has none, to be trained with a linear one."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = getattr(transformers, f"{model_type}Config")(**sizes, intermediate_size=24, head_dim=8, tie_word_embeddings=False)
+    theirs = getattr(transformers, f"{model_type}ForCausalLM")(config)
+    linear = weights.DECODER_LINEAR
+
+    def load(kind=weights.DECODER):
+        theirs.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+        values = weights.read_config(edit_config(tmp_path, tie_word_embeddings=True), kind)
+        return weights.build_model(kind, values, tmp_path, 0, torch.device("cpu"))
+
+    with pytest.raises(UserError, match=r"lm_head.weight is another .*tie_word_embeddings"):
+        load()
+    assert load(linear)[1] == {"score.weight"}
+    with torch.no_grad():
+        theirs.lm_head.weight.copy_(theirs.model.embed_tokens.weight)
+    model, fresh, report = load()
+    assert not fresh and "ignored 1 (lm_head.weight)" in report
+    assert torch.equal(model.model.embed_tokens.weight, theirs.lm_head.weight)
+
+
+def two_layers(model):
+    model.classifier = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), model.classifier)
+
+
+def no_pooler(model):
+    model.bert.pooler = nn.Identity()
+
+
+class Scaled(nn.Linear):
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        self.temperature = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) / self.temperature
+
+
+def one_more(model):
+    model.classifier = Scaled(64, 4)
+
+
+@pytest.mark.parametrize("change", [two_layers, no_pooler, one_more])
+def test_a_changed_model_does_not_pass_for_transformers_class(change, tmp_path, monkeypatch, capsys):
+    """As after an edit of bert.py. It trains, resumes and predicts here, and opens nowhere else."""
+    original = BertForSequenceClassification.__init__
+
+    def init(self, config):
+        original(self, config)
+        change(self)
+
+    monkeypatch.setattr(BertForSequenceClassification, "__init__", init)
+    run_dir = train(tmp_path / "run", "--max-steps", "2", "--dtype", "fp32")
+    assert "opens in minicls alone" in capsys.readouterr().out
+    assert json.loads((run_dir / "config.json").read_text())["architectures"] == ["MiniclsBertForSequenceClassification"]
+    with pytest.raises(ValueError, match="minicls-bert"):
+        transformers.AutoModelForSequenceClassification.from_pretrained(run_dir)
+    saved = pq.read_table(run_dir / "predictions.parquet").to_pydict()
+    texts = split_data(load_data("synthetic"), max_eval_rows=100)[0].test.texts
+    for folder in (run_dir, max((run_dir / "checkpoints").iterdir())):
+        scores = Classifier(folder, torch.device("cpu")).scores(texts)
+        assert scores.argmax(1).tolist() == saved["prediction"]
+    again = train(tmp_path / "again", "--model", str(run_dir), "--max-steps", "1", "--dtype", "fp32")
+    assert json.loads((again / "config.json").read_text())["model_type"] == "minicls-bert"
+
+
+@pytest.mark.parametrize(("name", "config"), [("BertForSequenceClassification", {}), *((f"{f}For{k}", {"head_dim": 8, "num_key_value_heads": 1, "tie_word_embeddings": t}) for f in ("Qwen3", "Qwen2", "Llama") for k in ("CausalLM", "SequenceClassification") for t in (True, False))])  # fmt: skip
+def test_an_unchanged_model_has_transformers_parameters(name, config):
+    theirs = getattr(transformers, name)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    their_config = theirs.config_class(**sizes, **config, pad_token_id=0)
+    kind = weights.ARCHITECTURES[name]
+    model, *_ = weights.build_model(kind, their_config.to_dict(), None, 0, torch.device("cpu"))
+    assert {n for n, _ in model.named_parameters()} == {n for n, _ in theirs(their_config).named_parameters()}
+    assert weights.class_name(model) == name and not weights.is_own(model)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_weights_have_the_mode_of_other_files(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        weights.write_tensors({"x": torch.zeros(1)}, tmp_path / "a.safetensors")
+        (tmp_path / "b.safetensors").touch(mode=0o400)  # what an earlier run left behind says nothing
+        weights.write_tensors({"x": torch.zeros(1)}, tmp_path / "b.safetensors")
+    finally:
+        os.umask(before)
+    assert [file.stat().st_mode & 0o777 for file in sorted(tmp_path.iterdir())] == [mode, mode]
+
+
+def test_all_files_of_a_run_have_one_mode(bert_run, qwen_run):
+    for run_dir in (bert_run, qwen_run):
+        files = [file for file in run_dir.rglob("*") if file.is_file()]
+        assert {"model.safetensors", "optimizer.safetensors", "predictions.parquet"} <= {file.name for file in files}
+        assert {file.stat().st_mode & 0o777 for file in files} == {(run_dir / "run.json").stat().st_mode & 0o777}
 
 
 @pytest.mark.parametrize(("name", "dataset"), [("bert-base-cased", "ag_news"), ("bert-base-chinese", "thucnews_small")])

@@ -1,35 +1,70 @@
-"""Qwen3 (arXiv 2505.09388), the dense sizes, on packed batches: a decoder with a language-model or a classification head.
+"""Llama, Qwen2 and Qwen3 on packed batches: one decoder with a language-model or a classification head.
 
-Follows transformers' `modeling_qwen3.py` in names and arithmetic, so that weights load and export as they are. Leaves out
-what the published checkpoints do not use: sliding windows, attention biases, stretched RoPE, attention dropout.
+The three families differ in two things. Qwen3 (arXiv 2505.09388) normalises each head's queries and keys before RoPE;
+Qwen2 and Qwen2.5 (arXiv 2412.15115) have biases on q, k and v; Llama (arXiv 2302.13971), SmolLM2 among
+them, has neither. Parameters carry transformers' names, so weights load and export unchanged.
+Left out: sliding windows, stretched RoPE, other biases, attention dropout.
 
-N tokens of the batch, B rows, S cached positions, D hidden size, H heads, Hkv key/value heads, Dh head size, V vocabulary,
-C classes.
+N tokens of the batch, B rows, S cached positions, D hidden size, H heads, Hkv key/value heads, Dh head size,
+V vocabulary, C classes.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from minicls.attention import Rows, attention, cache_slots, cached_attention
+from minicls.attention import Rows, attention, cache_slots, cached_attention, products_dtype
+from minicls.kernels import cast_once, rms_norm, rotate
+
+
+class Family(NamedTuple):
+    """What distinguishes one model_type from another."""
+
+    prefix: str  # of transformers' class names
+    qkv_bias: bool
+    qk_norm: bool
+    defaults: dict  # what a config.json leaves out, as in transformers
+
+
+FAMILIES = {
+    "llama": Family(
+        "Llama",
+        qkv_bias=False,
+        qk_norm=False,
+        defaults={"vocab_size": 32_000, "intermediate_size": 11_008, "max_position_embeddings": 2048},
+    ),
+    "qwen2": Family("Qwen2", qkv_bias=True, qk_norm=False, defaults={"num_key_value_heads": 32}),
+    "qwen3": Family(
+        "Qwen3",
+        qkv_bias=False,
+        qk_norm=True,
+        defaults={"num_key_value_heads": 32, "head_dim": 128},
+    ),
+}
 
 
 @dataclass
-class Qwen3Config:
-    """The fields of a Qwen3 `config.json` that shape the model; what a file leaves out has transformers' default."""
+class DecoderConfig:
+    """The fields of a decoder's `config.json` that shape the model.
 
-    vocab_size: int = 151936
+    A field that is None takes its family's default in transformers; without one, head_dim is
+    hidden_size / num_attention_heads, and there are as many key/value heads as heads.
+    """
+
+    model_type: str = "qwen3"
+    vocab_size: int | None = None
     hidden_size: int = 4096
-    intermediate_size: int = 22016
+    intermediate_size: int | None = None
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int = 32
-    head_dim: int = 128
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
     hidden_act: str = "silu"
-    max_position_embeddings: int = 32768
+    max_position_embeddings: int | None = None
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
@@ -37,27 +72,46 @@ class Qwen3Config:
     rope_parameters: dict | None = None  # where newer files keep rope_theta
     rope_scaling: dict | None = None
     attention_bias: bool = False
+    mlp_bias: bool = False
     attention_dropout: float = 0.0
     use_sliding_window: bool = False
+    layer_types: list[str] | None = None
     pad_token_id: int | None = None
     num_labels: int = 2
 
     def __post_init__(self):
+        defaults = {
+            "vocab_size": 151_936,
+            "intermediate_size": 22_016,
+            "max_position_embeddings": 32_768,
+            "num_key_value_heads": self.num_attention_heads,
+            "head_dim": self.hidden_size // self.num_attention_heads,
+        }
+        for name, value in (defaults | self.family.defaults).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         rope = (self.rope_parameters or {}) | (self.rope_scaling or {})
         self.rope_theta = rope.get("rope_theta", self.rope_theta)
         supported = {
             "hidden_act": (self.hidden_act, "silu"),
             "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+            "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), 1.0),
             "attention_bias": (self.attention_bias, False),
+            "mlp_bias": (self.mlp_bias, False),
             "attention_dropout": (self.attention_dropout, 0.0),
             "use_sliding_window": (self.use_sliding_window, False),
+            "layer_types": ({*(self.layer_types or ["full_attention"])}, {"full_attention"}),
         }
-        for name, (found, wanted) in supported.items():
-            if found != wanted:
-                raise ValueError(f"{name} {found!r} is not supported, only {wanted!r}")
+        for name, (value, wanted) in supported.items():
+            if value != wanted:
+                raise ValueError(f"{name} {value!r} is not supported, only {wanted!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             heads = f"num_attention_heads {self.num_attention_heads}"
             raise ValueError(f"{heads} is no multiple of num_key_value_heads {self.num_key_value_heads}")
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
 
 
 class KVCache:
@@ -88,47 +142,14 @@ class KVCache:
         return keys, values
 
 
-class _RMSNorm(torch.autograd.Function):
-    """The norm with its gradient by hand. What CUDA's fused kernel does for `F.rms_norm`; a CPU has none, and autograd would
-    keep three fp32 copies of x for the backward pass where x itself and one number a vector are enough. On a CPU an operation
-    costs what it moves: hence one conversion to fp32, and results written over what is no longer needed."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        in_fp32 = x.float()
-        scale = (torch.linalg.vector_norm(in_fp32, dim=-1, keepdim=True) ** 2 / x.shape[-1] + eps).rsqrt()
-        ctx.save_for_backward(x, weight, scale)
-        return (in_fp32 * scale).mul_(weight).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, scale = ctx.saved_tensors
-        weight_fp32, grad, normed = weight.float(), grad.float(), x.float() * scale
-        product = grad * normed
-        weight_grad = product.flatten(0, -2).sum(0)
-        mean = (product @ weight_fp32)[..., None] / x.shape[-1]  # of (grad * weight) * normed
-        grad = (grad * weight_fp32).addcmul_(normed, mean, value=-1).mul_(scale)
-        return grad.to(x.dtype), weight_grad.to(weight.dtype), None
-
-
-class Qwen3RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) * weight over the last dimension (arXiv 1910.07467), in fp32 whatever x is."""
-
+class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.is_cuda:
-            return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
-        return _RMSNorm.apply(x, self.weight, self.eps)
-
-
-def as_products_want(x: torch.Tensor) -> torch.Tensor:
-    """x in autocast's dtype, where it is on: one copy for several products, which would make and keep one each."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rope_tables(position_ids: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,45 +166,27 @@ def rope_tables(position_ids: torch.Tensor, head_dim: int, theta: float) -> tupl
     return torch.cat([cos, cos, -sin, sin], dim=-1).chunk(2, dim=-1)  # (N, 1, Dh) each
 
 
-class _Rotation(torch.autograd.Function):
-    """The rotation with its gradient by hand, which is the gradient turned back: nothing of x is kept, and both directions
-    may write over their own results."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        half, in_fp32 = x.shape[-1] // 2, x.float()
-        turned = in_fp32 * cos
-        turned[..., :half].addcmul_(in_fp32[..., half:], sin[..., :half])
-        turned[..., half:].addcmul_(in_fp32[..., :half], sin[..., half:])
-        return turned.to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        return _Rotation.apply(grad, cos, -sin), None, None
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns q or k (N, heads, Dh) by their positions' angles, in fp32: x * cos + (x with its halves exchanged) * sin."""
-    return _Rotation.apply(x, cos, sin)
-
-
-class Qwen3Attention(nn.Module):
-    def __init__(self, config: Qwen3Config, layer: int):
+class DecoderAttention(nn.Module):
+    def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
-        self.q_norm = Qwen3RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = Qwen3RMSNorm(config.head_dim, config.rms_norm_eps)
+        D, family = config.hidden_size, config.family
+        q_size, kv_size = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(D, q_size, bias=family.qkv_bias)
+        self.k_proj = nn.Linear(D, kv_size, bias=family.qkv_bias)
+        self.v_proj = nn.Linear(D, kv_size, bias=family.qkv_bias)
+        self.o_proj = nn.Linear(q_size, D, bias=False)
+        if family.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
 
     def forward(self, x, at, position_ids, rows, rope, cache, slots) -> torch.Tensor:
-        x = as_products_want(x)
-        q, k, v = (f(x).unflatten(1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))  # (N, heads, Dh)
-        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)  # each head is normalised by itself, then turned
+        x = cast_once(x)
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (f(x).unflatten(1, (-1, self.head_dim)) for f in projections)  # (N, heads, Dh)
+        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
         if cache is None:
             output = attention(q, k, v, rows, causal=True)  # (N, H, Dh)
         else:
@@ -192,27 +195,27 @@ class Qwen3Attention(nn.Module):
         return self.o_proj(output.flatten(1) if at is None else output.flatten(1)[at])  # (N or n, D)
 
 
-class Qwen3MLP(nn.Module):
+class DecoderMLP(nn.Module):
     """SwiGLU (arXiv 2002.05202)."""
 
-    def __init__(self, config: Qwen3Config):
+    def __init__(self, config: DecoderConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = as_products_want(x)
+        x = cast_once(x)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (N, D)
 
 
-class Qwen3DecoderLayer(nn.Module):
-    def __init__(self, config: Qwen3Config, layer: int):
+class DecoderLayer(nn.Module):
+    def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
-        self.self_attn = Qwen3Attention(config, layer)
-        self.mlp = Qwen3MLP(config)
-        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = DecoderAttention(config, layer)
+        self.mlp = DecoderMLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: torch.Tensor, at: torch.Tensor | None, *where) -> torch.Tensor:
         """x: (N, D). `at` (n,): the tokens that are asked for, where no layer follows that needs the others."""
@@ -221,13 +224,14 @@ class Qwen3DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))  # (N or n, D)
 
 
-class Qwen3Model(nn.Module):
-    def __init__(self, config: Qwen3Config):
+class DecoderModel(nn.Module):
+    def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Qwen3DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # transformers does not train the pad token's row, whatever else that token means: SmolLM2 pads with <|im_end|>.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.activation_checkpointing = False
 
     def forward(
@@ -247,8 +251,13 @@ class Qwen3Model(nn.Module):
         """
         x = self.embed_tokens(input_ids)  # (N, D)
         rope = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta)
-        slots = cache_slots(position_ids, cu_seqlens, max_seqlen, cache.shape[1]) if cache is not None else None
-        rows = Rows(cu_seqlens, max_seqlen, shared) if cache is None else None  # beside a cache, slots say where a row ends
+        rows = slots = None
+        if cache is None:
+            rows = Rows(cu_seqlens, max_seqlen, shared)
+            rows.prepare(x, self.config.head_dim)
+        else:
+            group = self.config.num_attention_heads // self.config.num_key_value_heads
+            slots = cache_slots(position_ids, cu_seqlens, max_seqlen, cache.shape[1], products_dtype(x), group)
         where = position_ids, rows, rope, cache, slots
         for layer in self.layers:
             wanted = at if layer is self.layers[-1] else None
@@ -259,13 +268,13 @@ class Qwen3Model(nn.Module):
         return self.norm(x)  # (n, D)
 
 
-class Qwen3ForCausalLM(nn.Module):
-    """Qwen3 with a language-model head, which smaller sizes share with the embedding."""
+class DecoderForCausalLM(nn.Module):
+    """A decoder with a language-model head; smaller models share its weight with the embedding (tied)."""
 
-    def __init__(self, config: Qwen3Config):
+    def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
-        self.model = Qwen3Model(config)
+        self.model = DecoderModel(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -280,7 +289,7 @@ class Qwen3ForCausalLM(nn.Module):
         shared: int = 0,
     ) -> torch.Tensor:
         """input_ids, position_ids: (N,) int64; cu_seqlens: (B + 1,) int32. Returns the logits (n, V) fp32 after the tokens
-        `at` (n,), and of no others: (N, V) would be gigabytes. `shared`: as in `Qwen3Model`.
+        `at` (n,), and of no others: (N, V) would be gigabytes. `shared`: as in `DecoderModel`.
 
         fp32 weights: the product is in fp32, also under autocast. bf16 weights: it is in bf16, as converting the
         embedding each time would take longer than everything else for a single token.
@@ -291,13 +300,13 @@ class Qwen3ForCausalLM(nn.Module):
             return F.linear(x.to(weight.dtype), weight).float()  # (n, V)
 
 
-class Qwen3ForSequenceClassification(nn.Module):
-    """Qwen3 with a linear head over each row's last token."""
+class DecoderForSequenceClassification(nn.Module):
+    """A decoder with a linear head over each row's last token."""
 
-    def __init__(self, config: Qwen3Config):
+    def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
-        self.model = Qwen3Model(config)
+        self.model = DecoderModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
 
     def forward(
@@ -308,7 +317,7 @@ class Qwen3ForSequenceClassification(nn.Module):
         max_seqlen: int,
         shared: int = 0,
     ) -> torch.Tensor:
-        """input_ids, position_ids: (N,) int64; cu_seqlens: (B + 1,) int32; `shared`: as in `Qwen3Model`. Returns the logits
+        """input_ids, position_ids: (N,) int64; cu_seqlens: (B + 1,) int32; `shared`: as in `DecoderModel`. Returns the logits
         (B, C) in fp32."""
         at = cu_seqlens[1:] - 1
         x = self.model(input_ids, position_ids, cu_seqlens, max_seqlen, at, shared=shared)  # (B, D)

@@ -1,7 +1,7 @@
-"""Qwen3 against its references: transformers, itself without a cache, itself in other batches, and its files both ways.
+"""Llama, Qwen2 and Qwen3 against their references: transformers, itself without a cache, itself in other batches, and its files both ways.
 
-    python -m pytest tests/test_qwen3.py -m "not slow"
-    MINICLS_SHARED=DIR python -m pytest tests/test_qwen3.py      # also the real 0.6B size: a minute, 3 GB of memory
+    python -m pytest tests/test_decoder.py -m "not slow"
+    MINICLS_SHARED=DIR python -m pytest tests/test_decoder.py      # also the real 0.6B size: a minute, 3 GB of memory
 
 Small random models, fp32 unless a test says otherwise. Tolerances allow for rounding alone: fp32 has seven digits, sums
 run over up to a few hundred terms in another order on the two sides, and two or three layers follow each other.
@@ -18,10 +18,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from minicls import weights
+from minicls.batch import Batch, pack, pack_shared
 from minicls.bert import BertConfig, BertForSequenceClassification
 from minicls.config import UserError
-from minicls.data import Batch, pack, pack_shared
-from minicls.qwen3 import KVCache, Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
+from minicls.decoder import FAMILIES, DecoderConfig, DecoderForCausalLM, DecoderForSequenceClassification, KVCache
 from minicls.tokenizer import train_qwen_tokenizer
 
 POSITIONS = 64
@@ -38,12 +38,33 @@ CONFIGS = {
     "wide heads, as many keys": {"head_dim": 16, "num_key_value_heads": 4, "rms_norm_eps": 0.1},
     "narrow heads, 3 a key": {"num_attention_heads": 6, "head_dim": 4, "num_hidden_layers": 3, "tie_word_embeddings": True},
     "rope_parameters": {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 20.0}},
+    "llama": {"model_type": "llama"},
+    "llama, tied, no head_dim, 3 heads a key": {
+        "model_type": "llama",
+        "hidden_size": 48,
+        "num_attention_heads": 6,
+        "head_dim": None,
+        "tie_word_embeddings": True,
+    },
+    "qwen2": {"model_type": "qwen2", "head_dim": None},
+    "qwen2, tied, 4 heads a key": {
+        "model_type": "qwen2",
+        "head_dim": None,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+        "rope_theta": 100.0,
+    },
 }
 
 
 def values_of(name: str, **others) -> dict:
     values = SIZES | CONFIGS[name] | others
     return {key: value for key, value in values.items() if value is not None}
+
+
+def family_of(config: str, **values) -> str:
+    """How transformers' class names of a config begin."""
+    return FAMILIES[(CONFIGS[config] | values).get("model_type", "qwen3")].prefix
 
 
 def stir(model: torch.nn.Module) -> torch.nn.Module:
@@ -56,19 +77,20 @@ def stir(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def make_model(kind=Qwen3ForCausalLM, config: str = "plain", **values) -> torch.nn.Module:
-    return stir(kind(Qwen3Config(**values_of(config, **values)))).eval()
+def make_model(kind=DecoderForCausalLM, config: str = "plain", **values) -> torch.nn.Module:
+    return stir(kind(DecoderConfig(**values_of(config, **values)))).eval()
 
 
-def make_theirs(config: str = "plain", kind: str = "Qwen3ForCausalLM", **values) -> torch.nn.Module:
-    return stir(
-        getattr(transformers, kind)(transformers.Qwen3Config(**values_of(config, **values), attn_implementation="eager"))
-    ).eval()
+def make_theirs(config: str = "plain", kind=DecoderForCausalLM, **values) -> torch.nn.Module:
+    family, values = family_of(config, **values), values_of(config, **values)
+    values.pop("model_type", None)
+    their_config = getattr(transformers, f"{family}Config")(**values, attn_implementation="eager")
+    return stir(getattr(transformers, kind.__name__.replace("Decoder", family))(their_config)).eval()
 
 
-def make_pair(config: str = "plain", kind=Qwen3ForCausalLM, **values) -> tuple[torch.nn.Module, torch.nn.Module]:
+def make_pair(config: str = "plain", kind=DecoderForCausalLM, **values) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Our model and transformers', with the same weights."""
-    ours, theirs = make_model(kind, config, **values), make_theirs(config, kind.__name__, **values)
+    ours, theirs = make_model(kind, config, **values), make_theirs(config, kind, **values)
     ours.load_state_dict(dict(theirs.named_parameters()))  # strict: the names are the same, all of them
     return ours, theirs
 
@@ -140,7 +162,7 @@ def test_logits_loss_and_gradients_equal_transformers(config, lengths, at):
 
 
 @pytest.mark.parametrize("lengths", [[4], [1, 9, 2], MANY[:35]], ids=["one row", "three rows", "35 rows"])
-@pytest.mark.parametrize("kind", [Qwen3ForCausalLM, Qwen3ForSequenceClassification])
+@pytest.mark.parametrize("kind", [DecoderForCausalLM, DecoderForSequenceClassification])
 def test_a_shared_beginning_read_once_changes_no_logits_and_no_gradients(kind, lengths):
     model, (beginning,), rests = make_model(kind), random_rows([6]), random_rows(lengths, seed=1)
     rows = [beginning + rest for rest in rests]
@@ -148,7 +170,7 @@ def test_a_shared_beginning_read_once_changes_no_logits_and_no_gradients(kind, l
     assert len(whole.input_ids) - len(once.input_ids) == len(beginning) * (len(rests) - 1)
     runs = []
     for batch, shared in ((once, len(beginning)), (whole, 0)):
-        logits = model(*batch, *([batch.last] if kind is Qwen3ForCausalLM else []), shared=shared)
+        logits = model(*batch, *([batch.last] if kind is DecoderForCausalLM else []), shared=shared)
         runs.append((logits, gradients(model, F.cross_entropy(logits, torch.arange(len(rests)) % logits.shape[1]))))
     torch.testing.assert_close(runs[0][0], runs[1][0], rtol=1e-4, atol=2e-5)
     assert_gradients_equal(runs[0][1], runs[1][1])
@@ -156,7 +178,7 @@ def test_a_shared_beginning_read_once_changes_no_logits_and_no_gradients(kind, l
 
 def test_theta_is_read_from_where_files_keep_it():
     places = [{"rope_theta": 20.0}, {"rope_parameters": {"rope_theta": 20.0}}, {"rope_scaling": {"rope_theta": 20.0}}]
-    assert [Qwen3Config(**SIZES | place).rope_theta for place in places] == [20.0] * 3
+    assert [DecoderConfig(**SIZES | place).rope_theta for place in places] == [20.0] * 3
     rows = random_rows([30])
     (near,), (far,) = (all_logits(make_model(rope_theta=theta), rows) for theta in (20.0, 10_000.0))
     assert (near[1:] - far[1:]).abs().max() > 0.1  # so that the comparisons with transformers would notice
@@ -171,9 +193,9 @@ def test_a_position_may_be_asked_for_twice_and_out_of_order():
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("config", ["plain", "tied, 4 heads a key", "rope_parameters"])
+@pytest.mark.parametrize("config", ["plain", "tied, 4 heads a key", "rope_parameters", "llama", "qwen2"])
 def test_classification_equals_transformers(config, lengths):
-    ours, theirs = make_pair(config, Qwen3ForSequenceClassification, num_labels=3, pad_token_id=PAD)
+    ours, theirs = make_pair(config, DecoderForSequenceClassification, num_labels=3, pad_token_id=PAD)
     rows = random_rows(LENGTHS[lengths])
     labels = torch.arange(len(rows)) % 3
     logits = ours(*pack(rows))
@@ -185,7 +207,7 @@ def test_classification_equals_transformers(config, lengths):
 
 
 def test_classification_reads_the_last_token_whatever_it_is():
-    ours, theirs = make_pair(kind=Qwen3ForSequenceClassification, num_labels=3)  # no pad_token_id: one row at a time
+    ours, theirs = make_pair(kind=DecoderForSequenceClassification, num_labels=3)  # no pad_token_id: one row at a time
     rows = [[3, 4, PAD], [PAD], [7, PAD, PAD]]
     with torch.inference_mode():
         expected = torch.cat([theirs(**padded([row])).logits for row in rows])
@@ -226,12 +248,12 @@ def test_what_a_layer_keeps_for_the_backward_pass():
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", [Qwen3ForCausalLM, Qwen3ForSequenceClassification])
+@pytest.mark.parametrize("kind", [DecoderForCausalLM, DecoderForSequenceClassification])
 def test_activation_checkpointing_changes_no_gradient(kind, dtype):
     model, batch = make_model(kind).train(), pack(random_rows([9, POSITIONS, 3]))
     runs = []
     model.model.layers[0].register_forward_pre_hook(lambda *_: runs.append(1))
-    last = [batch.last] if kind is Qwen3ForCausalLM else []
+    last = [batch.last] if kind is DecoderForCausalLM else []
 
     def loss_gradients(checkpointing):
         model.model.activation_checkpointing = checkpointing
@@ -329,9 +351,9 @@ def test_a_row_does_not_depend_on_its_batch(cached, way):
 
 
 def test_bf16_autocast_keeps_the_head_in_fp32():
-    for kind in (Qwen3ForCausalLM, Qwen3ForSequenceClassification):
+    for kind in (DecoderForCausalLM, DecoderForSequenceClassification):
         model, batch = make_model(kind), pack(random_rows(MANY))
-        last = [batch.last] if kind is Qwen3ForCausalLM else []
+        last = [batch.last] if kind is DecoderForCausalLM else []
         with torch.inference_mode():
             exact = model(*batch, *last)
             with torch.autocast("cpu", torch.bfloat16):
@@ -361,7 +383,7 @@ def write(directory: Path, values: dict, *shards: dict[str, torch.Tensor]) -> Pa
     return directory
 
 
-def build(directory: Path, kind=weights.QWEN3, dtype: torch.dtype = torch.float32):
+def build(directory: Path, kind=weights.DECODER, dtype: torch.dtype = torch.float32):
     """(model, names of the fresh parameters, report)."""
     return weights.build_model(kind, weights.read_config(directory, kind), directory, 0, CPU, dtype)
 
@@ -391,45 +413,45 @@ def with_lm_head(tensors: dict) -> dict:
 
 # The config, what is written, the names that then start fresh, and how many tensors are ignored.
 LAYOUTS = {
-    "untied": (weights.QWEN3, UNTIED, lambda t: [t], set(), 0),
-    "untied, two shards": (weights.QWEN3, UNTIED, halves, set(), 0),
+    "untied": (weights.DECODER, UNTIED, lambda t: [t], set(), 0),
+    "untied, two shards": (weights.DECODER, UNTIED, halves, set(), 0),
     "untied, head in a shard of its own": (
-        weights.QWEN3,
+        weights.DECODER,
         UNTIED,
         lambda t: [{name: t[name] for name in t if name != "lm_head.weight"}, {"lm_head.weight": t["lm_head.weight"]}],
         set(),
         0,
     ),
-    "tied": (weights.QWEN3, TIED, lambda t: [t], set(), 0),
-    "tied, with its head": (weights.QWEN3, TIED, lambda t: [with_lm_head(t)], set(), 1),
+    "tied": (weights.DECODER, TIED, lambda t: [t], set(), 0),
+    "tied, with its head": (weights.DECODER, TIED, lambda t: [with_lm_head(t)], set(), 1),
     "tied, with its head in a shard of its own": (
-        weights.QWEN3,
+        weights.DECODER,
         TIED,
         lambda t: [t, {"lm_head.weight": t["model.embed_tokens.weight"].clone()}],
         set(),
         1,
     ),
-    "tied, no prefix": (weights.QWEN3, TIED, lambda t: [headless(t)], set(), 0),
-    "tied, no prefix, two shards": (weights.QWEN3, TIED, lambda t: halves(headless(t)), set(), 0),
-    "bf16": (weights.QWEN3, UNTIED, lambda t: [{name: x.bfloat16() for name, x in t.items()}], set(), 0),
-    "classes": (weights.QWEN3_LINEAR, TIED | LABELLED, lambda t: [t], set(), 0),
+    "tied, no prefix": (weights.DECODER, TIED, lambda t: [headless(t)], set(), 0),
+    "tied, no prefix, two shards": (weights.DECODER, TIED, lambda t: halves(headless(t)), set(), 0),
+    "bf16": (weights.DECODER, UNTIED, lambda t: [{name: x.bfloat16() for name, x in t.items()}], set(), 0),
+    "classes": (weights.DECODER_LINEAR, TIED | LABELLED, lambda t: [t], set(), 0),
     "classes, fresh": (
-        weights.QWEN3_LINEAR,
+        weights.DECODER_LINEAR,
         TIED | LABELLED,
         lambda t: [with_lm_head({name: t[name] for name in t if name != "score.weight"})],
         {"score.weight"},
         1,
     ),
-    "classes, no prefix": (weights.QWEN3_LINEAR, TIED | LABELLED, lambda t: [headless(t)], {"score.weight"}, 0),
+    "classes, no prefix": (weights.DECODER_LINEAR, TIED | LABELLED, lambda t: [headless(t)], {"score.weight"}, 0),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_load_with_a_report(layout, tmp_path):
     kind, values, make_shards, fresh_names, num_ignored = LAYOUTS[layout]
-    num_labels = {"num_labels": 3} if kind is weights.QWEN3_LINEAR else {}
+    num_labels = {"num_labels": 3} if kind is weights.DECODER_LINEAR else {}
     sizes = {name: value for name, value in values.items() if name not in ("id2label", "label2id")} | num_labels
-    tensors = tensors_of(stir(kind.model(Qwen3Config(**sizes))))
+    tensors = tensors_of(stir(kind.model(DecoderConfig(**sizes))))
     model, fresh, report = build(write(tmp_path, values, *make_shards(tensors)), kind)
     found = tensors_of(model)
     assert found.keys() == tensors.keys()
@@ -483,7 +505,7 @@ REFUSED_CONFIGS = {  # what a config.json says, and what the message has to name
 }
 
 
-@pytest.mark.parametrize("kind", [weights.QWEN3, weights.QWEN3_LINEAR], ids=["options", "linear"])
+@pytest.mark.parametrize("kind", [weights.DECODER, weights.DECODER_LINEAR], ids=["options", "linear"])
 @pytest.mark.parametrize("reason", REFUSED_CONFIGS)
 def test_a_config_of_another_model_is_a_user_error(reason, kind):
     changes, named = REFUSED_CONFIGS[reason]
@@ -496,7 +518,7 @@ def test_a_config_of_another_model_is_a_user_error(reason, kind):
 def test_a_bert_directory_is_refused_by_its_name(tmp_path):
     bert = BertForSequenceClassification(BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
     directory = write(tmp_path, {"model_type": "bert", "vocab_size": 10, "hidden_size": 8}, tensors_of(bert))
-    with pytest.raises(UserError, match=rf"{directory} is a bert model, not qwen3"):
+    with pytest.raises(UserError, match=rf"{directory} is a bert model; pass another: .*llama, qwen2 and qwen3"):
         build(directory)
 
 
@@ -516,24 +538,42 @@ def test_bf16_weights_give_logits_near_those_of_fp32(tmp_path):
 
 @pytest.mark.parametrize("max_shard_size", ["1GB", "8KB"])
 @pytest.mark.parametrize(
-    ("kind", "values"),
+    ("kind", "config", "others"),
     [
-        ("Qwen3ForCausalLM", TIED),
-        ("Qwen3ForCausalLM", UNTIED),
-        ("Qwen3Model", TIED),
-        ("Qwen3ForSequenceClassification", TIED | LABELLED),
+        ("ForCausalLM", "tied, 4 heads a key", {}),
+        ("ForCausalLM", "plain", {}),
+        ("Model", "tied, 4 heads a key", {}),
+        ("ForSequenceClassification", "tied, 4 heads a key", LABELLED),
+        ("ForCausalLM", "llama, tied, no head_dim, 3 heads a key", {}),
+        ("ForCausalLM", "llama", {}),
+        ("ForSequenceClassification", "llama", LABELLED),
+        ("ForCausalLM", "qwen2, tied, 4 heads a key", {}),
+        ("ForSequenceClassification", "qwen2", LABELLED),
     ],
-    ids=["tied", "untied", "base model", "classes"],
+    ids=["tied", "untied", "base model", "classes", "llama, tied", "llama", "llama, classes", "qwen2, tied", "qwen2, classes"],
 )
-def test_what_transformers_saves_opens_here(kind, values, max_shard_size, tmp_path):
-    theirs = stir(getattr(transformers, kind)(transformers.Qwen3Config(**values)))
+def test_what_transformers_saves_opens_here(kind, config, others, max_shard_size, tmp_path):
+    values, family = values_of(config, **others), family_of(config)
+    given = {name: value for name, value in values.items() if name != "model_type"}
+    theirs = stir(getattr(transformers, family + kind)(getattr(transformers, f"{family}Config")(**given)))
     theirs.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     assert (tmp_path / "model.safetensors").exists() == (max_shard_size == "1GB")
-    ours, fresh, _ = build(tmp_path, weights.QWEN3_LINEAR if "id2label" in values else weights.QWEN3)
+    ours, fresh, _ = build(tmp_path, weights.DECODER_LINEAR if "id2label" in values else weights.DECODER)
     assert not fresh
     assert ours.config.rope_theta == values["rope_theta"]  # transformers writes it into rope_parameters
-    expected = {name if kind != "Qwen3Model" else f"model.{name}": x for name, x in tensors_of(theirs).items()}
+    expected = {name if kind != "Model" else f"model.{name}": x for name, x in tensors_of(theirs).items()}
     torch.testing.assert_close(tensors_of(ours), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_config_leaves_out_is_as_in_transformers(family):
+    theirs = getattr(transformers, f"{FAMILIES[family].prefix}Config")(hidden_size=1024, num_attention_heads=32)
+    ours = DecoderConfig(model_type=family, hidden_size=1024, num_attention_heads=32)
+    names = ("vocab_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "max_position_embeddings")
+    for name in (*names, "rms_norm_eps", "tie_word_embeddings", "initializer_range", "hidden_act"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.head_dim == getattr(theirs, "head_dim", None) or ours.head_dim == 32
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
 
 
 TEXTS = ["A minister said that the shares of the satellite company fell.", "The coach said so, too."]
@@ -542,18 +582,22 @@ TEXTS = ["A minister said that the shares of the satellite company fell.", "The 
 @pytest.mark.parametrize(
     ("kind", "config"),
     [
-        (weights.QWEN3, "tied, 4 heads a key"),
-        (weights.QWEN3, "rope_parameters"),
-        (weights.QWEN3_LINEAR, "tied, 4 heads a key"),
-        (weights.QWEN3_LINEAR, "wide heads, as many keys"),
+        (weights.DECODER, "tied, 4 heads a key"),
+        (weights.DECODER, "rope_parameters"),
+        (weights.DECODER_LINEAR, "tied, 4 heads a key"),
+        (weights.DECODER_LINEAR, "wide heads, as many keys"),
+        (weights.DECODER, "llama, tied, no head_dim, 3 heads a key"),
+        (weights.DECODER_LINEAR, "llama"),
+        (weights.DECODER, "qwen2"),
+        (weights.DECODER_LINEAR, "qwen2, tied, 4 heads a key"),
     ],
-    ids=["tied", "untied", "classes, tied", "classes, untied"],
+    ids=["tied", "untied", "classes, tied", "classes, untied", "llama", "llama, classes", "qwen2", "qwen2, classes"],
 )
 def test_what_is_saved_opens_in_transformers(kind, config, tmp_path):
     tokenizer = train_qwen_tokenizer(TEXTS, vocab_size=300)
     (pad,) = tokenizer.control_ids(["<|endoftext|>"])
-    linear = kind is weights.QWEN3_LINEAR
-    values = values_of(config, vocab_size=len(tokenizer), pad_token_id=pad) | {"model_type": "qwen3"}
+    linear = kind is weights.DECODER_LINEAR
+    values = {"model_type": "qwen3"} | values_of(config, vocab_size=len(tokenizer), pad_token_id=pad)
     values |= weights.label_config(["World", "Sports", "Business"]) if linear else {}
     model = stir(weights.build_model(kind, values, None, 0, CPU)[0]).eval()
     weights.save_model(model, values, tokenizer, tmp_path)
@@ -561,7 +605,8 @@ def test_what_is_saved_opens_in_transformers(kind, config, tmp_path):
 
     auto = transformers.AutoModelForSequenceClassification if linear else transformers.AutoModelForCausalLM
     theirs = auto.from_pretrained(tmp_path).eval()
-    assert type(theirs).__name__ == type(model).__name__
+    assert type(theirs).__name__ == weights.class_name(model)
+    assert theirs.config.model_type == values["model_type"]
     assert theirs.dtype == torch.float32
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     encoded = their_tokenizer(TEXTS, padding=True, padding_side="right", return_tensors="pt")
@@ -582,7 +627,7 @@ def test_what_is_saved_opens_in_transformers(kind, config, tmp_path):
 def test_the_real_size_equals_transformers(shared):
     """0.6B random weights, 2.4 GB in fp32, the same memory on both sides."""
     directory = shared / "tokenizers" / "Qwen3-0.6B"
-    ours, _, _ = weights.build_model(weights.QWEN3, weights.read_config(directory), None, 0, CPU)
+    ours, _, _ = weights.build_model(weights.DECODER, weights.read_config(directory), None, 0, CPU)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in ours.named_parameters():

@@ -1,0 +1,188 @@
+"""A baseline for the networks: logistic regression on word counts, or on the frozen embeddings of a BERT.
+
+    python -m minicls baseline --data DIR                        # TF-IDF of words and pairs of words: seconds, and hard to beat
+    python -m minicls baseline --data DIR --features MODEL_DIR   # mean-pooled last hidden states, not trained: what the encoder brings
+
+The flags that choose rows are the training scripts': with the same ones, the baseline is fitted on the same training rows and
+tested on the same test rows as a run of theirs. It writes a run directory for `python -m minicls report`, but keeps no model.
+
+TF-IDF is scikit-learn's TfidfVectorizer on lower-cased words and pairs of neighbouring words (a Chinese or Japanese character
+is a word), with 1 + ln(count) for count, fitted on the training rows. Embeddings are the mean over all tokens of a row, [CLS]
+and [SEP] included, as sentence-transformers pools; neither normalised nor standardised. The classifier is scikit-learn's
+LogisticRegression (L2, lbfgs), its C the one of 0.01, 0.1, … 1,000 with the best macro F1 on the validation rows, the
+smallest of equals. With `--validation-size` these are held out as the scripts hold them out, and the classifier is never fitted
+on them. Without, a fifth of the training rows (stratified) chooses C, and the classifier is then fitted on all of them.
+"""
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minicls import checkpoint, dist, plots, report, weights
+from minicls.attention import on_gpu
+from minicls.batch import length_batches, pack
+from minicls.config import UserError, parse, setting
+from minicls.data import Split, load_data, split_data, stratified_rows
+from minicls.logger import Logger
+from minicls.predict import EVAL_TOKENS
+from minicls.tokenizer import Tokenizer, bert_rows, load_tokenizer
+
+GRID = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)  # of C, the inverse of the L2 penalty
+CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # no blanks between words: a character is one
+WORD = rf"[{CJK}]|[^\W{CJK}]+"
+NEVER = 30.0  # nats that a class without training rows is behind the likeliest: the loss stays finite
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The rows are chosen as train_bert.py and train_qwen.py choose them."""
+
+    features: str = setting("tfidf", "tfidf, or a BERT to embed the texts with: hub id or directory")
+    data: str = setting("fancyzhx/ag_news", "hub id, directory, or synthetic")
+    text_column: str = setting("text", "column of the texts")
+    label_column: str = setting("label", "column of the labels: class indices or class names")
+    label_names: tuple[str, ...] | None = setting(None, "class names in the order of their indices")
+    output_dir: str | None = setting(None, "run directory, new or empty; unset: runs/baseline-<time>")
+    class_weights: str = setting("none", "balanced: each class weighs the same in the loss", choices=("none", "balanced"))
+    validation_size: int = setting(
+        0, "training rows to hold out and choose C by; 0: a fifth of them, fitted on afterwards", minimum=0
+    )
+    max_train_rows: int | None = setting(None, "use a stratified sample of the training rows, drawn by --seed", minimum=1)
+    max_eval_rows: int | None = setting(None, "use a stratified sample of the test rows, the same for every seed", minimum=1)
+    max_length: int = setting(512, "tokens of a row to embed, [CLS] and [SEP] included", minimum=3)
+    dtype: str = setting("bf16", "of embedding: bf16 is autocast over fp32 weights", choices=("bf16", "fp32"))
+    device: str | None = setting(None, "cpu, cuda or cuda:N, of embedding; unset: cuda if there is one")
+    threads: int | None = setting(None, "CPU threads; unset: the libraries' choice", minimum=1)
+    seed: int = setting(42, "of the sample of --max-train-rows", minimum=0)
+
+
+@torch.inference_mode()
+def embeddings(directory: Path, splits: Sequence[Split], s: Settings, device: torch.device) -> tuple[list[np.ndarray], Tokenizer]:
+    """The mean of each row's last hidden states, (n, D) float32 of each split, and the tokenizer."""
+    config, tokenizer = weights.read_config(directory, weights.BERT), load_tokenizer(directory)
+    model, fresh, load_report = weights.build_model(weights.BERT, config, directory, 0, device)
+    print(f"{directory}: {load_report}" + " (the head and the pooler are not used)" * bool(fresh))
+    weights.check_fits(model.config, tokenizer, s.max_length)
+    model.eval()
+    embedded = []
+    for split in splits:
+        rows, _ = bert_rows(tokenizer, split.texts, s.max_length)
+        means = np.zeros((len(rows), model.config.hidden_size), np.float32)
+        for batch in length_batches(rows, EVAL_TOKENS[on_gpu(device)]):
+            packed = pack([rows[row] for row in batch], device)
+            everywhere = torch.arange(len(packed.input_ids), device=device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bf16"):
+                hidden = model.bert(*packed, everywhere).float()  # (N, D)
+            lengths = packed.cu_seqlens.diff().long()  # (B,)
+            sums = hidden.new_zeros(len(batch), hidden.shape[1])
+            sums.index_add_(0, torch.arange(len(batch), device=device).repeat_interleave(lengths), hidden)
+            means[batch] = (sums / lengths[:, None]).cpu().numpy()
+        embedded.append(means)
+    return embedded, tokenizer
+
+
+def tfidf(fitted_on: Sequence[str], *texts: Sequence[str]) -> list:
+    """Sparse TF-IDF vectors of the first texts, which are fitted on, and of the others."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=WORD)
+    try:
+        return [vectorizer.fit_transform(fitted_on), *map(vectorizer.transform, texts)]
+    except ValueError as error:  # an empty vocabulary
+        raise UserError(f"--features tfidf: no word in the training texts ({error}); is --text-column the right one?") from None
+
+
+def fit(features, labels: np.ndarray, C: float, s: Settings):
+    """The logistic regression of these rows: labels are class indices (n,)."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(C=C, max_iter=1000, class_weight=None if s.class_weights == "none" else s.class_weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(features, labels)
+    if model.n_iter_.max() >= 1000:
+        print(f"C {C:g}: not converged after 1,000 iterations")
+    return model
+
+
+def logits(model, features, num_labels: int) -> torch.Tensor:
+    """(n, C) float64: their softmax is the model's probabilities. A class without training rows is NEVER behind the best."""
+    scores = model.decision_function(features)
+    scores = np.stack([np.zeros_like(scores), scores], axis=1) if scores.ndim == 1 else scores  # two classes have one score
+    full = np.repeat(scores.max(1, keepdims=True) - NEVER, num_labels, axis=1)
+    full[:, model.classes_] = scores
+    return torch.from_numpy(full)
+
+
+def main(argv: list[str] | None = None) -> None:
+    s = parse(Settings, argv, __doc__, "python -m minicls baseline")
+    for name in ("max_length", "dtype") if s.features == "tfidf" else ():
+        if getattr(s, name) != getattr(Settings, name):
+            raise UserError(f"--{name.replace('_', '-')}: --features tfidf has no use for it; leave it out, or name a model")
+    device = dist.start(s.device, s.threads)
+    checkpoint.check_output_dir(s.output_dir)
+    data = load_data(s.data, s.text_column, s.label_column, s.label_names)
+    data, validation = split_data(data, s.validation_size, s.max_train_rows, s.max_eval_rows, s.seed)
+    train, labels, num_labels = data.train, data.train.labels, len(data.label_names)
+    if len(np.unique(labels)) < 2:
+        raise UserError(
+            f"--data: the {len(train)} training rows are all {data.label_names[labels[0]]}; use rows of two classes or more"
+        )
+    inside = stratified_rows(train, max(1, len(train) // 5)) if validation is None else np.array([], np.int64)
+    rest = np.setdiff1d(np.arange(len(train)), inside)
+    chooses = validation or train.select(inside)
+
+    import sklearn
+    from threadpoolctl import threadpool_limits
+
+    started, tokenizer, revision = time.perf_counter(), None, None
+    with threadpool_limits(s.threads):
+        if s.features == "tfidf":
+            # Where C is chosen, no word of the rows that choose it is known before.
+            part, chooses_part = tfidf(train.select(rest).texts, chooses.texts)
+            whole, test = tfidf(train.texts, data.test.texts)
+        else:
+            directory, revision = weights.find_model(s.features, flag="--features")
+            (whole, test, chooses_part), tokenizer = embeddings(directory, (train, data.test, chooses), s, device)
+            part = whole[rest]
+        tried = {}
+        if len(np.unique(labels[rest])) > 1:
+            for C in GRID:
+                scored = logits(fit(part, labels[rest], C, s), chooses_part, num_labels)
+                tried[C] = report.evaluate_logits(scored, chooses.labels)[0]
+                print(f"C {C:g}: validation accuracy {tried[C]['accuracy']:.4f}, macro F1 {tried[C]['f1']:.4f}")
+        else:
+            print("too few training rows to choose C by")
+        C = max(tried, key=lambda C: tried[C]["f1"], default=1.0)
+        model = fit(whole, labels, C, s)
+        train_seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        scored = {"test": logits(model, test, num_labels)}
+        if validation:
+            scored["validation"] = logits(model, chooses_part, num_labels)
+
+    run_dir = checkpoint.new_run_dir(s.output_dir, "baseline")
+    about = {"script": "baseline", "C": C, "scikit_learn": sklearn.__version__, "total_steps": 0, "revision": revision}
+    about |= {"data_revision": data.revision, "data_fingerprint": data.fingerprint(), "num_train_rows": len(train)}
+    checkpoint.write_run_info(run_dir, dataclasses.asdict(s), device, about)
+    logger = Logger(run_dir, 0, 0)
+    scores, _ = report.evaluate_logits(scored["test"], data.test.labels)
+    state = {"step": 0, "train_seconds": train_seconds, "eval_seconds": time.perf_counter() - started, "evaluations": 1}
+    state |= {"samples": len(train), "tokens": 0, "best_on_test": [0, scores["f1"]], "best_on_validation": None}
+    if tried:
+        logger.event("eval", 0, split="validation", **tried[C])
+        state["best_on_validation"] = [0, tried[C]["f1"]]
+    logger.event("eval", 0, split="test", **scores)
+    logger.close()
+    print(f"C {C:g}, fitted on {len(train):,} rows with {whole.shape[1]:,} features of {s.features}")
+    results = report.write_results(run_dir, data, validation, tokenizer, scored, state, 0, device)
+    print(report.summary(results))
+    print(f"confusion matrix: {plots.plot_confusion(results['confusion'], data.label_names, run_dir)}")
+    print(f"run: {run_dir}")
