@@ -30,7 +30,7 @@ from minicls import checkpoint, dist, plots, report, weights
 from minicls.attention import on_gpu
 from minicls.batch import length_batches, pack
 from minicls.config import UserError, parse, setting
-from minicls.data import Split, load_data, split_data, stratified_rows
+from minicls.data import Split, describe, load_data, split_data, stratified_rows
 from minicls.logger import Logger
 from minicls.predict import EVAL_TOKENS
 from minicls.tokenizer import Tokenizer, bert_rows, load_tokenizer
@@ -52,9 +52,13 @@ class Settings:
     label_names: tuple[str, ...] | None = setting(None, "class names in the order of their indices")
     output_dir: str | None = setting(None, "run directory, new or empty; unset: runs/baseline-<time>")
     class_weights: str = setting("none", "balanced: each class weighs the same in the loss", choices=("none", "balanced"))
-    validation_size: int = setting(
-        0, "training rows to hold out and choose C by; 0: a fifth of them, fitted on afterwards", minimum=0
+    validation_size: float = setting(
+        0.0,
+        "training rows (below 1: a share of them) to hold out and choose C by; 0: the validation split of --data, "
+        "else a fifth of them, fitted on afterwards",
+        minimum=0,
     )
+    test_size: float = setting(0.0, "the same, to test on where --data has no test split", minimum=0)
     max_train_rows: int | None = setting(None, "use a stratified sample of the training rows, drawn by --seed", minimum=1)
     max_eval_rows: int | None = setting(None, "use a stratified sample of the test rows, the same for every seed", minimum=1)
     max_length: int = setting(512, "tokens of a row to embed, [CLS] and [SEP] included", minimum=3)
@@ -131,8 +135,9 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--{name.replace('_', '-')}: --features tfidf has no use for it; leave it out, or name a model")
     device = dist.start(s.device, s.threads)
     checkpoint.check_output_dir(s.output_dir)
-    data = load_data(s.data, s.text_column, s.label_column, s.label_names)
+    data = load_data(s.data, s.text_column, s.label_column, s.label_names, test_size=s.test_size)
     data, validation = split_data(data, s.validation_size, s.max_train_rows, s.max_eval_rows, s.seed)
+    print(*describe(data, validation), sep="\n")
     train, labels, num_labels = data.train, data.train.labels, len(data.label_names)
     if len(np.unique(labels)) < 2:
         raise UserError(

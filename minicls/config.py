@@ -5,8 +5,10 @@ flag's default; `X | None` means "may be unset". There are no settings files and
 """
 
 import argparse
+import codecs
 import dataclasses
 import difflib
+import io
 import json
 import math
 import os
@@ -178,10 +180,12 @@ def run(main: Callable[[list[str] | None], int | None]) -> None:
     """Runs a script's `main`: a UserError becomes the last line of stderr and exit code 2, without a traceback.
 
     So does an OSError, a full disk for one: nothing here can fix it, and the message names the file. A character that the
-    output's encoding lacks is written as an escape.
+    output's encoding lacks is written as its JSON escape, so that JSON lines stay JSON.
     """
+    codecs.register_error("json", lambda error: (json.dumps(error.object[error.start : error.end])[1:-1], error.end))
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's streams take everything
+            stream.reconfigure(errors="json")
     try:
         code = main(None)
         sys.stdout.flush()

@@ -422,7 +422,9 @@ def _checked_names(names, place: Path) -> list[str]:
 def _read_split(split: str, files: list[Path], text_column: str, label_column: str) -> _Columns:
     texts, labels, places, rows = [], [], [], {}
     for file in files:
-        columns = {"--text-column": text_column, "--label-column": label_column}
+        # The end of the message about a column that is missing.
+        label_flag = "--label-column" if split == "train" else f"--label-column; {_FOR_PREDICT}"
+        columns = {"--text-column": text_column, label_flag: label_column}
         for (text, label), place in _READERS[_format(file)](file, columns):
             texts.append(checked_text(text, place))
             labels.append(label)
@@ -501,7 +503,7 @@ def _read_csv(file: Path, columns: dict[str, str]):
     line = 1
     try:
         header = next(reader, [])
-        _check_columns(file, header, columns, "the first line names the columns: add one if it is a row; ")
+        _check_columns(file, header, columns, "the first line must name the columns: write such a header, or ")
         at = [header.index(name) for name in columns.values()]
         line = reader.line_num + 1
         for row in reader:
@@ -519,7 +521,7 @@ def _separator(file: Path, text: str, columns: dict[str, str]) -> str:
     headers = {}
     for separator in "\t,;" if _format(file) == "tsv" else ",;\t":
         try:
-            headers[separator] = next(csv.reader(io.StringIO(text, newline=""), delimiter=separator), [])
+            headers[separator] = next(csv.reader(io.StringIO(text[:100_000], newline=""), delimiter=separator), [])
         except csv.Error:
             headers[separator] = []
     fitting = [separator for separator, header in headers.items() if set(columns.values()) <= set(header)]
@@ -569,9 +571,8 @@ def _read_text(file: Path) -> str:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{file}: not a readable gzip file ({error}); write it again") from None
-    sample = content[: 1 << 16]
     try:
-        if sample.count(0) * 100 > len(sample):  # ASCII in UTF-16 without a byte order mark would be valid UTF-8
+        if _zeros(content):  # ASCII in UTF-16 without a byte order mark would be valid UTF-8
             raise UnicodeDecodeError("utf-8", content, 0, 1, "zero bytes")
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -586,15 +587,21 @@ def _read_text(file: Path) -> str:
     raise UserError(f"{file}, line {line}: not UTF-8; {source}convert it: {convert}")
 
 
+def _zeros(content: bytes) -> tuple[int, int] | None:
+    """How many bytes are 0 at even and odd places, where there are so many that it must be UTF-16; else None."""
+    sample = content[: 1 << 16]
+    even, odd = sample[::2].count(0), sample[1::2].count(0)
+    return (even, odd) if even + odd > max(4, len(sample) / 100) else None
+
+
 def _likely_encoding(content: bytes) -> str | None:
     """iconv's name for the encoding of text that is not UTF-8; UTF-8 if only a few bytes are not; None if nothing fits."""
     for mark, name in ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16")):
         if content.startswith(mark):
             return name
-    sample = content[: 1 << 16]
-    zeros = [sample[i::2].count(0) for i in (0, 1)]
-    if sum(zeros) * 100 > len(sample):
-        return "UTF-16LE" if zeros[1] > zeros[0] else "UTF-16BE"
+    if _zeros(content):
+        even, odd = _zeros(content)
+        return "UTF-16LE" if odd > even else "UTF-16BE"
     valid = len(re.findall(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}", content))
     if valid > content.decode("utf-8", "replace").count("\ufffd"):
         return "UTF-8"
@@ -612,12 +619,14 @@ def _likely_encoding(content: bytes) -> str | None:
 
 
 def _check_columns(place, names: list[str], columns: dict[str, str], hint: str = "") -> None:
+    """Raises UserError for a column that is missing or there twice; `hint` is told where all are missing."""
+    if not names:
+        raise UserError(f"{place}: empty; write a header and rows")
     for flag, name in columns.items():
         if name not in names:
-            raise UserError(
-                f"{place}: no column {name!r} among {', '.join(names)[:120]}; {hint}name the right one with {flag}"
-                + ("; texts without labels are for `python -m minicls predict`" if flag == "--label-column" else "")
-            )
+            shown = ", ".join(column if column == column.strip() else repr(column) for column in names)[:120]
+            hint = "" if {*columns.values()} & {*names} else hint
+            raise UserError(f"{place}: no column {name!r} among {shown}; {hint}name the right one with {flag}")
         if names.count(name) > 1:
             raise UserError(f"{place}: {names.count(name)} columns are called {name!r}; rename all but one")
 

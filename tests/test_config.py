@@ -278,7 +278,8 @@ def test_characters_that_the_output_has_not_are_escaped():
     code = "from minicls.config import UserError, run\ndef main(argv):\n    print('é 财经 😀')\n    raise UserError('财经; x')\nrun(main)"
     env = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "\\xe9 \\u8d22\\u7ecf \\U0001f600\n")
+    assert (done.returncode, done.stdout) == (2, "\\u00e9 \\u8d22\\u7ecf \\ud83d\\ude00\n")
+    assert json.loads(f'"{done.stdout.strip()}"') == "é 财经 😀"
     assert done.stderr == "error: \\u8d22\\u7ecf; x\n"
 
 

@@ -37,7 +37,7 @@ TEXTS = [
     "",
     "NEL\x85 LS\u2028 PS\u2029 VT\x0b FS\x1c.",
 ]
-TEXTS += ["中文, 😀 e\u0301", "\\n \\", "text,label", "007", "NaN", "[SEP] <think>", "#36;", "{}", "x" * 200_000]
+TEXTS += ["zero\0byte", "中文, 😀 e\u0301", "\\n \\", "text,label", "007", "NaN", "[SEP] <think>", "#36;", "{}", "x" * 200_000]
 NAMES = ("World", "Sports", "Sci/Tech")
 ROWS = [(text, NAMES[i % 3]) for i, text in enumerate(TEXTS)]
 

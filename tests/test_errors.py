@@ -240,7 +240,7 @@ def twice() -> bytes:
 
 GOOD = parquet({"text": ["a", "b"], "label": ["bad", "good"]})
 DATA = {  # what is wrong: (file, content, parts of the message); other files of the split are taken away
-    "empty csv": ("train.csv", b"", ["train.csv", "no column 'text'", "--text-column"]),
+    "empty csv": ("train.csv", b"", ["train.csv", "empty", "header"]),
     "header only": ("train.csv", b"text,label\n", ["train.csv", "no rows", "train row"]),
     "header only, test": ("test.csv", b"text,label\n", ["test.csv", "no rows", "test row"]),
     "empty jsonl": ("train.jsonl", b"\n", ["train.jsonl", "no rows"]),
@@ -256,7 +256,8 @@ DATA = {  # what is wrong: (file, content, parts of the message); other files of
     "gzip by name alone": ("train.csv.gz", b"\x1f\x8bno", ["train.csv.gz", "not a readable gzip file", "write it again"]),
     "other columns": ("train.parquet", parquet({"sentence": ["a"], "label": [0]}), ["train.parquet", "'text'", "sentence", "--text-column"]),
     "other columns in a row": ("train.jsonl", b'{"text": "a", "label": 0}\n{"text": "b"}\n', ["line 2", "'label'", "--label-column"]),
-    "no header": ("train.csv", b"Works well,good\nBroke,bad\n", ["train.csv", "'text'", "Works well, good", "first line names the columns"]),
+    "no header": ("train.csv", b"Works well,good\nBroke,bad\n", ["train.csv", "'text'", "Works well, good", "first line must name the columns"]),
+    "a blank in the header": ("train.csv", b"text, label\na,good\n", ["train.csv", "no column 'label' among text, ' label'; name the right one with --label-column"]),
     "columns with other names": ("train.csv", b"Text;label\na;good\n", ["train.csv", "'text'", "Text, label", "--text-column"]),
     "separated by bars": ("train.csv", b"text|label\na|good\n", ["train.csv", "'text'", "text|label", "--text-column"]),
     "semicolons below commas": ("train.csv", b"text,label\na;good\n", ["train.csv, line 2", "1 fields", "2"]),

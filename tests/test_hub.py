@@ -42,6 +42,19 @@ dataset_info:
 # Four animals
 """
 
+CONFIGS = """---
+configs:
+- config_name: numbers
+  data_files: data/train-*
+- config_name: animals
+  default: true
+  data_files:
+  - split: train
+    path: animals/train-*
+  - split: test
+    path: animals/test-*.parquet
+"""
+
 
 def script(argv: list[str]) -> tuple[int, str]:
     """train_bert.py as its command line runs it; returns the exit code and what it wrote to stderr."""
@@ -79,7 +92,10 @@ class Client:
         metadata = {"huggingface": json.dumps({"info": {"features": features}})}
         card = write_dataset(folder / "card")
         (card / "README.md").write_text(CARD)
-        datasets = {"org/card": card, "org/parquet": write_dataset(folder / "parquet", metadata)}
+        configs = write_dataset(folder / "configs", metadata)  # the hub's default config is another one
+        shutil.copytree(card / "data", configs / "animals")
+        (configs / "README.md").write_text(CONFIGS + CARD.removeprefix("---\n"))
+        datasets = {"org/configs": configs, "org/card": card, "org/parquet": write_dataset(folder / "parquet", metadata)}
         self.hub = self.down.enter_context(hub_server.serve({"org/bert": model}, datasets))
         with pytest.MonkeyPatch.context() as env:
             for name, value in {"ENDPOINT": self.hub.endpoint, "HOME": str(folder / "cache"), "HUB_OFFLINE": "0"}.items():
@@ -107,13 +123,16 @@ def client(bert_run, tmp_path_factory):
 def downloaded(client):
     """A run from hub to hub for each data set; they share the model."""
     runs = {}
-    for data in ("parquet", "card"):
+    for data in ("parquet", "card", "configs"):
         runs[data], code, error = client.train(data, "--model", "org/bert", "--data", f"org/{data}")
         assert code == 0, error
     return runs
 
 
-@pytest.mark.parametrize(("data", "names"), [("parquet", NAMES), ("card", [name.title() for name in NAMES])])
+@pytest.mark.parametrize(
+    ("data", "names"),
+    [("parquet", NAMES), ("card", [name.title() for name in NAMES]), ("configs", [name.title() for name in NAMES])],
+)
 def test_class_names_come_from_the_parquet_metadata_or_the_card(data, names, downloaded):
     assert [*json.loads((downloaded[data] / "config.json").read_text())["label2id"]] == names
 
@@ -127,7 +146,10 @@ def test_run_names_its_commits(downloaded):
 def test_only_what_is_needed_is_fetched_and_only_once(client, downloaded):
     fetched = [path.rsplit("/", 1)[1] for path in client.hub.requests if path.startswith("GET") and "/resolve/" in path]
     data = ["test-00000-of-00001.parquet", "train-00000-of-00001.parquet"]
-    assert sorted(fetched) == sorted([*MODEL_FILES, *data, *data, "README.md"])
+    assert sorted(fetched) == sorted([*MODEL_FILES, *data, *data, *data, "README.md", "README.md"])
+    assert not [
+        path for path in client.hub.requests if path.startswith("GET") and "org/configs/resolve" in path and "/data/" in path
+    ]
 
 
 @pytest.mark.parametrize(("flag", "kind"), [("--model", "model"), ("--data", "dataset")])
@@ -158,7 +180,7 @@ def test_resuming_asks_for_the_commit_it_was_started_on(down, downloaded):
     shutil.rmtree(run / "checkpoints")
     (run / "results.json").unlink()
     references = [*(down.folder / "cache").rglob("refs/main")]
-    assert len(references) == 3
+    assert len(references) == 4
     for reference in references:
         reference.write_text("f" * 40)
     code, error = down.run("--resume", str(run))

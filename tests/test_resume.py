@@ -165,7 +165,7 @@ def test_changed_data_is_an_error(tmp_path):
         train(tmp_path / "run", "--data", str(news), "--max-steps", "4")
     text = (news / "train.csv").read_text()
     (news / "train.csv").write_text(text.replace("beefood", "honey", 1))
-    with pytest.raises(UserError, match=r"--data: .*news has other rows than"):
+    with pytest.raises(UserError, match=r"--data: .*news has other rows or classes than"):
         resume(tmp_path / "run")
     (news / "train.csv").write_text(text)
     assert results(resume(tmp_path / "run"))["final_step"] == 4
