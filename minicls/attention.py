@@ -106,7 +106,7 @@ def positions_up_to(last: torch.Tensor, S: int, dtype: torch.dtype) -> torch.Ten
     -inf in their dtype, in memory whose lines are multiples of 8, or they would make such a copy in each layer."""
     if not on_gpu(last.device):
         return torch.arange(S, device=last.device) <= last
-    positions = torch.arange(-(-S // 8) * 8, device=last.device)
+    positions = torch.arange((S // 8 + 1) * 8, device=last.device)  # always more than S: one case for torch.compile
     return torch.where(positions <= last, 0.0, -torch.inf).to(dtype)[..., :S]
 
 
