@@ -49,17 +49,18 @@ class Rows:
 
     def __init__(self, cu_seqlens: torch.Tensor, max_seqlen: int, shared: int = 0):
         self.cu_seqlens, self.max_seqlen, self.shared = cu_seqlens, max_seqlen, shared
+        self.varlen: bool | None = None  # whether the variable-length kernel does it; None: nobody has asked yet
         self.padded = None  # the layout, for attention that pads
 
-    def prepare(self, x: torch.Tensor, head_dim: int, dropout_p: float = 0.0) -> None:
-        """Lays the rows out if attention over products of x (N, D) will need it. To be called before the first layer: inside
-        one, activation checkpointing would do it again, and torch.compile break its graph in every layer."""
-        if not self.take_varlen(x.device, products_dtype(x), head_dim, dropout_p):
-            self.lay_out(len(x), products_dtype(x))
+    def prepare(self, device: torch.device, dtype: torch.dtype, N: int, head_dim: int, dropout_p: float = 0.0) -> None:
+        """Chooses the way of attention for q, k and v of N tokens in `dtype`, and lays the rows out if that is to pad.
 
-    def take_varlen(self, device: torch.device, dtype: torch.dtype, head_dim: int, dropout_p: float) -> bool:
-        """Whether the variable-length kernel can do it, which has no dropout and wants every row whole."""
-        return dropout_p == 0.0 and not self.shared and has_flash(device, dtype, head_dim)
+        To be called before the first layer: inside one, activation checkpointing would do it again, and torch.compile could not.
+        """
+        # The kernel has no dropout, and wants every row whole.
+        self.varlen = dropout_p == 0.0 and not self.shared and has_flash(device, dtype, head_dim)
+        if not self.varlen:
+            self.lay_out(N, dtype)
 
     def lay_out(self, N: int, dtype: torch.dtype) -> None:
         """Sets `padded`; one row alone is laid out as it is."""
@@ -106,7 +107,7 @@ def positions_up_to(last: torch.Tensor, S: int, dtype: torch.dtype) -> torch.Ten
     -inf in their dtype, in memory whose lines are multiples of 8, or they would make such a copy in each layer."""
     if not on_gpu(last.device):
         return torch.arange(S, device=last.device) <= last
-    positions = torch.arange(-(-S // 8) * 8, device=last.device)
+    positions = torch.arange((S // 8 + 1) * 8, device=last.device)  # always more than S: one case for torch.compile
     return torch.where(positions <= last, 0.0, -torch.inf).to(dtype)[..., :S]
 
 
@@ -118,7 +119,9 @@ def attention(
     q: (N, H, Dh); k, v: (N, Hkv, Dh). Returns (N, H, Dh) in q's dtype. Attention Is All You Need, section 3.2.1; grouped heads:
     arXiv 2305.13245.
     """
-    if not rows.take_varlen(q.device, q.dtype, q.shape[-1], dropout_p):
+    if rows.varlen is None:
+        rows.prepare(q.device, q.dtype, len(q), q.shape[-1], dropout_p)
+    if not rows.varlen or dropout_p > 0.0:
         return padded_attention(q, k, v, rows, causal, dropout_p)
     ends, longest = rows.cu_seqlens, rows.max_seqlen
     return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0 if causal else -1), **GROUPED)

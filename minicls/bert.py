@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from minicls.attention import Rows, attention
+from minicls.attention import Rows, attention, products_dtype
 from minicls.kernels import cast_once
 
 
@@ -151,8 +151,9 @@ class BertModel(nn.Module):
         """Returns the hidden states (n, D), before the pooler, of the tokens asked for, by their indices in the batch: at (n,)."""
         x = self.embeddings(input_ids, position_ids)  # (N, D)
         head_dim = self.config.hidden_size // self.config.num_attention_heads
+        dropout_p = self.config.attention_probs_dropout_prob if self.training else 0.0
         rows = Rows(cu_seqlens, max_seqlen)
-        rows.prepare(x, head_dim, self.config.attention_probs_dropout_prob if self.training else 0.0)
+        rows.prepare(x.device, products_dtype(x), len(x), head_dim, dropout_p)
         for layer in self.encoder.layer:
             wanted = at if layer is self.encoder.layer[-1] else None
             if self.activation_checkpointing and self.training:

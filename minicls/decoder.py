@@ -188,7 +188,8 @@ class DecoderAttention(nn.Module):
         q, k, v = (f(x).unflatten(1, (-1, self.head_dim)) for f in projections)  # (N, heads, Dh)
         q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
         if cache is None:
-            output = attention(q, k, v, rows, causal=True)  # (N, H, Dh)
+            # No default: torch.compile with checkpointing takes a default float for an input, and fails in the second layer.
+            output = attention(q, k, v, rows, causal=True, dropout_p=0.0)  # (N, H, Dh)
         else:
             keys, values = cache.write(self.layer, slots[0], position_ids, k, v)  # (B, S, Hkv, Dh)
             output = cached_attention(q, keys, values, *slots)  # (N, H, Dh)
@@ -254,7 +255,7 @@ class DecoderModel(nn.Module):
         rows = slots = None
         if cache is None:
             rows = Rows(cu_seqlens, max_seqlen, shared)
-            rows.prepare(x, self.config.head_dim)
+            rows.prepare(x.device, products_dtype(x), len(x), self.config.head_dim)
         else:
             group = self.config.num_attention_heads // self.config.num_key_value_heads
             slots = cache_slots(position_ids, cu_seqlens, max_seqlen, cache.shape[1], products_dtype(x), group)
