@@ -93,8 +93,10 @@ class Settings:
     data: str = setting("fancyzhx/ag_news", "hub id, directory, or synthetic")
     text_column: str = setting("text", "column of the texts")
     label_column: str = setting("label", "column of the labels")
-    max_steps: int = setting(5, "training steps of one process; the first is not counted", minimum=2)
-    num_questions: int = setting(64, "test rows of one process of --task score", minimum=1)
+    max_steps: int | None = setting(
+        None, "training steps of one process, the first not counted; off: 5, on a GPU 50 with the first 10 not counted", minimum=2
+    )
+    num_questions: int | None = setting(None, "test rows of one process of --task score; off: 64, on a GPU 2000", minimum=1)
     engines: tuple[str, ...] | None = setting(None, "for --task rps; unset: those that are installed", choices=SIDES)
     mode: tuple[str, ...] = setting(
         ("single", "offline"), "one request at a time, all at once, as they arrive; for --task rps", choices=MODES
@@ -129,6 +131,15 @@ def command_line(settings: dict) -> list[str]:
         elif value is not None:
             flags += [flag, *map(str, value if isinstance(value, tuple) else [value])]
     return flags
+
+
+def uses_gpu(s: Settings) -> bool:
+    return (s.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
+
+
+def uncounted_steps(s: Settings) -> int:
+    """Training steps that warm up: a GPU is still choosing kernels, and fetching memory."""
+    return min(10, s.max_steps // 2) if uses_gpu(s) else 1
 
 
 def read_data(s: Settings) -> Data:
@@ -181,7 +192,7 @@ def train_minicls(s: Settings) -> dict:
         events = [e for e in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if e["event"] == "train"]
     clock = [event["train_seconds"] for event in events]
     return {
-        "seconds": np.diff(clock).tolist(),
+        "seconds": np.diff(clock)[uncounted_steps(s) - 1 :].tolist(),
         "peak_memory_bytes": events[-1]["peak_memory_bytes"],
         "losses": [e["loss"] for e in events],
         "version": minicls.__version__,
@@ -249,7 +260,7 @@ def train_transformers(s: Settings) -> dict:
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
-        "seconds": np.diff(clock).tolist(),
+        "seconds": np.diff(clock)[uncounted_steps(s) - 1 :].tolist(),
         "peak_memory_bytes": dist.peak_memory_bytes(device),
         "losses": losses,
         "version": transformers.__version__,
@@ -285,8 +296,9 @@ def ask(s: Settings) -> dict:
     def answer(texts: list[str]) -> list[int]:
         return engine.score(chat.questions(texts)[0], chat.options).argmax(1).tolist()
 
-    # Other texts: engines may remember what they have seen. As many where a batch of another kind would be compiled in the clock.
-    answer(data.train.texts[: len(texts) if s.compile else min(8, len(texts))])
+    # Other texts: engines may remember what they have seen. As many where a batch of another size is a matter of its own: it
+    # would be compiled in the clock, or be the first for a GPU's kernels and memory.
+    answer(data.train.texts[: len(texts) if s.compile or device.type == "cuda" else min(8, len(texts))])
     begin = time.perf_counter()
     predictions = answer(texts)
     seconds = [time.perf_counter() - begin]
@@ -300,10 +312,15 @@ def ask(s: Settings) -> dict:
 def side_process(s: Settings, side: str) -> tuple[list[str], dict[str, str]]:
     """The command line and the environment of a process that measures one side."""
     python, env = sys.executable, dict(os.environ)
+    if uses_gpu(s):  # the HF Trainer would spread a batch over all that it sees, and vLLM takes the first
+        visible = (env.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+        index = torch.device(s.device or "cuda").index or 0
+        if index < len(visible) and visible[index]:  # else the side itself says what is wrong
+            env["CUDA_VISIBLE_DEVICES"], s = visible[index], replace(s, device="cuda")
     if side == "vllm":
         python = s.vllm_python or python
         env |= engines.vllm_environment(s.threads or os.cpu_count())
-    if side == "minicls" and s.compile and s.task != "train":
+    if side == "minicls" and s.compile and s.task != "train" and not uses_gpu(s):
         env["TORCHINDUCTOR_FREEZING"] = "1"  # weights are constants: a CPU keeps them in the layout that its products want
     return [python, __file__, *command_line(asdict(replace(s, side=side, output_dir=None, vllm_python=None)))], env
 
@@ -332,7 +349,7 @@ def compare(s: Settings, data: Data) -> dict:
                 f"round {number + 1} of {s.rounds}, {side}: {statistics.median(runs[side][-1]['seconds']):.2f} s", file=sys.stderr
             )
     if s.task == "train":
-        windows = [step_rows(step, len(data.train), s.global_batch_size, s.seed) for step in range(1, s.max_steps)]
+        windows = [step_rows(step, len(data.train), s.global_batch_size, s.seed) for step in range(uncounted_steps(s), s.max_steps)]
         lengths = [[len(row) for row in training_rows(s, data, window)] for window in windows]
     else:
         lengths = [[len(row) for row in make_chat(s, data).questions(question_texts(s, data))[0]]]
@@ -342,7 +359,8 @@ def compare(s: Settings, data: Data) -> dict:
         seconds = statistics.median(value for one in runs[side] for value in one["seconds"])
         row = {"side": side, "version": runs[side][0]["version"], "seconds": seconds}
         row |= {"samples_per_second": samples / seconds, "tokens_per_second": tokens / seconds}
-        row |= {"peak_memory_bytes": max(one["peak_memory_bytes"] for one in runs[side])}
+        peaks = [one["peak_memory_bytes"] for one in runs[side]]
+        row |= {"peak_memory_bytes": None if None in peaks else max(peaks)}  # vLLM takes a GPU's memory ahead of its needs
         if s.task == "train":
             row["losses"] = runs[side][0]["losses"]
         else:
@@ -361,7 +379,9 @@ def compare(s: Settings, data: Data) -> dict:
         "rows": rows,
         "speedup": {side: statistics.median(values) for side, values in ratios.items()},
         "speedup_of_each_round": ratios,
-        "memory_ratio": {row["side"]: rows[0]["peak_memory_bytes"] / row["peak_memory_bytes"] for row in rows[1:]},
+        "memory_ratio": {
+            row["side"]: rows[0]["peak_memory_bytes"] / row["peak_memory_bytes"] for row in rows[1:] if row["peak_memory_bytes"]
+        },
         "real_over_padded_tokens": statistics.mean(sum(part) / (max(part) * len(part)) for part in lengths),
         "settings": asdict(s),
         "torch": torch.__version__,
@@ -686,6 +706,8 @@ def main(argv: list[str] | None = None) -> None:
     if s.model_size == "real":
         s = replace(s, init="random")
     s = replace(s, global_batch_size=s.global_batch_size or (64 if s.bert else 12))
+    s = replace(s, max_steps=s.max_steps or (50 if uses_gpu(s) else 5))
+    s = replace(s, num_questions=s.num_questions or (2000 if uses_gpu(s) else 64))
     if s.task == "train" and (s.vllm_python or s.side == "vllm"):
         raise UserError(f"{'--side vllm' if s.side else '--vllm-python'}: vLLM does not train; leave it out")
     if s.side and named != 1:
@@ -723,7 +745,8 @@ def main(argv: list[str] | None = None) -> None:
     for row in result["rows"]:
         rates = f"{row['samples_per_second']:11.2f}{row['tokens_per_second']:11.0f}{row['seconds']:9.2f}"
         agreement = f", {row['agreement']:.1%} of answers as minicls'" if "agreement" in row else ""
-        print(f"{row['side']:14}{rates}{row['peak_memory_bytes'] / 2**30:10.2f} GiB   {row['version']}{agreement}")
+        memory = f"{'-':>10}    " if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**30:10.2f} GiB"
+        print(f"{row['side']:14}{rates}{memory}   {row['version']}{agreement}")
     for side, ratios in result["speedup_of_each_round"].items():
         spread = f"{min(ratios):.2f} to {max(ratios):.2f} over {s.rounds} rounds"
         print(f"minicls is {result['speedup'][side]:.2f} times as fast as {side} ({spread}), {result['device']}")

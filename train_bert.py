@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from minicls import checkpoint, dist, plots, report, weights
-from minicls.batch import pack, step_rows
+from minicls.batch import pack, step_rows, to_device
 from minicls.config import UserError, parse, run, setting
 from minicls.data import describe, load_data, split_data
 from minicls.logger import Logger
@@ -182,14 +182,14 @@ def main(argv: list[str] | None = None) -> None:
 
     def loss_sum(rows: np.ndarray) -> torch.Tensor:
         """The summed cross-entropy of some training rows, each times its class's weight."""
-        targets = torch.from_numpy(data.train.labels[rows]).to(device, non_blocking=True)  # (B,)
+        targets = to_device(data.train.labels[rows], device)  # (B,)
         with autocast:
             logits = forward(*pack([train_rows[row] for row in rows], device))  # (B, C) fp32
         losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=s.label_smoothing)  # (B,)
         return (losses * row_weights[targets]).sum()
 
     def check_finite(value: float, what: str, step: int) -> None:
-        """Stops the run before a step or a checkpoint can be spoiled: the last good checkpoint stays the newest."""
+        """Stops the run before anything of a spoiled step is saved: the last good checkpoint stays the newest."""
         if not math.isfinite(value):
             raise UserError(
                 f"--learning-rate: the {what} became {value} at step {step}; lower {s.learning_rate} or try --dtype fp32 "
@@ -253,12 +253,13 @@ def main(argv: list[str] | None = None) -> None:
                     loss.backward()
                     step_loss += loss.detach()
             dist.sum_gradients(model)
-            step_loss = dist.all_sum(step_loss).item()
-            check_finite(step_loss, "loss", step + 1)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm or math.inf).item()
-            check_finite(grad_norm, "gradient norm", step + 1)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm or math.inf)
             optimizer.step()
             optimizer.zero_grad()
+            # The only point of a step where the host waits for a GPU. Nothing is saved before the numbers are checked.
+            step_loss, grad_norm = torch.stack([dist.all_sum(step_loss), grad_norm]).tolist()
+            check_finite(step_loss, "loss", step + 1)
+            check_finite(grad_norm, "gradient norm", step + 1)
 
             state["step"] = step + 1
             state["samples"] += len(window)

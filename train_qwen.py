@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 
 from minicls import checkpoint, dist, plots, report, weights
-from minicls.batch import Batch, pack_shared, step_rows
+from minicls.attention import on_gpu
+from minicls.batch import Batch, pack_shared, step_rows, to_device
 from minicls.config import UserError, parse, run, setting
 from minicls.data import describe, load_data, split_data
 from minicls.logger import Logger
@@ -145,7 +146,7 @@ def make_targets(rows: list[list[int]], labels: np.ndarray, endings: np.ndarray,
     )
     ids = np.concatenate([row[-total:] for row, total in zip(rows, totals, strict=True)])
     indices = (at, ids, letters, np.repeat(labels, counts[:, 1]))
-    return Targets(batch, *(torch.from_numpy(x.astype(np.int64)).to(device, non_blocking=True) for x in indices))
+    return Targets(batch, *(to_device(x.astype(np.int64), device) for x in indices))
 
 
 def answer_loss(
@@ -316,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
     # What all questions begin with goes through the model once a batch: less to compute, the same loss and gradients. Not on
     # a GPU, whose attention kernel wants every row whole.
     shared = 0
-    if device.type == "cpu" and not s.eval_only:
+    if not on_gpu(device) and not s.eval_only:
         questions = [row[: -endings[label].sum()] for row, label in zip(train_rows, data.train.labels, strict=True)]
         shared = len(common_prefix(questions))
         if shared:
@@ -332,7 +333,7 @@ def main(argv: list[str] | None = None) -> None:
         """The summed cross-entropy of some training rows: (2,) of all targets, and of the letters alone."""
         labels, ids = data.train.labels[rows], [train_rows[row] for row in rows]
         if s.head == "linear":
-            batch, targets = pack_shared(ids, shared, device), torch.from_numpy(labels).to(device, non_blocking=True)
+            batch, targets = pack_shared(ids, shared, device), to_device(labels, device)
             with autocast:
                 logits = forward(*batch, shared=shared)  # (B, C) fp32
             losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=s.label_smoothing)  # (B,)
@@ -343,7 +344,7 @@ def main(argv: list[str] | None = None) -> None:
         return answer_loss(logits, targets, row_weights, s.label_smoothing, letter_ids)
 
     def check_finite(value: float, what: str, step: int) -> None:
-        """Stops the run before a step or a checkpoint can be spoiled: the last good checkpoint stays the newest."""
+        """Stops the run before anything of a spoiled step is saved: the last good checkpoint stays the newest."""
         if not math.isfinite(value):
             raise UserError(
                 f"--learning-rate: the {what} became {value} at step {step}; lower {s.learning_rate} or try --dtype fp32 "
@@ -413,16 +414,17 @@ def main(argv: list[str] | None = None) -> None:
                     (losses[0] / num_targets).backward()
                     sums += losses.detach()
             dist.sum_gradients(model)
-            total_loss, letters_loss = dist.all_sum(sums).tolist()
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm or math.inf)
+            optimizer.step()
+            optimizer.zero_grad()
+            # The only point of a step where the host waits for a GPU. Nothing is saved before the numbers are checked.
+            total_loss, letters_loss, grad_norm = torch.cat([dist.all_sum(sums), grad_norm[None]]).tolist()
             step_loss, parts = total_loss / num_targets, {}
             if num_targets > num_letters:
                 format_loss = (total_loss - letters_loss) / (num_targets - num_letters)
                 parts = {"answer_loss": letters_loss / num_letters, "format_loss": format_loss}
             check_finite(step_loss, "loss", step + 1)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm or math.inf).item()
             check_finite(grad_norm, "gradient norm", step + 1)
-            optimizer.step()
-            optimizer.zero_grad()
 
             state["step"] = step + 1
             state["samples"] += len(window)

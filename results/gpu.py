@@ -372,9 +372,9 @@ def step(model, optimizer, loss_of: Callable, parts: list) -> None:
         loss.backward()
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    torch.stack([total, norm]).tolist()
     optimizer.step()
     optimizer.zero_grad()
+    torch.stack([total, norm]).tolist()
 
 
 def answer_rows(n: int, seed: int = 0) -> list[list[int]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the project is run from its checkout
+VISIBLE_DEVICES = os.environ.get("CUDA_VISIBLE_DEVICES")  # for test_cuda.py; all others keep to the CPU
 # Before torch is imported: many tiny products gain nothing from a second thread, and waiting threads burn the other core.
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
 

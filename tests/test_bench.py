@@ -8,12 +8,14 @@ Nothing here looks at a clock: figures are exact.
 import importlib.util
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import bench
-from minicls import config
+from minicls import config, engines
 from minicls.config import UserError, parse
 from minicls.data import load_data
 from minicls.predict import Reader
@@ -361,3 +363,37 @@ def test_models_that_do_not_fit_their_flag_or_the_data(bert_run, qwen_run, tmp_p
         with pytest.raises(UserError, match=part):
             bench.main([*flags, "--output-dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "expected"),
+    [(None, None, "0"), ("cuda:1", None, "1"), ("cuda:1", "5,7", "7"), ("cuda", "GPU-a,GPU-b", "GPU-a"), ("cpu", "5,7", "5,7")],
+)
+def test_every_side_sees_the_one_device_alone(device, visible, expected, monkeypatch):
+    """Or the HF Trainer spreads its batch over all devices, and vLLM takes the first whatever --device says."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    settings = bench.Settings(bert="run", device=device, compile=True)
+    for side in bench.SIDES:
+        command, env = bench.side_process(settings, side)
+        assert env["CUDA_VISIBLE_DEVICES"] == expected
+        assert command[command.index("--device") + 1] == ("cpu" if device == "cpu" else "cuda")
+        # Frozen weights are packed for a CPU's products; a GPU has no such layout.
+        assert ("TORCHINDUCTOR_FREEZING" in env) == (side == "minicls" and device == "cpu")
+
+
+def test_a_gpu_is_timed_over_more_steps_and_after_more_of_them():
+    settings = bench.Settings(device="cuda", max_steps=50)
+    assert bench.uncounted_steps(settings) == 10
+    assert bench.uncounted_steps(replace(settings, max_steps=2)) == 1
+    assert bench.uncounted_steps(replace(settings, device="cpu")) == 1
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_vllm_leaves_a_card_room_for_others(device, monkeypatch):
+    monkeypatch.setattr(engines, "is_classifier", lambda directory: False)
+    arguments = engines._vllm_arguments(Path("run"), torch.bfloat16, torch.device(device), 512, False)
+    assert arguments.get("gpu_memory_utilization") == (0.6 if device == "cuda" else None)
