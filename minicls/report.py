@@ -27,8 +27,8 @@ def evaluate_logits(logits: torch.Tensor, labels: np.ndarray) -> tuple[dict[str,
 
 
 def text_hash(text: str) -> int:
-    """64 bits of the text's SHA-256: with the row's number, it tells whether two files speak of the same row."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
+    """32 bits of the text's SHA-256: with the row's number, it tells whether two files speak of the same row."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little", signed=True)
 
 
 def write_predictions(file: Path, split: Split, logits: torch.Tensor, tokenizer: Tokenizer | None, names: Sequence[str]) -> None:
@@ -44,7 +44,7 @@ def write_predictions(file: Path, split: Split, logits: torch.Tensor, tokenizer:
     columns = {"row": split.rows, "label": split.labels, "prediction": logits.argmax(1).numpy()}
     encoded = tokenizer.encode(split.texts) if tokenizer else None
     columns["num_tokens"] = pa.array([len(ids) for ids in encoded] if encoded else [None] * len(split), pa.int64())
-    columns["text_hash"] = np.array([text_hash(text) for text in split.texts], np.int64)
+    columns["text_hash"] = np.array([text_hash(text) for text in split.texts], np.int32)
     probabilities = logits.double().softmax(1).float().numpy()  # (n, C)
     columns |= {f"probability_{c}": probabilities[:, c] for c in range(len(names))}
     table = pa.table(columns)

@@ -19,6 +19,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 KEPT = ("run.json", "results.json", "metrics.jsonl", "predictions.parquet", "validation.parquet")
@@ -89,6 +93,19 @@ def flags_of(job: dict, args: argparse.Namespace) -> tuple[str, list[str]]:
     return script, flags
 
 
+def copy_thin(source: Path, target: Path) -> None:
+    """Copies predictions with the probability of the predicted class alone, in small types: a quarter of the bytes."""
+    columns = pq.read_table(source).to_pydict()
+    predictions = np.array(columns["prediction"], np.int16)
+    probabilities = np.stack([columns[name] for name in columns if name.startswith("probability_")], axis=1)  # (n, C)
+    thin = {"row": np.array(columns["row"], np.int32), "label": np.array(columns["label"], np.int16), "prediction": predictions}
+    thin["probability"] = probabilities[np.arange(len(predictions)), predictions].astype(np.float32).round(4)
+    thin["text_hash"] = np.array(columns["text_hash"]).astype(np.int32)
+    if None not in columns["num_tokens"]:
+        thin["num_tokens"] = np.array(columns["num_tokens"], np.int32)
+    pq.write_table(pa.table(thin), target, compression="zstd", compression_level=19)
+
+
 def run(job: dict, args: argparse.Namespace) -> str:
     """Trains one run in this process and keeps its result files; returns a line about it."""
     import importlib
@@ -116,7 +133,9 @@ def run(job: dict, args: argparse.Namespace) -> str:
     info["settings"]["output_dir"] = None
     (work / "run.json").write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n")
     for name in sorted(KEPT, reverse=True):  # results.json last: it says that the run is whole
-        if (work / name).is_file() and name != "results.json":
+        if name.endswith(".parquet") and (work / name).is_file():
+            copy_thin(work / name, out / name)
+        elif name != "results.json":
             shutil.copy(work / name, out / name)
     shutil.copy(work / "results.json", out / "results.json")
     if job["name"] not in args.keep:

@@ -105,7 +105,7 @@ def test_predictions_of_both_splits_name_their_rows_and_classes(tmp_path):
         ]
         assert table["row"].to_pylist() == [7 + row for row in range(len(labels))] and table["label"].to_pylist() == labels
         digests = [hashlib.sha256(f"text {row}".encode()).digest() for row in range(len(labels))]
-        assert table["text_hash"].to_pylist() == [struct.unpack("<q", digest[:8])[0] for digest in digests]
+        assert table["text_hash"].to_pylist() == [struct.unpack("<i", digest[:4])[0] for digest in digests]
         features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
         assert [*features] == table.column_names and features["probability_0"] == {"dtype": "float32", "_type": "Value"}
         assert features["label"] == features["prediction"] == {"names": ["x", "y", "z"], "_type": "ClassLabel"}
