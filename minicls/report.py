@@ -271,12 +271,14 @@ def script(run: Run) -> str:
 
 
 def kind(run: Run) -> tuple[str, str, str]:
-    """What a run is a run of: BERT, Qwen3 or the baseline; the model's name, or the features'; its head."""
+    """What a run is a run of: BERT, Qwen3, another decoder or the baseline; the model's name, or the features'; its head."""
     s = run.info["settings"]
-    name = {"train_bert": "BERT", "train_qwen": "Qwen3"}.get(script(run), "baseline")
+    model = Path(s.get("model") or s["features"]).name
+    decoder = "Qwen3" if "qwen" in model.lower() or model == "tiny" else "decoder"
+    name = {"train_bert": "BERT", "train_qwen": decoder}.get(script(run), "baseline")
     return (
         name,
-        Path(s.get("model") or s["features"]).name,
+        model,
         "logistic regression" if name == "baseline" else s.get("head", "linear"),
     )
 

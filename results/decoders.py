@@ -103,7 +103,10 @@ def copy_thin(source: Path, target: Path) -> None:
     thin["text_hash"] = np.array(columns["text_hash"]).astype(np.int32)
     if None not in columns["num_tokens"]:
         thin["num_tokens"] = np.array(columns["num_tokens"], np.int32)
-    pq.write_table(pa.table(thin), target, compression="zstd", compression_level=19)
+    encoding = {"row": "DELTA_BINARY_PACKED", "text_hash": "PLAIN"}
+    words = ["label", "prediction", "probability", "num_tokens"]
+    words = [name for name in words if name in thin]
+    pq.write_table(pa.table(thin), target, compression="zstd", compression_level=19, use_dictionary=words, column_encoding=encoding)
 
 
 def run(job: dict, args: argparse.Namespace) -> str:
@@ -133,8 +136,9 @@ def run(job: dict, args: argparse.Namespace) -> str:
     info["settings"]["output_dir"] = None
     (work / "run.json").write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n")
     for name in sorted(KEPT, reverse=True):  # results.json last: it says that the run is whole
-        if name.endswith(".parquet") and (work / name).is_file():
-            copy_thin(work / name, out / name)
+        if name.endswith(".parquet"):
+            if (work / name).is_file() and (name == "predictions.parquet" or job["rows"] >= 20_000):
+                copy_thin(work / name, out / name)
         elif name != "results.json":
             shutil.copy(work / name, out / name)
     shutil.copy(work / "results.json", out / "results.json")

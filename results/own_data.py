@@ -99,8 +99,10 @@ def run(args: argparse.Namespace, name: str, script, flags: list[str]) -> None:
         info["settings"][key] = Path(info["settings"][key]).name
     info["settings"]["output_dir"] = None
     (out / "run.json").write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n")
-    shutil.rmtree(work)
     results = json.loads((out / "results.json").read_text())
+    del results["confusion"]  # 77 x 77 numbers
+    (out / "results.json").write_text(json.dumps(results, ensure_ascii=False) + "\n")
+    shutil.rmtree(work)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     best = max((e["f1"] for e in lines if e.get("split") == "validation"), default=None)
     print(
