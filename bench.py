@@ -300,6 +300,8 @@ def ask(s: Settings) -> dict:
 def side_process(s: Settings, side: str) -> tuple[list[str], dict[str, str]]:
     """The command line and the environment of a process that measures one side."""
     python, env = sys.executable, dict(os.environ)
+    if side != "minicls":  # `dist.start` lowers these for our batches; the others keep what their libraries come with
+        env |= {name: "1024" for name in dist.CPU_CACHES if env.get(name) in (None, dist.CPU_CACHE_CAPACITY)}
     if side == "vllm":
         python = s.vllm_python or python
         env |= engines.vllm_environment(s.threads or os.cpu_count())
