@@ -317,6 +317,8 @@ def side_process(s: Settings, side: str) -> tuple[list[str], dict[str, str]]:
         index = torch.device(s.device or "cuda").index or 0
         if index < len(visible) and visible[index]:  # else the side itself says what is wrong
             env["CUDA_VISIBLE_DEVICES"], s = visible[index], replace(s, device="cuda")
+    if side != "minicls":  # `dist.start` lowers these for our batches; the others keep what their libraries come with
+        env |= {name: "1024" for name in dist.CPU_CACHES if env.get(name) in (None, dist.CPU_CACHE_CAPACITY)}
     if side == "vllm":
         python = s.vllm_python or python
         env |= engines.vllm_environment(s.threads or os.cpu_count())
