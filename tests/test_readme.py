@@ -21,7 +21,11 @@ import train_qwen
 from minicls.config import Parser, parse
 from results import readme
 
-TABLES = {"README.md": {"answer", "results", "speed", "served"}, "results/README.md": {"requests", "small", "grid"}}
+TABLES = {
+    "README.md": {"answer", "own_data", "gpu", "served"},
+    "results/README.md": {"curves", "pairs", "decoders", "decoder_grid", "banking_grid", "own_data_grid"}
+    | {"speed", "requests", "results", "small", "grid"},
+}
 TABLES["README.zh-CN.md"] = TABLES["README.md"]
 PAGES = {page: (ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "README.zh-CN.md")}
 DOCS = {f"docs/{file.name}": file.read_text(encoding="utf-8") for file in sorted((ROOT / "docs").glob("*.md"))}
