@@ -9,10 +9,13 @@ CPU_TORCH := --quiet --retries 0 --timeout 20 $(shell grep ^torch== requirements
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 SYNTHETIC := --model tiny --data synthetic --dtype fp32 --threads 1
 
-.PHONY: demo bench test test-slow test-vllm lint readme
+.PHONY: help demo bench test test-slow test-vllm lint readme
 # With vLLM where `make test-vllm` has installed it, on the texts of DATA.
 DATA ?= synthetic
 BENCH := $(if $(wildcard .venv-vllm/stamp),--vllm-python .venv-vllm/bin/python,--engines minicls transformers)
+
+help:  ## what there is to make
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
 
 demo: .venv/stamp  ## train both on synthetic news, and a baseline: no network, no GPU, three minutes
 	$(BIN)/python -m minicls baseline --data synthetic --threads 1 --output-dir $(DEMO)/tfidf
@@ -35,7 +38,7 @@ demo: .venv/stamp  ## train both on synthetic news, and a baseline: no network, 
 bench: .venv/stamp-dev  ## requests per second of BERT-base and Qwen3-0.6B with random weights: no network, but minutes a model
 	$(BIN)/python bench.py --model-size real --data $(DATA) $(BENCH) --rounds 1
 
-test: .venv/stamp-dev
+test: .venv/stamp-dev  ## the tests that take seconds each
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: .venv/stamp-dev  ## kills at random moments, the README's commands
@@ -47,7 +50,7 @@ test-vllm: .venv-vllm/stamp  ## the exported models in real vLLM
 readme: .venv/stamp  ## the README's tables, from results/
 	$(BIN)/python results/readme.py
 
-lint: .venv/stamp-dev
+lint: .venv/stamp-dev  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 

@@ -1,9 +1,13 @@
 """What a run tells: lines and a progress bar on the console, metrics.jsonl, TensorBoard. Only the first rank tells."""
 
 import json
+import time
 from pathlib import Path
 
 from tqdm import tqdm
+
+
+SECONDS_BETWEEN_LINES = 15.0  # of progress, where there is no bar
 
 
 class Logger:
@@ -25,8 +29,9 @@ class Logger:
         from torch.utils.tensorboard import SummaryWriter
 
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
-        # disable=None: no bar where the output is no terminal.
+        # disable=None: no bar where the output is not a terminal, but a line now and then.
         self.bar = tqdm(total=total_steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
+        self.step, self.total_steps, self.told = step, total_steps, time.monotonic()
 
     def print(self, line: str) -> None:
         if self.file is not None:
@@ -36,6 +41,10 @@ class Logger:
         if self.file is not None:
             self.bar.set_postfix(postfix, refresh=False)
             self.bar.update()
+            self.step += 1
+            if self.bar.disable and (self.step == 1 or time.monotonic() - self.told >= SECONDS_BETWEEN_LINES):
+                self.told = time.monotonic()
+                self.print(f"step {self.step} of {self.total_steps}: " + ", ".join(f"{k} {v}" for k, v in postfix.items()))
 
     def event(self, kind: str, step: int, **values) -> None:
         """Appends one line to metrics.jsonl, and its numbers to TensorBoard under `kind/…`."""
