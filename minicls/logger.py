@@ -6,7 +6,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-
 SECONDS_BETWEEN_LINES = 15.0  # of progress, where there is no bar
 
 
