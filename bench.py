@@ -90,7 +90,9 @@ class Settings:
     model_size: str = setting(
         "given", "real: --init random; where no model is named, all three in the published sizes", choices=("given", "real")
     )
-    data: str = setting("fancyzhx/ag_news", "hub id, directory, or synthetic")
+    data: str | None = setting(
+        None, "hub id, directory, or synthetic; unset: the data that the run was trained on, else fancyzhx/ag_news"
+    )
     text_column: str = setting("text", "column of the texts")
     label_column: str = setting("label", "column of the labels")
     max_steps: int | None = setting(
@@ -707,6 +709,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--task {s.task}: name one model, --qwen DIR" + (" or --bert DIR" if s.task == "train" else ""))
     if s.model_size == "real":
         s = replace(s, init="random")
+    if s.data is None:
+        trained = [checkpoint.info_of_model(find(s, role))["settings"].get("data") for role in METHODS if getattr(s, role)]
+        s = replace(s, data=next(filter(None, trained), "fancyzhx/ag_news"))
     s = replace(s, global_batch_size=s.global_batch_size or (64 if s.bert else 12))
     s = replace(s, max_steps=s.max_steps or (50 if uses_gpu(s) else 5))
     s = replace(s, num_questions=s.num_questions or (2000 if uses_gpu(s) else 64))

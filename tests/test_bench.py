@@ -397,3 +397,11 @@ def test_vllm_leaves_a_card_room_for_others(device, monkeypatch):
     monkeypatch.setattr(engines, "is_classifier", lambda directory: False)
     arguments = engines._vllm_arguments(Path("run"), torch.bfloat16, torch.device(device), 512, False)
     assert arguments.get("gpu_memory_utilization") == (0.6 if device == "cuda" else None)
+
+
+@pytest.mark.parametrize(("flags", "data"), [([], "synthetic"), (["--data", "other"], "other")])
+def test_the_data_are_those_of_the_run_unless_named(flags, data, bert_run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench, "rps_side", asked.append)
+    bench.main(["--bert", str(bert_run), "--side", "minicls", *flags])
+    assert [s.data for s in asked] == [data]
