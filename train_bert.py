@@ -4,7 +4,7 @@
     python train_bert.py --model DIR --data DIR                 # files instead of the hub
     python train_bert.py --model tiny --data synthetic --epochs 1 --learning-rate 1e-3      # a minute, no network, no GPU
     torchrun --nproc-per-node 2 train_bert.py                   # several devices, same batch and schedule
-    python train_bert.py --resume runs/train_bert-...           # go on after a stop or a crash, exactly
+    python train_bert.py --resume runs/train_bert-...           # go on after a stop or a crash, on a CPU bit for bit
 
 train_qwen.py keeps the same order of sections, so that a diff of the two is the comparison.
 """

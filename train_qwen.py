@@ -9,7 +9,7 @@ Qwen3, Qwen2 and Llama architectures; the published experiment's is Qwen3-0.6B.
                                                                 # a minute, no network, no GPU
     python train_qwen.py --model DIR --data DIR --eval-only     # zero-shot: the model as it is
     torchrun --nproc-per-node 2 train_qwen.py                   # several devices, same batch and schedule
-    python train_qwen.py --resume runs/train_qwen-...           # go on after a stop or a crash, exactly
+    python train_qwen.py --resume runs/train_qwen-...           # go on after a stop or a crash, on a CPU bit for bit
 
 train_bert.py keeps the same order of sections, so that a diff of the two is the comparison.
 """

@@ -13,6 +13,7 @@ from torch import nn
 from minicls.config import UserError
 
 CPU_CACHES, CPU_CACHE_CAPACITY = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), "32"  # see set_up_cpu
+DRIVER = Path("/proc/driver/nvidia/version")  # is there where NVIDIA's driver is
 
 
 def start(device: str | None, threads: int | None = None, dtype: str | None = None) -> torch.device:
@@ -98,10 +99,9 @@ def _fast_bf16() -> bool:
 
 def why_no_cuda() -> str | None:
     """Why torch uses no GPU although the machine has NVIDIA's driver; None where it has none, or the user has hidden them."""
-    file = Path("/proc/driver/nvidia/version")
-    if not file.is_file() or os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1") or torch.cuda.is_available():
+    if not DRIVER.is_file() or os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1") or torch.cuda.is_available():
         return None
-    version = re.search(r"(\d+)\.\d+[.\d]*", file.read_text())
+    version = re.search(r"(\d+)\.\d+[.\d]*", DRIVER.read_text())
     driver = version.group() if version else "of an unknown version"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; install the build for CUDA (pip install torch)"

@@ -5,6 +5,7 @@ python -m pytest tests/test_gpu_path.py
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 
@@ -21,8 +22,10 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minicls import attention as attention_module
+from minicls import dist
 from minicls.attention import Rows, attention, cache_slots, has_flash
 from minicls.batch import pack
+from minicls.config import UserError
 from minicls.generate import generate
 from minicls.scorer import score
 
@@ -101,6 +104,72 @@ def test_varlen_attn_is_called_as_it_wants():
     assert [*parameters][:7] == positional
     assert parameters["window_size"].default == (-1, -1)
     assert {*attention_module.GROUPED} == {"enable_gqa"} & parameters.keys()
+
+
+# Starting on a GPU, as far as a machine without one can tell.
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Sets up a card that is not there, of a compute capability; returns the allocator's setting."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "restored afterwards")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+
+    def set_up(capability, dtype):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        dist.set_up_cuda(torch.device("cuda", 0), dtype)
+        return os.environ.get("PYTORCH_ALLOC_CONF")
+
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    yield set_up
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@pytest.mark.parametrize(("capability", "dtype", "told"), [((7, 5), "bf16", 1), ((7, 5), "fp32", 0), ((8, 6), "bf16", 0)])
+def test_setting_up_a_card(capability, dtype, told, card, monkeypatch, capsys):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    assert card(capability, dtype) == "expandable_segments:True"
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == told and all("capability 7.5" in note and "--dtype fp32" in note for note in notes)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")  # the user's own
+    assert card(capability, dtype) is None
+
+
+@pytest.mark.parametrize(
+    ("built_for", "visible", "words"),
+    [
+        ("13.0", None, ["CUDA 13.0", "driver 535.104.05", "update the driver"]),
+        (None, None, ["built without CUDA"]),
+        ("13.0", "", None),  # the user hides the devices
+    ],
+)
+def test_a_driver_that_torch_cannot_use_is_told_in_one_line(built_for, visible, words, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(dist, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES") if visible is None else monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert dist.start(None) == CPU and not capsys.readouterr().err  # no driver: nothing to tell
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 2023\nGCC version: 12\n"
+    )
+    assert dist.start(None) == CPU
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == (words is not None) and all(word in note for note in notes for word in ["RUNS ON THE CPU", *words])
+    with pytest.raises(UserError, match=words[-1] if words else "torch sees no CUDA device"):
+        dist.start("cuda")
+
+
+def test_a_rank_without_its_group_is_a_mistake(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(
+        UserError, match=r"RANK: '0' .* no WORLD_SIZE, MASTER_ADDR, MASTER_PORT; start with torchrun, or unset RANK"
+    ):
+        dist.start("cpu")
 
 
 # torch.compile. aot_eager traces forward and backward as any backend would, and compiles nothing.
