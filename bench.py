@@ -611,7 +611,8 @@ def rps(s: Settings) -> tuple[list[dict], Path]:
     for role, reader in readers.items():
         flag = f"--{role.replace('_', '-')}: {getattr(s, role)}"
         if reader.kind is not KINDS[role]:
-            raise UserError(f"{flag} is a {reader.kind.model.__name__}; pass a {KINDS[role].model.__name__}")
+            names = [name for name, kind in weights.ARCHITECTURES.items() if kind is KINDS[role]]
+            raise UserError(f"{flag} is a {reader.config['architectures'][0]}; pass a {' or '.join(names)}")
         if tuple(reader.label_names) != tuple(data.label_names):
             raise UserError(f"{flag} was trained on other classes than --data has ({', '.join(data.label_names)[:80]})")
     output_dir = checkpoint.new_run_dir(s.output_dir, "bench")

@@ -58,19 +58,29 @@ def new_run_dir(output_dir: str | None, script: str) -> Path:
     return path
 
 
+_locks: dict[Path, TextIO] = {}  # of this process
+
+
 def lock(run_dir: Path) -> TextIO:
     """Takes a run for this process until the returned file is closed, at the latest when the process ends, however it ends.
 
-    Raises UserError where another process has it.
+    The file itself stays: to delete it would let two processes lock two files of the same name.
+    Raises UserError where another process has the run.
     """
-    file = (run_dir / ".lock").open("a+")
+    path = run_dir.resolve() / ".lock"
+    if path in _locks:  # from a call that ended with an error, whose traceback a notebook keeps
+        _locks.pop(path).close()
+    file = path.open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.seek(0)
         owner = file.read().strip() or "unknown"
         file.close()
         raise UserError(f"{run_dir}: process {owner} is training or testing this run; wait for it or stop it first") from None
+    except OSError:
+        pass  # a file system without locks
+    _locks[path] = file
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()

@@ -86,7 +86,7 @@ class ChatFormat:
     before: str = ""
     after: str = ""
     think: str = ""  # the empty think block that Qwen3's template ends with when it is told not to think
-    gap: str = " "  # precedes the letter; only where there is no template
+    gap: str = " "  # between all that and the letter: a blank where there is no template, and in a few that have one
     ending: str = ""
     strips: bool = False  # whether the template removes blanks around the turn
 
@@ -121,8 +121,10 @@ def render_chat_format(tokenizer: Tokenizer) -> ChatFormat:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
     environment.filters["tojson"] = to_json
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    # transformers marks the assistant's part with these; they render what is between them.
-    source = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source)
+    # transformers marks the assistant's part with these and renders what is between them. A tag stays in their place, for the
+    # blanks around it go or stay as its dashes say.
+    source = re.sub(r"(\{%[-+]?)\s*generation\s*([-+]?%\})", r"\1 if true \2", source)
+    source = re.sub(r"(\{%[-+]?)\s*endgeneration\s*([-+]?%\})", r"\1 endif \2", source)
     names = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
     tokens = {name: token for name in names if (token := tokenizer.special_token(name)) is not None}
 
@@ -149,8 +151,10 @@ def render_chat_format(tokenizer: Tokenizer) -> ChatFormat:
     if not question.startswith(prompt):  # a template that thinks by default: without thoughts, the prompt is another
         prompt = question
     before, after = prompt.split(MARK)
+    start, ending = answered.split(LETTER)
+    gap = start.removeprefix(question) if start.startswith(question) else ""
     strips = MARK + " " not in render(f" {MARK} ")
-    return ChatFormat(before, after, question[len(prompt) :], "", answered.split(LETTER)[1], strips)
+    return ChatFormat(before, after, question[len(prompt) :], gap, ending, strips)
 
 
 @dataclass(frozen=True)

@@ -176,6 +176,11 @@ def build_model(
         config = kind.config(**{name: value for name, value in values.items() if name in known} | num_labels)
     except (ValueError, TypeError, ArithmeticError) as error:
         raise UserError(f"--model: its config.json does not fit ({error}); pass another: {SUPPORTED}") from None
+    if (config.pad_token_id or 0) >= config.vocab_size:
+        raise UserError(
+            f"--model: its tokenizer's padding token has id {config.pad_token_id}, its embedding only {config.vocab_size} rows; "
+            "pass files that fit"
+        )
     with torch.device("meta"):  # shapes only: the memory is taken once, and the default initialisation skipped
         model = kind.model(config).to(dtype)
     model.to_empty(device=device)

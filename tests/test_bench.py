@@ -60,15 +60,13 @@ def test_training(bert_run, tmp_path, capsys, monkeypatch):
 def test_scoring_asks_as_the_run_was_trained_and_training_begins_anew(qwen_run, tmp_path):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((qwen_run / name).read_bytes())
-    (tmp_path / "run.json").write_text(json.dumps({"template": ["Say what this is: ", " Answer:"]}))
+    first = ("Say what this is: ", " Answer:")
+    (tmp_path / "run.json").write_text(json.dumps({"template": first}))
     data = load_data("synthetic")
-    for task, expected in (
-        ("score", ("Say what this is: ", " Answer:")),
-        ("train", make_template(data.label_names, no_think=True)),
-    ):
+    for task, expected in (("score", first), ("train", make_template(data.label_names, no_think=True))):
         settings = bench.Settings(task=task, qwen=str(tmp_path))
         assert bench.make_chat(settings, data).template == expected
-    assert Reader(tmp_path).settings == {}  # a run.json that says no more than that is no error
+    assert Reader(tmp_path).settings == {"template": [*first]}  # a run.json that says no more than that is no error
 
 
 def test_scoring(qwen_run, tmp_path, capsys, monkeypatch):
@@ -357,7 +355,10 @@ def test_models_that_do_not_fit_their_flag_or_the_data(bert_run, qwen_run, tmp_p
     for split in ("train", "test"):
         (tmp_path / "data" / f"{split}.csv").write_text("text,label\na,x\nb,y\n")
     for flags, part in (
-        (["--qwen-linear", str(qwen_run), "--data", "synthetic"], "Qwen3ForSequenceClassification"),
+        (
+            ["--qwen-linear", str(qwen_run), "--data", "synthetic"],
+            r"is a Qwen3ForCausalLM; pass a Llama\w+ or Qwen2\w+ or Qwen3ForSequenceClassification$",
+        ),
         (["--bert", str(bert_run), "--data", str(tmp_path / "data")], "other classes"),
     ):
         with pytest.raises(UserError, match=part):

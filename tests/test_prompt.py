@@ -11,11 +11,12 @@ import random
 import unicodedata
 
 import pytest
+import tokenizers
 
 from minicls.config import UserError
 from minicls.data import AG_NEWS_LABELS, synthetic
-from minicls.prompt import Chat, make_template
-from minicls.tokenizer import Tokenizer, train_qwen_tokenizer
+from minicls.prompt import Chat, ChatFormat, make_template, render_chat_format, thinks
+from minicls.tokenizer import Tokenizer, load_tokenizer, train_qwen_tokenizer
 
 PUBLISHED = """\
 Please read the following news article and determine its category from the options below.
@@ -432,3 +433,266 @@ def test_no_text_fits_at_all(tokenizer):
 
 def test_no_texts(tiny):
     assert make_chat(tiny).training_rows([], []) == ([], 0) == make_chat(tiny).questions([])
+
+
+# Other models' chat templates. Each directory is opened by ours and by transformers; the turns and the rows must be the same.
+
+QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+QWEN_NAMES = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + "
+    "message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+QWEN25 = (
+    "{%- if messages[0]['role'] == 'system' %}\n"
+    "    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}\n"
+    "{%- else %}\n"
+    f"    {{{{- '<|im_start|>system\\n{QWEN25_SYSTEM}<|im_end|>\\n' }}}}\n"
+    "{%- endif %}\n"
+    "{%- for message in messages %}\n"
+    '    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant") %}\n'
+    "        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}\n"
+    "    {%- endif %}\n"
+    "{%- endfor %}\n"
+    "{%- if add_generation_prompt %}\n"
+    "    {{- '<|im_start|>assistant\\n' }}\n"
+    "{%- endif %}\n"
+)
+LLAMA3 = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + message['role'] "
+    "+ '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + "
+    "content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+LLAMA3_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+LLAMA3_NAMES = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+ZEPHYR = (  # TinyLlama's; its roles are spelled in plain text
+    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token }}\n"
+    "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n' + message['content'] + eos_token }}\n{% endif %}\n"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+)
+MISTRAL = (  # an answer follows a blank
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token}}"
+    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+GENERATION = (  # the blanks around the marks would be seen
+    "{%- for message in messages %}\n"
+    "    {{- '<|im_start|>' + message.role + '\\n' }}\n"
+    "    {%- if message.role == 'assistant' %}\n"
+    "        {%- generation %}\n"
+    "            {{- message.content + '<|im_end|>' }}\n"
+    "        {%- endgeneration -%}\n"
+    "    {%- else %}\n"
+    "{{- message.content + '<|im_end|>' }}\n"
+    "    {%- endif %}\n"
+    "{{ '\\n' }}\n"
+    "{%- endfor %}\n"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+GENERATION_PLAIN = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] }}\n"
+    "  {% generation %}\n{{ message['content'] }}{% endgeneration %}\n{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+S_TOKENS, S_NAMES = ("<s>", "</s>"), {"bos_token": "<s>", "eos_token": "</s>"}
+TEMPLATES = {  # name: (template, control tokens, their names)
+    "SmolLM2": (SMOLLM2, QWEN, {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}),
+    "Qwen2.5": (QWEN25, QWEN, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}),
+    "no think block, though there is a <think>": (CHATML, (*QWEN, "<think>", "</think>"), QWEN_NAMES),
+    "Llama 3": (LLAMA3, LLAMA3_TOKENS, LLAMA3_NAMES),
+    "TinyLlama": (ZEPHYR, S_TOKENS, S_NAMES),
+    "Mistral": (MISTRAL, S_TOKENS, S_NAMES),
+    "named": ([{"name": "tool_use", "template": "{{ no }}"}, {"name": "default", "template": CHATML}], QWEN, QWEN_NAMES),
+    "generation": (GENERATION, QWEN, QWEN_NAMES),
+    "generation, plain": (GENERATION_PLAIN, QWEN, QWEN_NAMES),
+}
+BEGINS = {"Llama 3", "TinyLlama", "Mistral", "none"}  # whose post-processor puts a token before a text
+
+
+def tokenizer_dir(folder, tiny: Tokenizer, template, tokens, names, begins: bool = False):
+    """A directory with the tiny tokenizer's merges, other control tokens, and a chat template."""
+    spec = json.loads(tiny.json_text)
+    first = min(token["id"] for token in spec["added_tokens"])
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    spec["added_tokens"] = [
+        {"id": first + i, "content": token} | flags | {"special": "think" not in token} for i, token in enumerate(tokens)
+    ]
+    if begins:
+        bos = names["bos_token"]
+        single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        ids = {bos: {"id": bos, "ids": [first + tokens.index(bos)], "tokens": [bos]}}
+        pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+        spec["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": ids}
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
+    config |= {"chat_template": template} if template else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+ODD = ["", " ", "\n", "No full stop", "cafe\u0301, 中文 and 😀", "ends in blanks \n", " \n begins so", "{{ 1 + 1 }} {% if %}"]
+
+
+def test_the_templates_say_what_their_models_were_trained_on(tiny, tmp_path):
+    """Spelled out for two, so that not only transformers is asked."""
+    turns = {"SmolLM2": "You are a helpful AI assistant named SmolLM, trained by Hugging Face", "Qwen2.5": QWEN25_SYSTEM}
+    for name, system in turns.items():
+        tokenizer = load_tokenizer(tokenizer_dir(tmp_path / name, tiny, *TEMPLATES[name]))
+        assert render_chat_format(tokenizer) == ChatFormat(
+            before=f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n",
+            after="<|im_end|>\n<|im_start|>assistant\n",
+            think="",
+            gap="",
+            ending="<|im_end|>\n",
+            strips=False,
+        )
+
+
+@pytest.mark.parametrize("source", ["config", "file", "saved by us"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_rows_are_those_of_transformers_for_other_templates(name, source, tiny, texts, tmp_path):
+    """The template stands in tokenizer_config.json or in a file of its own; and what we save asks the same."""
+    import transformers
+
+    template, tokens, names = TEMPLATES[name]
+    folder = tokenizer_dir(tmp_path / "model", tiny, template, tokens, names, name in BEGINS)
+    if source == "file":
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        del config["chat_template"]
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        only = template if isinstance(template, str) else template[1]["template"]
+        (folder / "chat_template.jinja").write_text(only, encoding="utf-8")
+    tokenizer = load_tokenizer(folder)
+    if source == "saved by us":
+        (folder / "saved").mkdir()
+        tokenizer.save(folder / "saved")
+        folder, tokenizer = folder / "saved", load_tokenizer(folder / "saved")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert thinks(tokenizer) == ("<think>" in tokens)
+    some = [*texts[:10], *ODD]
+    labels = [i % 4 for i in range(len(some))]
+    for question in (make_template(AG_NEWS_LABELS, no_think=thinks(tokenizer)), (" \n", "\n A. B. \n")):
+        chat = Chat(tokenizer, question, 4, 4096)
+
+        def rendered(text: str, *answer: dict) -> list[int]:
+            messages = [{"role": "user", "content": turn(chat.template, text)}, *answer]  # noqa: B023
+            return theirs.apply_chat_template(messages, add_generation_prompt=not answer, return_dict=False)
+
+        assert chat.questions(some) == ([rendered(text) for text in some], 0)
+        answered = [rendered(t, {"role": "assistant", "content": "ABCD"[y]}) for t, y in zip(some, labels, strict=True)]
+        assert chat.training_rows(some, labels) == (answered, 0)
+
+
+def test_the_bare_question_where_there_is_no_template(tiny, texts, tmp_path):
+    """The turn, a blank, the letter and the end-of-sequence token, after what the tokenizer puts before any text."""
+    import transformers
+
+    for name, begins in (("none", False), ("begins", True)):
+        folder = tokenizer_dir(tmp_path / name, tiny, None, S_TOKENS, S_NAMES, begins)
+        tokenizer, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+        chat = make_chat(tokenizer)
+        some = [*texts[:10], *ODD]
+        assert render_chat_format(tokenizer) == ChatFormat(gap=" ", ending="</s>")
+        assert chat.questions(some) == ([theirs(turn(chat.template, text)).input_ids for text in some], 0)
+        expected = [
+            [*theirs(turn(chat.template, text) + " " + letter).input_ids, theirs.eos_token_id]
+            for text, letter in zip(some, "ABCD" * 5, strict=False)
+        ]
+        assert chat.training_rows(some, [i % 4 for i in range(len(some))]) == (expected, 0)
+        assert (expected[0][0] == theirs.bos_token_id) == begins
+        assert chat.options == theirs([" A", " B", " C", " D"], add_special_tokens=False).input_ids
+        assert chat.target_counts(0) == (0, len(chat.options[0]), 1) and chat.stop_ids == [theirs.eos_token_id]
+
+
+def test_a_long_text_is_cut_in_any_format(tiny, tmp_path):
+    """The system turn and the tokens at the start stay, and the row keeps to the length."""
+    for name, (template, tokens, names) in (*TEMPLATES.items(), ("none", (None, S_TOKENS, S_NAMES))):
+        tokenizer = load_tokenizer(tokenizer_dir(tmp_path / name[:9], tiny, template, tokens, names, name in BEGINS))
+        whole = make_chat(tokenizer)
+        (nothing, something), _ = whole.training_rows(["", LONG["English"]], [0, 0])
+        chat = make_chat(tokenizer, len(nothing) + 20)
+        (row,), cut = chat.training_rows([LONG["English"]], [0])
+        before, after = (tokenizer.decode(ids) for ids in (row, something))
+        start = before[: before.index(LONG["English"][:20]) + 20]
+        assert cut == 1 and chat.max_length - MAX_UNUSED <= len(row) <= chat.max_length, name
+        assert after.startswith(start) and before[-60:] == after[-60:], name
+
+
+def test_no_text_becomes_a_control_token_of_another_format(tiny, tmp_path):
+    for name, (template, tokens, names) in TEMPLATES.items():
+        tokenizer = load_tokenizer(tokenizer_dir(tmp_path / name[:9], tiny, template, tokens, names, name in BEGINS))
+        chat = make_chat(tokenizer)
+        control = {*tokenizer.control_ids(tokens)}
+        (plain, hostile), _ = chat.training_rows(["a text", f"a {' '.join(tokens)} text"], [0, 0])
+        assert [i for i in hostile if i in control] == [i for i in plain if i in control] != [], name
+        assert "".join(f" {token}" for token in tokens) in tokenizer.decode(hostile)
+
+
+USER, ANSWERED = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}", "drops or repeats"
+RENDER = "cannot render a user's turn"
+BROKEN = {  # template: parts of the message
+    "drops the turn": ("{% for m in messages %}<|im_start|>{{ m.role }}\n<|im_end|>\n{% endfor %}", [ANSWERED]),
+    "repeats the turn": (USER + "{{ messages[0].content }}", [ANSWERED]),
+    "drops the answer": ("<|im_start|>user\n{{ messages[0].content }}<|im_end|>\n<|im_start|>assistant\n", [ANSWERED]),
+    "changes the turn": ("<|im_start|>user\n{{ messages[0].content | upper }}<|im_end|>\n", [ANSWERED]),
+    "a syntax error": ("{% for m in messages %}{{ m.content }", [RENDER, "TemplateSyntaxError"]),
+    "an undefined function": ("{{ no_such_function(messages) }}", [RENDER, "UndefinedError", "no_such_function"]),
+    "a missing token": ("{{ bos_token + messages[0].content }}", [RENDER, "UndefinedError"]),
+    "wants a system turn": (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('System role required') }}{% endif %}" + USER,
+        [RENDER, "System role required", "system turn"],
+    ),
+    "reads files": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", [RENDER, "SecurityError"]),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_template_that_cannot_ask(case, tiny, tmp_path):
+    template, parts = BROKEN[case]
+    tokenizer = load_tokenizer(tokenizer_dir(tmp_path, tiny, template, QWEN, QWEN_NAMES))
+    with pytest.raises(UserError) as error:
+        make_chat(tokenizer)
+    message = str(error.value)
+    assert [part for part in ("--model: its chat template", "; ", "delete it", *parts) if part not in message] == []
+    assert len(message.splitlines()) == 1
+
+
+def test_an_option_that_merges_with_the_text_before_or_after_it(tiny, tmp_path):
+    ends = USER.replace("<|im_end|>", ".")
+    folder = tokenizer_dir(
+        tmp_path, tiny, ends + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", QWEN, QWEN_NAMES
+    )
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["normalizer"] = {"type": "Replace", "pattern": {"String": "C."}, "content": "Ω"}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(UserError, match=r"^--model: its tokenizer merges the option C with the text around it, 'assistant\\n'; "):
+        _ = make_chat(load_tokenizer(folder)).options
+
+
+@pytest.mark.parametrize("begin", ["<s>", "<s>user\n"])
+def test_a_tokenizer_that_reads_on_after_a_control_token_otherwise_than_from_the_start(begin, tmp_path):
+    """SentencePiece's blank before the first word of a text, not before the first word after a control token."""
+    own = tokenizers.Tokenizer(tokenizers.models.BPE())
+    own.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    alphabet = [*map(chr, range(32, 127)), "\n", "▁"]
+    own.train_from_iterator(["A text."], tokenizers.trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False))
+    own.add_special_tokens([*S_TOKENS])
+    template = begin + "{{ messages[0].content }}</s>{% if messages[1:] %}{{ messages[1].content }}</s>{% endif %}"
+    chat = make_chat(Tokenizer(own.to_str(), S_NAMES | {"chat_template": template}))
+    with pytest.raises(UserError) as error:
+        chat.questions(["A text."])
+    assert str(error.value).startswith(
+        "--model: its tokenizer does not encode the chat template's pieces as it encodes them together; "
+    )
+    assert "--head linear" in str(error.value)
