@@ -130,7 +130,10 @@ def test_flags_are_those_of_the_scripts(page, monkeypatch):
 
     parse_args = Parser.parse_args
 
-    def stop(self, argv):
+    def stop(*_):
+        raise Parsed
+
+    def parse_and_stop(self, argv):
         parse_args(self, argv)
         raise Parsed
 
@@ -139,7 +142,9 @@ def test_flags_are_those_of_the_scripts(page, monkeypatch):
     for script, argv in lines:
         if script == "-m minicls":
             with monkeypatch.context() as patched, pytest.raises(Parsed):
-                patched.setattr(Parser, "parse_args", stop)
+                patched.setattr(Parser, "parse_args", parse_and_stop)  # baseline's
+                patched.setattr(minicls.__main__, "predict_texts", stop)
+                patched.setattr(minicls.__main__, "open_runs", stop)
                 minicls.__main__.main(argv)
         elif "--help" not in argv:
             if "--resume" in argv:  # reads the run, which is not there
