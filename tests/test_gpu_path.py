@@ -353,3 +353,63 @@ def test_the_script_for_a_gpu_runs_on_a_cpu(sections, tmp_path):
     result = json.loads(file.read_text())
     assert result["wrong"] == [] and result["seconds"].keys() >= {*sections, "all"}
     assert result["Qwen3-0.6B, minicls, score, one at a time"]["requests_per_second"] > 0
+
+
+def test_scoring_hands_a_kernel_one_shape_a_batch(monkeypatch):
+    """cuDNN, should somebody turn it on again, plans anew for each shape; and no padding beyond a batch's own is computed."""
+    shapes, batches, original = set(), [], F.scaled_dot_product_attention
+
+    def attend(q, k, v, *more, **options):
+        shapes.add((q.shape, k.shape))
+        return original(q, k, v, *more, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    model = make_model().bfloat16()
+    model.register_forward_pre_hook(lambda *_: batches.append(1))
+    questions = [[*range(20), *row] for row in random_rows([5 + i % 23 for i in range(60)])]
+    score(model, questions, [[1], [2]], CPU, max_tokens=400)
+    assert 5 < len(batches) < 40 and len(shapes) <= len(batches)
+
+
+class _FusedNorm(torch.autograd.Function):
+    """What CUDA's fused RMSNorm keeps for the backward pass: its input, its weight and a scale a vector."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        scale = (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(x, weight, scale)
+        return x * scale * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise NotImplementedError
+
+
+def test_bytes_that_a_layer_keeps_a_token(monkeypatch):
+    """Under bf16 autocast, counted: what bounds a micro-batch on a card. By hand, for D wide states and heads of Dh:
+
+    two residuals in fp32; both norms' outputs in bf16; q and k in fp32 for their norms; q, k, v, the output and a number a head
+    of flash attention; gate, its silu, up and their product. With Qwen3-0.6B's sizes that is 61.6 kB.
+    """
+    monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: _FusedNorm.apply(x, weight, eps))
+    D, H, Hkv, Dh, wide = 64, 4, 2, 32, 96
+    sizes = {"hidden_size": D, "num_attention_heads": H, "num_key_value_heads": Hkv, "head_dim": Dh, "intermediate_size": wide}
+    kept, batch = [], pack(random_rows([12] * 16))
+    for layers in (1, 2):
+        model, storages, alive = make_model(num_hidden_layers=layers, **sizes).train(), {}, []
+        parameters = {parameter.data_ptr() for parameter in model.parameters()}
+
+        def keep(x, parameters=parameters, storages=storages, alive=alive):
+            alive.append(x)  # or the memory of one tensor would be another's
+            if x.data_ptr() not in parameters:
+                storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), bf16_autocast():
+            model(*batch, batch.last).sum()
+        kept.append(sum(storages.values()))
+    weights = 2 * sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim == 2)  # the copies in bf16
+    attention_kept = 4 * (H + Hkv) * Dh + 2 * (H + 2 * Hkv) * Dh + 2 * H * Dh + 4 * H
+    allowed = 2 * 4 * D + 2 * 2 * D + attention_kept + 4 * 2 * wide
+    scales = 4 * (2 + H + Hkv) + 64  # and a few numbers a batch
+    assert allowed <= (kept[1] - kept[0] - weights) / len(batch.input_ids) <= allowed + scales
