@@ -1,12 +1,12 @@
-"""Requests per second of minicls, transformers and vLLM on the same rows and weights; and training beside the HF Trainer.
+"""Requests per second of minicls, transformers and vLLM on the same rows and weights; and training against the HF Trainer.
 
-    python bench.py --bert RUN --qwen RUN --qwen-linear RUN --data DIR  # trained runs: answers are compared, too
+    python bench.py --bert RUN --qwen RUN --qwen-linear RUN --data DIR  # trained runs; answers are compared, too
     python bench.py --model-size real --data synthetic                  # the published sizes, both heads of Qwen3: no files
     python bench.py --init random --qwen DIR ...                        # DIR gives config and tokenizer, and needs no weights
-    python bench.py --mode server --rate 4 --slo-ms 500 ...             # requests at random moments rather than in turn
-    python bench.py --task train --bert DIR --data DIR                  # training steps beside the HF Trainer's
-    python bench.py --task train --qwen DIR --data DIR                  # steps of supervised fine-tuning (SFT), likewise
-    python bench.py --task score --qwen DIR --data DIR                  # options scored beside the brute force of a harness
+    python bench.py --mode server --rate 4 --slo-ms 500 ...             # requests at random times, not in turn
+    python bench.py --task train --bert DIR --data DIR                  # training steps against the HF Trainer's
+    python bench.py --task train --qwen DIR --data DIR                  # the same for supervised fine-tuning (SFT)
+    python bench.py --task score --qwen DIR --data DIR                  # option scoring against a harness's brute force
 
 Each engine runs in processes of its own, started in turn on the same machine. Prints a table and writes bench.json (and
 rps.png); the tasks train and score end with one JSON line. Nothing here is a test: a shared machine is noisy, so read ratios,
@@ -80,51 +80,66 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Settings:
-    """All sides get the same rows, and the settings of train_bert.py and train_qwen.py where none is named here."""
+    """All sides get the same rows. Settings not listed here are the defaults of train_bert.py and train_qwen.py."""
 
-    task: str = setting("rps", "what to measure", choices=("rps", "train", "score"))
-    bert: str | None = setting(None, "finished run, directory or hub id; not for --task score")
-    qwen: str | None = setting(None, "likewise, of train_qwen.py")
-    qwen_linear: str | None = setting(None, "likewise, with --head linear; for --task rps")
+    task: str = setting(
+        "rps",
+        "measurement: requests per second, training steps or option scoring",
+        choices=("rps", "train", "score"),
+        group="task and model",
+    )
+    bert: str | None = setting(None, "finished run of train_bert.py, directory or hub id; not for --task score")
+    qwen: str | None = setting(None, "finished run of train_qwen.py, directory or hub id")
+    qwen_linear: str | None = setting(None, "finished run of train_qwen.py --head linear, directory or hub id; for --task rps")
     init: str = setting("pretrained", "random needs no weights in the directory", choices=("pretrained", "random"))
     model_size: str = setting(
         "given", "real: --init random; where no model is named, all three in the published sizes", choices=("given", "real")
     )
     data: str | None = setting(
-        None, "hub id, directory, or synthetic; unset: the data that the run was trained on, else fancyzhx/ag_news"
+        None, "hub id, directory, or synthetic; unset: the data that the run was trained on, else fancyzhx/ag_news", group="data"
     )
     text_column: str = setting("text", "column of the texts")
     label_column: str = setting("label", "column of the labels")
     max_steps: int | None = setting(
-        None, "training steps of one process, the first not counted; off: 5, on a GPU 50 with the first 10 not counted", minimum=2
+        None,
+        "training steps of one process, the first not counted; unset: 5, on a GPU 50 with the first 10 not counted",
+        minimum=2,
+        group="measurement",
     )
-    num_questions: int | None = setting(None, "test rows of one process of --task score; off: 64, on a GPU 2000", minimum=1)
+    num_questions: int | None = setting(None, "test rows of one process of --task score; unset: 64, on a GPU 2000", minimum=1)
     engines: tuple[str, ...] | None = setting(None, "for --task rps; unset: those that are installed", choices=SIDES)
     mode: tuple[str, ...] = setting(
-        ("single", "offline"), "one request at a time, all at once, as they arrive; for --task rps", choices=MODES
+        ("single", "offline"), "one request at a time, all at once, or as they arrive; for --task rps", choices=MODES
     )
     num_requests: int = setting(
         64, "requests of a row; with fewer test rows they are asked again, except in mode server", minimum=1
     )
-    min_seconds: float = setting(10.0, "least seconds of a row, in the modes single and offline", minimum=0)
-    rate: float = setting(2.0, "requests a second that arrive in mode server", minimum=1e-3)
-    slo_ms: float = setting(1000.0, "latency that a request of mode server should keep within", minimum=0)
-    max_new_tokens: int = setting(8, "most tokens of a generated answer", minimum=1)
-    rounds: int = setting(3, "processes of each side, in turn; figures are the median", minimum=1)
-    global_batch_size: int | None = setting(None, "rows of a training step; off: 64 for BERT, 12 for Qwen3", minimum=1)
+    min_seconds: float = setting(10.0, "minimum seconds of a row, in the modes single and offline", minimum=0)
+    rate: float = setting(2.0, "requests per second that arrive in mode server", minimum=1e-3)
+    slo_ms: float = setting(1000.0, "latency target of a request in mode server", minimum=0)
+    max_new_tokens: int = setting(8, "maximum tokens of a generated answer", minimum=1)
+    rounds: int = setting(3, "processes of each side, in turn; figures are medians over them", minimum=1)
+    global_batch_size: int | None = setting(None, "rows of a training step; unset: 64 for BERT, 12 for Qwen3", minimum=1)
     max_length: int = setting(512, "tokens of a row", minimum=3)
-    dtype: str = setting("bf16", "training: bf16 is autocast over fp32 weights; else: of the weights", choices=("bf16", "fp32"))
-    device: str | None = setting(None, "cpu, cuda or cuda:N; off: cuda if there is one")
-    threads: int | None = setting(None, "CPU threads of each side; off: torch's choice", minimum=1)
+    dtype: str = setting(
+        "bf16",
+        "in training, bf16 is autocast over fp32 weights; otherwise the dtype of the weights",
+        choices=("bf16", "fp32"),
+        group="machine",
+    )
+    device: str | None = setting(None, "cpu, cuda or cuda:N; unset: cuda if there is one")
+    threads: int | None = setting(None, "CPU threads of each side; unset: torch's choice", minimum=1)
     compile: bool = setting(False, "torch.compile minicls' model")
-    seed: int = setting(42, "of the order of rows", minimum=0)
-    vllm_python: str | None = setting(None, "interpreter of an environment with vLLM; off: this one, and for --task score no vLLM")
-    output_dir: str | None = setting(None, "for bench.json, new or empty; off: runs/bench-<time>")
-    side: str | None = setting(None, "measure this side alone, in this process (what the comparison starts)", choices=SIDES)
+    seed: int = setting(42, "seeds the order of rows, arrivals in mode server, and --init random", minimum=0)
+    vllm_python: str | None = setting(
+        None, "interpreter of an environment with vLLM; unset: this one, and for --task score no vLLM"
+    )
+    output_dir: str | None = setting(None, "directory of bench.json, new or empty; unset: runs/bench-<time>")
+    side: str | None = setting(None, "measure only this side, in this process, as the comparison starts it", choices=SIDES)
 
 
 def command_line(settings: dict) -> list[str]:
-    """Settings as flags; those that are off are left out."""
+    """Settings as flags; unset ones are left out."""
     flags = []
     for name, value in settings.items():
         flag = "--" + name.replace("_", "-")
@@ -449,7 +464,8 @@ def closed_loop(
 
 
 def figures(latencies: list[float], seconds: float, requests: int, tokens: float) -> dict:
-    """What a row says of its clock: latencies of each and seconds of all, requests answered in them, input tokens of each."""
+    """A row's figures, from the `latencies` of its requests, the `seconds` in which `requests` were answered, and the input `tokens`
+    of one request."""
     p50, p90, p99 = (1000 * np.percentile(latencies, [50, 90, 99])).tolist()
     return {
         "requests_per_second": requests / seconds,
@@ -466,8 +482,8 @@ def slo_attainment(latencies: list[float], slo_ms: float) -> float:
 
 
 def measure_row(s: Settings, reader: Reader, engine, method: str, mode: str, texts: list[str], others: list[str]) -> dict:
-    """One method in one mode over the test texts, warmed up on others, as an engine may remember what it has seen; on as many
-    where a batch of another size would be compiled inside the clock.
+    """One method in one mode over the test texts. Warm-up uses other texts, since engines cache; where a new batch size would be
+    compiled while timed, as many of them.
 
     A latency is that of one request; of all at once, each waits for the whole call.
     """
@@ -553,7 +569,7 @@ def start_side(s: Settings, engine: str) -> Iterator[dict]:
 
 
 def reference(s: Settings, role: str, reader: Reader, directory: Path, device: torch.device, texts: list[str]) -> np.ndarray:
-    """The log-probabilities (n, C) of classes or options by minicls in fp32, which all engines are held to."""
+    """The log-probabilities (n, C) of classes or options by minicls in fp32, which all engines are checked against."""
     engine = engines.Minicls(directory, torch.float32, device)
     answers = method_calls(s, reader, engine, METHODS[role][-1])[1](reader.rows(texts))
     del engine
@@ -563,7 +579,7 @@ def reference(s: Settings, role: str, reader: Reader, directory: Path, device: t
 
 
 def judge(row: dict, expected: np.ndarray, labels: np.ndarray, s: Settings) -> dict:
-    """What a row says of its answers: accuracy, agreement with the reference (n, C), status and reason.
+    """A row's accuracy, agreement with the reference (n, C), status and reason.
 
     Trained weights: invalid where a prediction differs on a text whose two best are more than MARGIN apart; an answer that
     names no option differs. Random weights: invalid where a log-probability is off by more than its dtype's TOLERANCE.
@@ -638,7 +654,7 @@ def rps(s: Settings) -> tuple[list[dict], Path]:
         print(f"{name}, {engine}, {row['method']}, {row['mode']}: {verdict['status']}", file=sys.stderr)
 
     for _, role, engine in itertools.product(range(s.rounds), readers, s.engines):
-        # vLLM's server is a process of its own, beside which another copy of the model would only take memory.
+        # vLLM's server is a process of its own; a copy of the model in this one would only take memory.
         parts = [s.mode]
         if engine == "vllm" and "server" in s.mode:
             parts = [part for part in (tuple(mode for mode in s.mode if mode != "server"), ("server",)) if part]

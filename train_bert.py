@@ -31,55 +31,63 @@ from minicls.tokenizer import bert_rows, load_tokenizer, train_bert_tokenizer
 
 @dataclass(frozen=True)
 class Settings:
-    """The defaults are the published experiment; what it did not name is the HF Trainer's default."""
+    """The defaults reproduce the published experiment; anything it leaves unstated follows the HF Trainer."""
 
-    model: str = setting("google-bert/bert-base-cased", "hub id, directory, or tiny")
+    model: str = setting("google-bert/bert-base-cased", "hub id, directory, or tiny", group="model")
     init: str = setting(
         "pretrained", "random keeps the model's size and tokenizer, not its weights", choices=("pretrained", "random")
     )
-    data: str = setting("fancyzhx/ag_news", "hub id, directory, or synthetic")
+    data: str = setting("fancyzhx/ag_news", "hub id, directory, or synthetic", group="data")
     text_column: str = setting("text", "column of the texts")
     label_column: str = setting("label", "column of the labels: class indices or class names")
     label_names: tuple[str, ...] | None = setting(None, "class names in the order of their indices")
-    output_dir: str | None = setting(None, "run directory, new or empty; off: runs/train_bert-<time>")
-    epochs: float = setting(5.0, "passes over the training rows", minimum=0)
-    max_steps: int | None = setting(None, "optimizer steps, whatever --epochs says", minimum=1)
-    global_batch_size: int = setting(64, "rows of an optimizer step, over all ranks", minimum=1)
-    micro_batch_size: int = setting(64, "rows of one forward pass, at most what a rank gets of a step", minimum=1)
-    learning_rate: float = setting(1e-5, "peak of the cosine schedule", minimum=0)
-    warmup_ratio: float = setting(0.0, "share of the steps that the learning rate rises over", minimum=0, maximum=1)
-    weight_decay: float = setting(1e-6, "of matrices and embeddings, not of biases and norms", minimum=0)
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm; 0: they are not", minimum=0)
-    max_length: int = setting(512, "tokens of a row, [CLS] and [SEP] included", minimum=3)
-    long_text: str = setting("head", "what is kept of a longer text", choices=("head", "head-tail"))
-    eval_every: float = setting(0.1, "steps, or below 1 a share of all steps; 0: after the last step only", minimum=0)
-    save_every: float = setting(0.1, "likewise, for checkpoints", minimum=0)
-    keep_checkpoints: int = setting(2, "newest checkpoints to keep, beside the best on validation", minimum=1)
-    log_every: int = setting(10, "steps between lines of metrics.jsonl", minimum=1)
     validation_size: float = setting(
         0.0,
-        "training rows (below 1: a share of them) to hold out and choose the step by; 0: none, "
+        "training rows (below 1: a fraction of them) to hold out and choose the step by; 0: none, "
         "the last step counts unless --data has a validation split",
         minimum=0,
     )
-    test_size: float = setting(0.0, "the same, to test on where --data has no test split", minimum=0)
+    test_size: float = setting(
+        0.0, "training rows (below 1: a fraction of them) to test on where --data has no test split", minimum=0
+    )
     max_train_rows: int | None = setting(None, "use a stratified sample of the training rows, drawn by --seed", minimum=1)
     max_eval_rows: int | None = setting(
         None, "use a stratified sample of the test (and validation) rows, the same for every seed", minimum=1
     )
+    max_length: int = setting(512, "tokens of a row, [CLS] and [SEP] included", minimum=3)
+    long_text: str = setting("head", "part of a longer text to keep", choices=("head", "head-tail"))
+    epochs: float = setting(5.0, "passes over the training rows", minimum=0, group="optimisation")
+    max_steps: int | None = setting(None, "optimizer steps, whatever --epochs says", minimum=1)
+    global_batch_size: int = setting(64, "rows of an optimizer step, over all ranks", minimum=1)
+    micro_batch_size: int = setting(64, "rows of one forward pass; at most a rank's rows of a step", minimum=1)
+    learning_rate: float = setting(1e-5, "peak of the cosine schedule", minimum=0)
+    warmup_ratio: float = setting(0.0, "fraction of steps used for warm-up", minimum=0, maximum=1)
+    weight_decay: float = setting(1e-6, "applied to matrices and embeddings, not to biases and norms", minimum=0)
+    max_grad_norm: float = setting(1.0, "clip the gradient norm to this value; 0 disables clipping", minimum=0)
     class_weights: str = setting("none", "balanced: rows of rare classes weigh more in the loss", choices=("none", "balanced"))
-    label_smoothing: float = setting(0.0, "share of a target spread over all classes", minimum=0, maximum=1)
+    label_smoothing: float = setting(0.0, "fraction of a target spread over all classes", minimum=0, maximum=1)
+    seed: int = setting(42, "seeds the order of rows, dropout, fresh weights and --max-train-rows", minimum=0)
+    output_dir: str | None = setting(
+        None, "run directory, new or empty; unset: runs/train_bert-<time>", group="evaluation and checkpoints"
+    )
+    eval_every: float = setting(
+        0.1, "steps between evaluations; below 1 a fraction of all steps; 0: only after the last", minimum=0
+    )
+    save_every: float = setting(
+        0.1, "steps between checkpoints; below 1 a fraction of all steps; 0: only the last and the best on validation", minimum=0
+    )
+    keep_checkpoints: int = setting(2, "newest checkpoints to keep, in addition to the best on validation", minimum=1)
+    log_every: int = setting(10, "steps between lines of metrics.jsonl", minimum=1)
     patience: int | None = setting(
         None, "evaluations without a better validation score after which training stops; unset: never", minimum=1
     )
-    dtype: str = setting("bf16", "bf16 is autocast over fp32 weights", choices=("bf16", "fp32"))
-    device: str | None = setting(None, "cpu, cuda or cuda:N; off: cuda if there is one")
-    threads: int | None = setting(None, "CPU threads; off: torch's choice", minimum=1)
+    eval_only: bool = setting(False, "no training: test --model as it is, or the checkpoints of --resume")
+    resume: str | None = setting(None, "run directory to continue, under its own settings")
+    dtype: str = setting("bf16", "bf16 is autocast over fp32 weights", choices=("bf16", "fp32"), group="machine")
+    device: str | None = setting(None, "cpu, cuda or cuda:N; unset: cuda if there is one")
+    threads: int | None = setting(None, "CPU threads; unset: torch's choice", minimum=1)
     compile: bool = setting(False, "torch.compile the model")
     activation_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
-    seed: int = setting(42, "of the order of rows, dropout and fresh weights", minimum=0)
-    eval_only: bool = setting(False, "no training: test --model as it is, or the checkpoints of --resume")
-    resume: str | None = setting(None, "run directory to go on with, under its own settings")
 
 
 # --model tiny: big enough to learn the synthetic texts, small enough for a minute on a CPU.
@@ -152,10 +160,10 @@ def main(argv: list[str] | None = None) -> None:
     splits |= ({"validation": validation} if validation else {}) | {"test": data.test}
     tokenized = {name: bert_rows(tokenizer, split.texts, s.max_length, s.long_text) for name, split in splits.items()}
     train_rows = [] if s.eval_only else tokenized["train"][0]
-    # A model that is only evaluated was trained before: what its run says of that, if it is one of ours.
+    # With --eval-only, take num_train_rows from the run that trained the model, if there is one.
     before = checkpoint.info_of_model(directory) if s.eval_only and directory else {}
     trained_rows = before.get("num_train_rows", 0) if s.eval_only else len(data.train)
-    # How the model has to be asked, wherever its directory is copied to.
+    # For minicls.json: a copy of the model directory is asked as this run asks.
     asked = {"script": "train_bert", "head": "linear", "label_names": data.label_names}
     asked |= {name: getattr(s, name) for name in ("max_length", "long_text", "dtype")}
     run_dir = None
