@@ -302,8 +302,9 @@ def main(argv: list[str] | None = None) -> None:
     logger.print(f"example: {data.label_names[splits[first].labels[0]]} <- {tokenizer.decode(tokenized[first][0][0])}")
     logger.print(f"{s.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {load_report}; {dist.device_name(device)}")
 
-    if before.get("template") and not previous and before["template"] != list(template or ()):
-        logger.print(f"note: {s.model} was trained on another question than the one that it is asked here; see --prompt")
+    trained_prompt = upgrade(before["settings"]).get("prompt") if before.get("template") and not previous else s.prompt
+    if asks and trained_prompt != s.prompt:
+        logger.print(f"note: the model was trained with --prompt {trained_prompt}, and is asked otherwise here")
 
     # 3. The loss of one batch.
     # Targets at the end of a row of each class: (format, letter, format again). A linear head has one target.
