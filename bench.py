@@ -726,9 +726,6 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--task {s.task}: name one model, --qwen DIR" + (" or --bert DIR" if s.task == "train" else ""))
     if s.model_size == "real":
         s = replace(s, init="random")
-    if s.data is None:
-        trained = [checkpoint.info_of_model(find(s, role))["settings"].get("data") for role in METHODS if getattr(s, role)]
-        s = replace(s, data=next(filter(None, trained), "fancyzhx/ag_news"))
     s = replace(s, global_batch_size=s.global_batch_size or (64 if s.bert else 12))
     s = replace(s, max_steps=s.max_steps or (50 if uses_gpu(s) else 5))
     s = replace(s, num_questions=s.num_questions or (2000 if uses_gpu(s) else 64))
@@ -736,6 +733,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{'--side vllm' if s.side else '--vllm-python'}: vLLM does not train; leave it out")
     if s.side and named != 1:
         raise UserError(f"--side {s.side}: measures one model; name one")
+    if not s.side:
+        checkpoint.check_output_dir(s.output_dir)
+    if s.data is None:
+        trained = [checkpoint.info_of_model(find(s, role))["settings"].get("data") for role in METHODS if getattr(s, role)]
+        s = replace(s, data=next(filter(None, trained), "fancyzhx/ag_news"))
     if s.side and s.task == "rps":
         rps_side(s)
         return
@@ -743,7 +745,6 @@ def main(argv: list[str] | None = None) -> None:
         training = {"minicls": train_minicls, "transformers": train_transformers}
         print(json.dumps(training[s.side](s) if s.task == "train" else ask(s)))
         return
-    checkpoint.check_output_dir(s.output_dir)
     if s.task == "rps" and s.engines is None:
         installed = tuple(side for side in SIDES if importlib.util.find_spec(side) or (side == "vllm" and s.vllm_python))
         if left_out := [side for side in SIDES if side not in installed]:

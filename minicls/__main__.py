@@ -4,7 +4,7 @@ python -m minicls predict RUN "Stocks fell after the report."     # texts, or fi
 python -m minicls predict RUN news.csv --out predictions.csv      # the file's columns, labels and probabilities
 cat texts.txt | python -m minicls predict RUN --format jsonl --top-k 3
 python -m minicls report RUN RUN ...                              # finished runs side by side: report.md and its pictures
-python -m minicls report results/a results/b --bench bench.json   # what is kept of runs will do; requests/s beside accuracy
+python -m minicls report results/a results/b --bench bench.json   # what is kept of runs will do; requests/s against accuracy
 python -m minicls baseline --data DIR                            # logistic regression on word counts, as a run to compare with
 """
 

@@ -260,7 +260,7 @@ def stop_on_signal() -> Iterator[threading.Event]:
 
 
 def write_run_info(run_dir: Path, settings: dict, device: torch.device, about: dict) -> None:
-    """Writes run.json: the settings, and enough beside them to say what was run, on what, and on which rows."""
+    """Writes run.json: the settings, and enough to say which versions ran, on which hardware and rows."""
     versions = {"minicls": minicls.__version__, "python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
     write_json(run_dir / "run.json", {"settings": settings, "versions": versions, "device": dist.device_name(device)} | about)

@@ -136,14 +136,14 @@ def validation_f1(run: Run) -> float | None:
 
 
 def published_kind(run: Run) -> str | None:
-    """Which published table a run stands beside; None where it was not on AG News."""
+    """Which published table a run is set against; None where it was not on AG News."""
     if tuple(run.results["per_class"]) != AG_NEWS_LABELS or run.info["settings"]["data"] == "synthetic":
         return None
     return kind(run)[0] if kind(run)[0] in PUBLISHED else None
 
 
 def published_table(run: Run) -> str | None:
-    """The published table beside a run's own, line by line where the same share of the training is done; None if
+    """The published table next to a run's own, line by line where the same share of the training is done; None if
     nowhere."""
     if (published := published_kind(run)) is None:
         return None
@@ -211,7 +211,7 @@ def about_table(runs: dict[str, Run]) -> str:
 
 
 def best_on_test(run: Run) -> tuple[int, float] | None:
-    """Step and macro F1 of the published protocol, for runs that stand beside a published table; None for any other,
+    """Step and macro F1 of the published protocol, for runs that are set against a published table; None for any other,
     where the best of several tries on the test rows would only mislead, and where there was no choice."""
     several = run.results.get("evaluations", 2) > 1 and run.results["best_step_on_test"]
     return (run.results["best_step_on_test"], run.results["best_f1_on_test"]) if several and published_kind(run) else None
@@ -528,7 +528,7 @@ def write_report(runs: dict[str, Run], bench: Sequence[dict], out: Path) -> str:
             selection_table(runs),
         ),
         (
-            "Beside the published tables",
+            "Against the published tables",
             "One RTX 3090, AG News' 120,000 training and 7,600 test rows; what BERT's table calls validation are the test rows. "
             "Lines meet where the same share of the training is done; our training loss is the mean of the steps logged since "
             "the line before.",
@@ -589,7 +589,7 @@ def write_report(runs: dict[str, Run], bench: Sequence[dict], out: Path) -> str:
         ),
         (
             "Which one to deploy",
-            "Requests per second beside accuracy on the same requests, with its 95 % interval (Wilson); up and to the right is better.",
+            "Requests per second against accuracy on the same requests, with its 95 % interval (Wilson); up and to the right is better.",
             bench and f"{bench_table(bench)}\n\n![accuracy over requests per second](deploy.png)",
         ),
     ]

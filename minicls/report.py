@@ -293,7 +293,7 @@ def folded(group: Sequence[Run], names: Sequence[str]) -> tuple[str, str, str]:
 def speed_table(benches: list[dict]) -> str:
     """Markdown of bench.json files, a line for each peer: rates, the ratio with its spread over rounds, and peak
     memory."""
-    header = ["what", "model", "beside", "minicls, rows/s", "peer, rows/s", "times as fast", "peak memory, GiB"]
+    header = ["measured", "model", "against", "minicls, rows/s", "peer, rows/s", "times as fast", "peak memory, GiB"]
     peers = {"train": "HF Trainer {}", "score": "transformers {}, a pass a question"}
     rows = []
     for bench in benches:
@@ -314,7 +314,7 @@ def speed_table(benches: list[dict]) -> str:
 def results_table(folders: Sequence[Path]) -> str:
     """Markdown of committed results, a line for each folder with a run.json and a results.json; seeds are folded.
 
-    A folder may hold a `hf_trainer.json` of the same rows and settings beside them: a line of its own.
+    A folder may hold a `hf_trainer.json` of the same rows and settings: a line of its own.
     """
     header = ["result", "model", "head", "train rows", "test rows", "accuracy", "macro F1 (95 % interval)", "training, s"]
     rows, names = [], dict(zip(folders, short_names(folders), strict=True))

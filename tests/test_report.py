@@ -270,7 +270,9 @@ def test_two_runs_and_all_their_figures(bert_run, qwen_run, tmp_path, capsys):
         assert f"(curves-{i}.png)" in sections["Curves"]
         assert (tmp_path / "out" / f"curves-{i}.png").read_bytes() == (run / "curves.png").read_bytes()
     # Synthetic texts are not AG News; neither model was tried twice; nothing was served.
-    assert sections.keys().isdisjoint({"Beside the published tables", "Settings and seeds", "Training rows", "Which one to deploy"})
+    assert sections.keys().isdisjoint(
+        {"Against the published tables", "Settings and seeds", "Training rows", "Which one to deploy"}
+    )
 
 
 def test_real_predictions_beside_the_published_tables(bert_run, qwen_run, shared, tmp_path):
@@ -296,7 +298,7 @@ def test_real_predictions_beside_the_published_tables(bert_run, qwen_run, shared
     assert [row["best on test: step"] for row in chosen[:2]] == [str(found(bert_run)["best_step_on_test"])] * 2
     assert (chosen[3]["accuracy (95 % interval)"], chosen[3]["best on test: step"]) == ("0.9442 (0.9388 to 0.9491)", "3752")
     for name, kind in zip(names, ("BERT", "BERT", "Qwen3"), strict=True):
-        rows = read_table(sections["Beside the published tables"].split(f"### {name}\n")[1])
+        rows = read_table(sections["Against the published tables"].split(f"### {name}\n")[1])
         published = [row for row in rows if row["published step"] != "-"]
         for column, values in PUBLISHED[kind].items():
             assert [float(row[f"published {column}"]) for row in published] == [*values]
