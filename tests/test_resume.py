@@ -4,8 +4,11 @@ A resumed run equals the uninterrupted one bit for bit (same machine, eager, one
 moments of the kills in the slow test depend on the clock; that the result does not is what it tests.
 """
 
+import contextlib
+import errno
 import json
 import math
+import os
 import random
 import resource
 import shutil
@@ -190,6 +193,85 @@ def test_best_on_validation_is_remembered(tmp_path, monkeypatch):
     found = results(resume(tmp_path / "run"))
     assert (found["headline_step"], found["final_step"]) == (1, 6)
     assert [*checkpoints(tmp_path / "run")] == [1, 6]
+
+
+# Two processes and one run.
+
+HOLD = "import sys, time; from pathlib import Path; from minicls.checkpoint import lock\n"
+HOLD += "held = lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+
+
+@contextlib.contextmanager
+def held(run_dir):
+    """Within the block, another process has the run, until it is killed."""
+    command = [sys.executable, "-c", HOLD, str(run_dir)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert process.stdout.readline() == "held\n", process.stderr.read()
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def one_step(tmp_path_factory):
+    """A run of three steps that was stopped after the first."""
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    with interrupt_at(1), pytest.raises(SystemExit):
+        train(run_dir, "--max-steps", "3", "--max-eval-rows", "8", "--dtype", "fp32")
+    return run_dir
+
+
+def contents(run_dir):
+    return {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("flags", [[], ["--eval-only"]], ids=["trains", "evaluates"])
+def test_a_run_that_another_process_has_is_refused(flags, one_step, tmp_path, monkeypatch, capsys):
+    copy = shutil.copytree(one_step, tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["train_bert.py", "--resume", str(copy), *flags])
+    with held(copy) as process:
+        before = contents(copy)
+        with pytest.raises(SystemExit) as stop:
+            run(train_bert.main)
+        message = f"error: {copy}: process {process.pid} is training or testing this run; wait for it or stop it first\n"
+        assert (stop.value.code, capsys.readouterr().err, contents(copy)) == (2, message, before)
+    # The process was killed: what it had is free.
+    with pytest.raises(SystemExit) as stop:
+        run(train_bert.main)
+    assert (stop.value.code or 0) == 0 and results(copy)["final_step"] == (1 if flags else 3)
+
+
+def test_a_run_is_taken_while_it_trains_and_free_when_it_ends(one_step, tmp_path, monkeypatch):
+    """However it ends; a traceback that is kept, as a notebook keeps it, does not keep the run."""
+    copy, answers = shutil.copytree(one_step, tmp_path / "run"), []
+    ask = "import sys; from pathlib import Path; from minicls.checkpoint import lock; lock(Path(sys.argv[1]))"
+
+    def other_process():
+        done = subprocess.run([sys.executable, "-c", ask, str(copy)], capture_output=True, text=True, cwd=ROOT)
+        return f"process {os.getpid()} is training" in done.stderr if done.returncode else None
+
+    save_checkpoint = train_bert.checkpoint.save_checkpoint
+
+    def spoiled(*arguments):
+        answers.append(other_process())
+        raise UserError("spoiled")
+
+    monkeypatch.setattr(train_bert.checkpoint, "save_checkpoint", spoiled)
+    with pytest.raises(UserError, match="spoiled") as kept:
+        resume(copy)
+    monkeypatch.setattr(train_bert.checkpoint, "save_checkpoint", save_checkpoint)
+    assert results(resume(copy))["final_step"] == 3 and kept.value
+    assert answers == [True] and other_process() is None
+
+
+def test_a_file_system_without_locks_is_no_refusal(one_step, tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(train_bert.checkpoint.fcntl, "flock", flock)
+    assert results(resume(shutil.copytree(one_step, tmp_path / "run")))["final_step"] == 3
 
 
 @pytest.mark.slow
