@@ -12,6 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
+import numpy as np
+import torch
 from conftest import TINY
 
 import train_bert
@@ -94,3 +96,41 @@ def write_news(folder: Path, num_train: int = 600, num_test: int = 200) -> Path:
                 words = [rng.choice(own if rng.random() < 0.6 else common) for _ in range(rng.randint(5, 9))]
                 writer.writerow([" ".join(words), name])
     return folder
+
+
+def write_uneven(folder: Path) -> Path:
+    """A directory for `--data` with four classes of very different sizes in training: the later, the rarer."""
+    write_news(folder, num_train=400, num_test=20)
+    header, *lines = (folder / "train.csv").read_text().splitlines(keepends=True)
+    kept = [line for i, line in enumerate(lines) if i % (2 * CLASSES.index(line.strip().rpartition(",")[2]) + 1) == 0]
+    (folder / "train.csv").write_text("".join([header, *kept]))
+    return folder
+
+
+def smoothed(log_likelihoods: torch.Tensor, target: int, smoothing: float) -> torch.Tensor:
+    """The cross-entropy of one target of which a share is spread evenly: arXiv 1512.00567, section 7."""
+    return -(1 - smoothing) * log_likelihoods[target] - smoothing * log_likelihoods.mean()
+
+
+LOSS_FLAGS = {  # flags: (class weights, smoothing)
+    "": ("none", 0.0),
+    "--class-weights balanced": ("balanced", 0.0),
+    "--label-smoothing 0.1": ("none", 0.1),
+    "--class-weights balanced --label-smoothing 0.1": ("balanced", 0.1),
+}
+
+
+def their_class_weights(scheme: str, labels: np.ndarray) -> np.ndarray:
+    from sklearn.utils.class_weight import compute_class_weight
+
+    return compute_class_weight("balanced" if scheme == "balanced" else None, classes=np.arange(4), y=labels)
+
+
+def padded(rows: list[list[int]], padding: int) -> dict[str, torch.Tensor]:
+    """The batch as transformers wants it, padded on the right."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    ones = [torch.ones(len(row), dtype=torch.int64) for row in rows]
+    return {
+        "input_ids": pad([*map(torch.tensor, rows)], batch_first=True, padding_value=padding),
+        "attention_mask": pad(ones, batch_first=True),
+    }

@@ -515,6 +515,27 @@ def test_a_config_of_another_model_is_a_user_error(reason, kind):
     weights.build_model(kind, {"model_type": "qwen3"} | SIZES | harmless, None, 0, CPU)
 
 
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+UNSUPPORTED = {  # of a config.json, and how the message begins
+    "Gemma 3": ({"model_type": "gemma3"}, "is a gemma3 model"),
+    "ModernBERT": ({"model_type": "modernbert"}, "is a modernbert model"),
+    "no type": ({"model_type": None}, "is a nameless model"),
+    "Llama 3.2": ({"model_type": "llama", "rope_scaling": LLAMA3_ROPE}, "rope_type 'llama3' is not supported"),
+    "Llama 3.2, saved anew": ({"model_type": "llama", "rope_parameters": LLAMA3_ROPE | {"rope_theta": 5e5}}, "rope_type 'llama3'"),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_an_unsupported_model_is_one_line_that_lists_those_that_are(name, tmp_path):
+    values, named = UNSUPPORTED[name]
+    directory = write(tmp_path, SIZES | values, tensors_of(make_model()))
+    with pytest.raises(UserError) as error:
+        weights.build_model(weights.DECODER, weights.read_config(directory, weights.DECODER), directory, 0, CPU)
+    message = str(error.value)
+    assert message.startswith("--model: ") and named in message and len(message.splitlines()) == 1
+    assert "train_bert.py takes bert; train_qwen.py takes llama, qwen2 and qwen3" in message
+
+
 def test_a_bert_directory_is_refused_by_its_name(tmp_path):
     bert = BertForSequenceClassification(BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
     directory = write(tmp_path, {"model_type": "bert", "vocab_size": 10, "hidden_size": 8}, tensors_of(bert))
@@ -536,7 +557,7 @@ def test_bf16_weights_give_logits_near_those_of_fp32(tmp_path):
         assert 1e-4 < error < 0.1
 
 
-@pytest.mark.parametrize("max_shard_size", ["1GB", "8KB"])
+@pytest.mark.parametrize(("max_shard_size", "dtype"), [("1GB", "float32"), ("8KB", "float16"), ("8KB", "bfloat16")])
 @pytest.mark.parametrize(
     ("kind", "config", "others"),
     [
@@ -552,16 +573,16 @@ def test_bf16_weights_give_logits_near_those_of_fp32(tmp_path):
     ],
     ids=["tied", "untied", "base model", "classes", "llama, tied", "llama", "llama, classes", "qwen2, tied", "qwen2, classes"],
 )
-def test_what_transformers_saves_opens_here(kind, config, others, max_shard_size, tmp_path):
+def test_what_transformers_saves_opens_here(kind, config, others, max_shard_size, dtype, tmp_path):
     values, family = values_of(config, **others), family_of(config)
     given = {name: value for name, value in values.items() if name != "model_type"}
     theirs = stir(getattr(transformers, family + kind)(getattr(transformers, f"{family}Config")(**given)))
-    theirs.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    theirs.to(getattr(torch, dtype)).save_pretrained(tmp_path, max_shard_size=max_shard_size)
     assert (tmp_path / "model.safetensors").exists() == (max_shard_size == "1GB")
     ours, fresh, _ = build(tmp_path, weights.DECODER_LINEAR if "id2label" in values else weights.DECODER)
     assert not fresh
     assert ours.config.rope_theta == values["rope_theta"]  # transformers writes it into rope_parameters
-    expected = {name if kind != "Model" else f"model.{name}": x for name, x in tensors_of(theirs).items()}
+    expected = {name if kind != "Model" else f"model.{name}": x for name, x in tensors_of(theirs.float()).items()}
     torch.testing.assert_close(tensors_of(ours), expected, rtol=0, atol=0)
 
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, TINY
-from runs import interrupt_at, train
+from runs import SCRIPTS, interrupt_at, train
 
 import minicls
 from minicls.__main__ import main
@@ -114,11 +114,102 @@ def test_texts_that_are_no_text(argument, bert_run, monkeypatch):
         main(["predict", str(bert_run), *(["abc \udcff"] if argument else [])])
 
 
-def test_a_broken_minicls_json(bert_run, tmp_path):
+# minicls.json: how a model directory is asked, wherever it is.
+
+QUESTION = "{options}\n{text}\n?"
+ASKED = {  # name: (script's name, flags)
+    "options first": ("qwen", ["--prompt", "options-first", "--normalize", "sum", "--max-length", "160"]),
+    "a file": ("qwen", ["--prompt", "question.txt", "--train-on", "letter", "--think-in", "prompt", "--dtype", "bf16"]),
+    "linear": ("qwen", ["--head", "linear", "--linear-input", "prompt", "--prompt", "published-zh"]),
+    "head and tail": ("bert", ["--long-text", "head-tail", "--max-length", "14"]),
+}
+
+
+@pytest.fixture(scope="module")
+def asked_runs(tmp_path_factory) -> dict[str, Path]:
+    """A run of each kind, two steps long with a checkpoint at both, and its own question."""
+    folder = tmp_path_factory.mktemp("asked")
+    (folder / "question.txt").write_text(QUESTION)
+    for name, (script, flags) in ASKED.items():
+        given = [str(folder / flag) if flag.endswith(".txt") else flag for flag in flags]
+        given += ["--max-steps", "2", "--save-every", "1", "--max-eval-rows", "24"]
+        train(folder / name, *given, *([] if "--dtype" in given else ["--dtype", "fp32"]), script=SCRIPTS[script])
+    (folder / "question.txt").unlink()
+    return {name: folder / name for name in ASKED}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_minicls_json_says(name, asked_runs):
+    """In the run directory and in every checkpoint, the same."""
+    run, (script, flags) = asked_runs[name], ASKED[name]
+    (asked,) = {file.read_text() for file in (run / "minicls.json", *run.glob("checkpoints/*/minicls.json"))}
+    asked, given = json.loads(asked), dict(zip(flags[::2], flags[1::2], strict=True))
+    assert len([*run.glob("checkpoints/*/minicls.json")]) == 2
+    expected = {"script": f"train_{script}", "label_names": ["World", "Sports", "Business", "Sci/Tech"]}
+    expected |= {"max_length": int(given.get("--max-length", 512)), "dtype": given.get("--dtype", "fp32")}
+    if script == "bert":
+        assert asked == expected | {"head": "linear", "long_text": "head-tail"}
+        return
+    expected |= {"head": given.get("--head", "options"), "linear_input": given.get("--linear-input", "text")}
+    expected |= {"normalize": given.get("--normalize", "mean"), "train_on": given.get("--train-on", "response")}
+    expected |= {"think_in": given.get("--think-in", "response")}
+    chat = {"before": "<|im_start|>user\n", "after": "<|im_end|>\n<|im_start|>assistant\n", "ending": "<|im_end|>\n"}
+    chat |= {"think": "<think>\n\n</think>\n\n", "gap": "", "strips": False}
+    template = asked.pop("template")
+    assert asked == expected | {"chat": chat} and len(template) == 2
+    if name == "a file":  # no /no_think is added to it
+        assert template == ["A. World\nB. Sports\nC. Business\nD. Science/Technology\n", "\n?"]
+
+
+def assert_predicts_as_the_run(directory: Path, run: Path) -> None:
+    texts = split_data(load_data("synthetic"), max_eval_rows=24)[0].test.texts
+    saved = pq.read_table(run / "predictions.parquet").to_pydict()
+    expected = np.stack([saved[f"probability_{c}"] for c in range(4)], axis=1)
+    found = [list(p.probabilities.values()) for p in minicls.Classifier(directory, "cpu").predict(texts)]
+    # bf16 rounds batches of another composition otherwise, in its third digit.
+    bf16 = json.loads((run / "run.json").read_text())["settings"]["dtype"] == "bf16"
+    np.testing.assert_allclose(found, expected, atol=2e-3 if bf16 else 1e-6)
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_checkpoint_copied_alone_is_asked_as_its_run(name, asked_runs, tmp_path):
+    newest = asked_runs[name] / "checkpoints" / "step-000002"
+    assert_predicts_as_the_run(shutil.copytree(newest, tmp_path / "elsewhere"), asked_runs[name])
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_run_from_before_minicls_json_is_asked_as_then(name, asked_runs, tmp_path):
+    """Its run.json has the settings and the question, with the flags of that time, and no chat format."""
+    run = shutil.copytree(asked_runs[name], tmp_path / "run")
+    for file in (run / "minicls.json", *run.glob("checkpoints/*/minicls.json")):
+        file.unlink()
+    info = json.loads((run / "run.json").read_text())
+    info.pop("chat", None)
+    if "prompt" in info["settings"]:
+        info["settings"] |= {"options": "last", "language": "en", "prompt": None}
+    for new in ("class_weights", "label_smoothing", "patience", "test_size"):
+        del info["settings"][new]
+    (run / "run.json").write_text(json.dumps(info))
+    assert_predicts_as_the_run(run, asked_runs[name])
+    assert_predicts_as_the_run(run / "checkpoints" / "step-000002", asked_runs[name])
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '"text"', "\ufffd{"])
+def test_a_broken_minicls_json(content, bert_run, tmp_path):
     copy = shutil.copytree(bert_run, tmp_path / "run")
-    (copy / "minicls.json").write_text("{")
-    with pytest.raises(UserError, match=r"minicls.json: not readable"):
+    (copy / "minicls.json").write_text(content)
+    with pytest.raises(
+        UserError, match=r"^[^\n]*minicls.json: not readable .*; restore it, or copy the whole model directory again$"
+    ):
         main(["predict", str(copy), "Shares fell."])
+
+
+def test_a_minicls_json_of_other_classes(bert_run, tmp_path):
+    copy = shutil.copytree(bert_run, tmp_path / "run")
+    asked = json.loads((copy / "minicls.json").read_text())
+    (copy / "minicls.json").write_text(json.dumps(asked | {"label_names": asked["label_names"][::-1]}))
+    with pytest.raises(UserError, match=r"^[^\n]*run: minicls.json and config.json name other classes; copy the whole .* again$"):
+        minicls.Classifier(copy, "cpu")
 
 
 @pytest.mark.parametrize("argv", [["RUN"], ["RUN", "empty.csv"], ["RUN", "empty.txt"]])

@@ -14,17 +14,35 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from runs import CLASSES, MODEL_FILES, events, interrupt_at, losses, results, train, without_dropout, write_news
+from runs import (
+    CLASSES,
+    LOSS_FLAGS,
+    MODEL_FILES,
+    SCRIPTS,
+    events,
+    interrupt_at,
+    losses,
+    padded,
+    results,
+    resume,
+    smoothed,
+    their_class_weights,
+    train,
+    without_dropout,
+    write_news,
+    write_uneven,
+)
 from safetensors.torch import load_file
 
 import train_bert
+import train_qwen
 from minicls import checkpoint, report, weights
 from minicls.batch import pack, step_rows
 from minicls.checkpoint import checkpoints
 from minicls.config import UserError
 from minicls.data import Data, Split, load_data, split_data
-from minicls.optim import cosine_lr, every_steps, make_optimizer, warmup_steps
-from minicls.tokenizer import bert_rows, load_tokenizer
+from minicls.optim import class_weights, cosine_lr, every_steps, make_optimizer, warmup_steps
+from minicls.tokenizer import bert_rows, load_tokenizer, text_rows
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +146,50 @@ def test_loss_is_the_mean_over_the_rows_of_the_step(calm, tmp_path):
     assert [loss for _, loss, _ in losses(run)] == pytest.approx(expected, rel=1e-5)
     assert [e["epoch"] for e in events(run, "train")] == pytest.approx([64 / 150, 128 / 150, 1, 214 / 150, 278 / 150, 2])
     assert all(torch.equal(tensor, load_file(run / "model.safetensors")[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0, 1, 2, 2, 3], [1] * 9 + [0, 2, 3] * 2, [3, 2, 1, 0]])
+def test_balanced_class_weights_are_those_of_scikit_learn(labels):
+    labels = np.array(labels)
+    assert class_weights(labels, 4, "balanced").numpy() == pytest.approx(their_class_weights("balanced", labels), rel=1e-6)
+    assert class_weights(labels, 4, "none").tolist() == [1.0] * 4
+
+
+def test_a_class_without_rows_has_no_weight():
+    """The others weigh what scikit-learn says of them alone."""
+    assert class_weights(np.array([0, 0, 2]), 4, "balanced").tolist() == [0.75, 0.0, 1.5, 0.0]
+
+
+@pytest.mark.parametrize("head", ["bert", "qwen linear"])
+@pytest.mark.parametrize("flags", LOSS_FLAGS)
+def test_loss_with_class_weights_and_smoothing(flags, head, tmp_path):
+    """The weighted losses of a window over the sum of their weights, in windows of 64, 64 and few rows in unequal parts.
+
+    From transformers' logits, as with a learning rate of 0 the weights saved are those of every step.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    scheme, smoothing = LOSS_FLAGS[flags]
+    news = write_uneven(tmp_path / "news")
+    given = ["--data", str(news), *UNEVEN, "--max-eval-rows", "4", "--micro-batch-size", "16", "--learning-rate", "0"]
+    given += ["--max-steps", "3", *flags.split()]
+    if head == "bert":  # without dropout
+        start = train(tmp_path / "start", "--data", str(news), "--max-steps", "1", "--max-eval-rows", "4", "--dtype", "fp32")
+        run = train(tmp_path / "run", "--model", str(without_dropout(start, tmp_path / "calm")), *given)
+    else:
+        run = train(tmp_path / "run", "--head", "linear", *given, script=train_qwen)
+    data, _ = split_data(load_data(str(news)), max_train_rows=150, seed=42)
+    tokenizer, texts, labels = load_tokenizer(run), data.train.texts, data.train.labels
+    rows, _ = bert_rows(tokenizer, texts, 512) if head == "bert" else text_rows(tokenizer, texts, 512)
+    model = AutoModelForSequenceClassification.from_pretrained(run, dtype=torch.float32).eval()
+    with torch.no_grad():
+        log_likelihoods = model(**padded(rows, model.config.pad_token_id)).logits.log_softmax(1)
+    weight = their_class_weights(scheme, labels)[labels]
+    row_losses = np.array([smoothed(x, y, smoothing).item() for x, y in zip(log_likelihoods, labels, strict=True)])
+    windows = [step_rows(step, len(labels), 64, seed=42) for step in range(3)]
+    expected = [(row_losses * weight)[window].sum() / weight[window].sum() for window in windows]
+    assert [loss for _, loss, _ in losses(run)] == pytest.approx(expected, rel=1e-5)
+    assert len(windows[2]) % 16 and np.ptp(np.bincount(labels)) > 20
 
 
 COMPILED = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
@@ -258,6 +320,83 @@ def test_headline_is_the_step_best_on_validation(news, tmp_path, monkeypatch):
     assert 0.01 <= found["temperature"] <= 100 and 0 <= found["calibration_error_scaled"] <= 1
     again = train(tmp_path / "again", "--model", str(best), "--data", str(news), "--dtype", "fp32", "--eval-only")
     assert predictions(again) == predictions(run)
+
+
+@pytest.fixture
+def scripted_f1(monkeypatch):
+    """The F1 on 40 validation rows: best at the second evaluation, then two that are no better."""
+    original, script = report.evaluate_logits, iter([0.5, 0.6, 0.4, 0.6])
+
+    def evaluate_logits(logits, labels):
+        scores, confusion = original(logits, labels)
+        return scores | ({"f1": next(script, scores["f1"])} if len(labels) == 40 else {}), confusion
+
+    monkeypatch.setattr(report, "evaluate_logits", evaluate_logits)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_patience(name, news, scripted_f1, tmp_path, capsys):
+    """Two evaluations without a better score end a run that would have had eight; it counts as finished, also after a kill
+    between the last checkpoint and the results."""
+    flags = ["--data", str(news), "--validation-size", "40", "--max-steps", "8", "--eval-every", "1", "--dtype", "fp32"]
+    run = train(tmp_path / "run", *flags, "--patience", "2", "--keep-checkpoints", "1", script=SCRIPTS[name])
+    found = results(run)
+    assert [e["step"] for e in events(run, "eval", "validation")] == [1, 2, 3, 4] and [*checkpoints(run)] == [2, 4]
+    assert (found["headline_step"], found["final_step"], found["stopped_early"]) == (2, 4, True)
+    assert (run / "model.safetensors").read_bytes() == (checkpoints(run)[2] / "model.safetensors").read_bytes()
+    assert "stopped early: 2 evaluations without a better validation score" in capsys.readouterr().out
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    resume(run)
+    assert f"{run} is finished" in capsys.readouterr().out
+    for written in ("results.json", "predictions.parquet", "model.safetensors", "minicls.json"):
+        (run / written).unlink()
+    resume(run)
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert before.keys() <= after.keys() and [e["step"] for e in events(run, "eval", "validation")] == [1, 2, 3, 4]
+    for path in (run / "predictions.parquet", run / "model.safetensors", *checkpoints(run)[4].iterdir()):
+        assert before[path] == after[path], path
+    clocks = {name for name in found if name.endswith(("_seconds", "_per_second", "_bytes"))} | {"evaluations"}
+    assert {k: v for k, v in results(run).items() if k not in clocks} == {k: v for k, v in found.items() if k not in clocks}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_patience_without_validation_rows_is_refused(name, tmp_path):
+    with pytest.raises(UserError, match=r"--patience: 2 needs validation rows to watch; hold some out with --validation-size"):
+        train(tmp_path / "run", "--patience", "2", script=SCRIPTS[name])
+    assert not (tmp_path / "run").exists()
+
+
+FROZEN = {"bert": ("bert", "classifier."), "qwen options": ("qwen", "model.norm."), "qwen linear": ("qwen", "score.")}
+
+
+@pytest.mark.parametrize("case", FROZEN)
+def test_frozen_parameters(case, tmp_path, monkeypatch):
+    """All but a head frozen, as a reader might do it: it trains, saves, and resumes bit for bit."""
+    name, trained = FROZEN[case]
+    script, make = SCRIPTS[name], make_optimizer
+
+    def only_the_head(model, *rest):
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter_name.startswith(trained))
+        return make(model, *rest)
+
+    monkeypatch.setattr(script, "make_optimizer", only_the_head)
+    flags = ["--max-steps", "4", "--log-every", "1", "--eval-every", "0", "--max-eval-rows", "8", "--dtype", "fp32"]
+    flags += ["--head", case.split()[1]] if name == "qwen" else []
+    whole = train(tmp_path / "whole", *flags, "--save-every", "1", "--keep-checkpoints", "4", script=script)
+    with interrupt_at(2), pytest.raises(SystemExit):
+        train(tmp_path / "run", *flags, script=script)
+    run = resume(tmp_path / "run")
+    newest = checkpoints(run)[4]
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert (newest / file).read_bytes() == (checkpoints(whole)[4] / file).read_bytes(), file
+    assert losses(run) == losses(whole)
+    first, last = (load_file(checkpoints(whole)[step] / "model.safetensors") for step in (1, 4))
+    moved = {key for key in first if not torch.equal(first[key], last[key])}
+    assert moved == {key for key in first if key.startswith(trained)} != set()
+    assert {
+        key.removeprefix("exp_avg_sq.").removeprefix("exp_avg.") for key in load_file(newest / "optimizer.safetensors")
+    } == moved
 
 
 def test_head_tail_keeps_both_ends(tmp_path, capsys):

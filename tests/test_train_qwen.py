@@ -7,14 +7,30 @@ implementations are ten AdamW steps apart), weights by a few 1e-6 (bound: 1e-4).
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import CLASSES, MODEL_FILES, events, interrupt_at, losses, results, train, write_news
+from runs import (
+    CLASSES,
+    LOSS_FLAGS,
+    MODEL_FILES,
+    events,
+    interrupt_at,
+    losses,
+    padded,
+    results,
+    smoothed,
+    their_class_weights,
+    train,
+    write_news,
+    write_uneven,
+)
 from safetensors.torch import load_file
+from test_prompt import BEGINS, TEMPLATES, tokenizer_dir
 
 import train_qwen
 from minicls.batch import step_rows
@@ -24,7 +40,8 @@ from minicls.optim import every_steps
 from minicls.prompt import Chat, make_template
 from minicls.report import steps_table
 from minicls.scorer import score_brute_force
-from minicls.tokenizer import load_tokenizer
+from minicls.tokenizer import load_tokenizer, train_qwen_tokenizer
+from train_qwen import answer_loss, make_targets
 
 # Two epochs of windows of 64, 64 and 22 rows, every step logged, few rows scored.
 UNEVEN = ["--max-train-rows", "150", "--global-batch-size", "64", "--micro-batch-size", "64", "--epochs", "2", "--log-every", "1"]
@@ -112,19 +129,53 @@ def test_losses_and_gradient_against_transformers(flags, trained, letter, tmp_pa
     assert grad_norm == pytest.approx(norm.item(), rel=1e-4)
 
 
-def test_ten_steps_equal_those_of_transformers(tmp_path, capsys):
+FAMILIES = {  # model_type: (sizes beside TINY's, chat template and control tokens)
+    "qwen3": None,
+    "llama": ({"head_dim": 16, "rope_theta": 500_000.0, "tie_word_embeddings": False}, "Llama 3"),
+    "qwen2": ({"tie_word_embeddings": True, "num_key_value_heads": 1}, "Qwen2.5"),
+}
+
+
+def family_dir(family: str, folder: Path) -> Path:
+    """A directory as transformers saves it: random weights, a small tokenizer with the family's chat template."""
+    import transformers
+
+    sizes, template = FAMILIES[family]
+    data, _ = split_data(load_data("synthetic"), max_train_rows=150, seed=42)
+    tokenizer = train_qwen_tokenizer(["".join(make_template(data.label_names)), *data.train.texts], 2000)
+    tokenizer_dir(folder, tokenizer, *TEMPLATES[template], begins=template in BEGINS)
+    values = {name: value for name, value in (train_qwen.TINY | sizes).items() if name not in ("model_type", "head_dim")}
+    values |= {"head_dim": sizes["head_dim"]} if "head_dim" in sizes else {}
+    prefix = family.capitalize()
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{prefix}Config")(**values, vocab_size=len(load_tokenizer(folder)))
+    getattr(transformers, f"{prefix}ForCausalLM")(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ten_steps_equal_those_of_transformers(family, tmp_path, capsys):
     """The same weights, rows, targets, schedule and AdamW around transformers' model: each step's loss to 1e-4."""
     from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
     shared = ["--max-train-rows", "150", "--log-every", "1", "--max-eval-rows", "4", "--dtype", "fp32", "--warmup-ratio", "0.2"]
     shared += ["--weight-decay", "0.1", "--eval-every", "0"]
-    start = run_qwen(tmp_path / "start", *shared, "--max-steps", "2")
+    if family == "qwen3":
+        start = run_qwen(tmp_path / "start", *shared, "--max-steps", "2")
+    else:
+        start = family_dir(family, tmp_path / "start")
     run = run_qwen(tmp_path / "run", "--model", str(start), *shared, "--max-steps", "10", "--learning-rate", "3e-3")
     assert "tokens, which a batch reads once" in capsys.readouterr().out  # transformers below reads them in every row
     model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32).train()
     data, _ = split_data(load_data("synthetic"), max_train_rows=150, seed=42)
     template = json.loads((run / "run.json").read_text())["template"]
-    rows, _ = Chat(load_tokenizer(run), template, 4, 512).training_rows(data.train.texts, data.train.labels)
+    assert template[1].endswith("/no_think") == (family == "qwen3")  # the others' tokenizers have no <think>
+    chat = Chat(load_tokenizer(start), template, 4, 512)
+    rows, _ = chat.training_rows(data.train.texts, data.train.labels)
+    trained = sum(chat.target_counts(0))
+    assert {sum(chat.target_counts(label)) for label in range(4)} == {trained} and trained == {"qwen3": 7, "llama": 2, "qwen2": 3}[
+        family
+    ]
     matrices = [p for p in model.parameters() if p.ndim > 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.ndim == 1]}]
     optimizer = torch.optim.AdamW(groups, lr=3e-3, weight_decay=0.0)
@@ -136,8 +187,8 @@ def test_ten_steps_equal_those_of_transformers(tmp_path, capsys):
         for row in window:
             ids = torch.tensor([rows[row]])
             labels = torch.full_like(ids, -100)
-            labels[:, -7:] = ids[:, -7:]
-            loss += model(input_ids=ids, labels=labels).loss / len(window)  # rows have seven targets each: a mean of means
+            labels[:, -trained:] = ids[:, -trained:]
+            loss += model(input_ids=ids, labels=labels).loss / len(window)  # rows have as many targets each: a mean of means
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -150,6 +201,81 @@ def test_ten_steps_equal_those_of_transformers(tmp_path, capsys):
     trained = load_file(run / "model.safetensors")
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(trained[name], parameter.data, rtol=0, atol=1e-4, msg=name)
+
+
+def test_targets_of_a_hand_made_batch():
+    """Two rows that begin with one equal id; the second one's letter is two tokens."""
+    rows = [[9, 3, 4, 10, 11, 20, 12], [9, 8, 10, 11, 21, 22, 12]]  # prompt; 10 11; letter; 12
+    endings = np.array([[2, 1, 1], [2, 2, 1]])
+    targets = make_targets(rows, np.array([0, 1]), endings, 1, torch.device("cpu"))
+    assert targets.batch.input_ids.tolist() == [9, 3, 4, 10, 11, 20, 8, 10, 11, 21, 22]
+    assert targets.at.tolist() == [2, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert targets.ids.tolist() == [10, 11, 20, 12, 10, 11, 21, 22, 12]
+    assert targets.letters.tolist() == [2, 6, 7] and targets.classes.tolist() == [0, 1, 1]
+    logits = torch.randn(9, 30, generator=torch.Generator().manual_seed(0))
+    each = [-logits[i].double().softmax(0)[token].log().item() for i, token in enumerate(targets.ids.tolist())]
+    letters = 0.5 * each[2] + 3.0 * (each[6] + each[7])
+    expected = [sum(each) - each[2] - each[6] - each[7] + letters, letters]
+    assert answer_loss(logits, targets, torch.tensor([0.5, 3.0]), 0.0, None).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_smoothing_of_a_hand_made_batch():
+    """The letter's target gives a tenth of itself to the two letters in equal parts; the format's targets give nothing."""
+    rows = [[3, 10, 20, 12], [4, 10, 21, 12], [5, 10, 21, 12]]
+    labels, letter_ids = np.array([0, 1, 1]), torch.tensor([20, 21])
+    targets = make_targets(rows, labels, np.array([[1, 1, 1]] * 2), 0, torch.device("cpu"))
+    assert targets.at.tolist() == [*range(9)] and targets.letters.tolist() == [1, 4, 7]
+    logits = torch.randn(9, 30, generator=torch.Generator().manual_seed(0))
+    likelihoods = logits.double().log_softmax(1)
+    shares = {20: [0.95, 0.05], 21: [0.05, 0.95]}
+    letters = sum(
+        weight * -(torch.tensor(shares[token]).double() * likelihoods[i][letter_ids]).sum().item()
+        for i, token, weight in ((1, 20, 0.5), (4, 21, 3.0), (7, 21, 3.0))
+    )
+    format_loss = -sum(likelihoods[i][token].item() for i, token in ((0, 10), (2, 12), (3, 10), (5, 12), (6, 10), (8, 12)))
+    found = answer_loss(logits, targets, torch.tensor([0.5, 3.0]), 0.1, letter_ids)
+    assert found.tolist() == pytest.approx([format_loss + letters, letters], rel=1e-5)
+
+
+@pytest.mark.parametrize("train_on", ["response", "letter"])
+@pytest.mark.parametrize("flags", LOSS_FLAGS)
+def test_loss_with_class_weights_and_smoothing(flags, train_on, tmp_path):
+    """Weights and smoothing apply to the letter; the sum of the weighted losses is divided by that of the weights. Over windows
+    of 64, 64 and few rows in unequal parts, from transformers' logits: with a learning rate of 0 the weights never change."""
+    from transformers import AutoModelForCausalLM
+
+    scheme, smoothing = LOSS_FLAGS[flags]
+    news = write_uneven(tmp_path / "news")
+    given = ["--data", str(news), *UNEVEN, "--max-eval-rows", "4", "--micro-batch-size", "16", "--learning-rate", "0"]
+    run = run_qwen(tmp_path / "run", *given, "--max-steps", "3", "--train-on", train_on, *flags.split())
+    data, _ = split_data(load_data(str(news)), max_train_rows=150, seed=42)
+    labels = data.train.labels
+    chat = Chat(load_tokenizer(run), json.loads((run / "run.json").read_text())["template"], 4, 512, train_on=train_on)
+    rows, _ = chat.training_rows(data.train.texts, labels)
+    counts = chat.target_counts(0)
+    letter_ids = torch.tensor([ids for (ids,) in chat.options])
+    model = AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = torch.cat([model(**padded(rows[i : i + 50], 0)).logits for i in range(0, 150, 50)])
+    weight, letters, formats = their_class_weights(scheme, labels)[labels], [], []
+    for row, label, row_logits in zip(rows, labels, logits, strict=True):
+        first = len(row) - sum(counts)
+        likelihoods = row_logits[first - 1 : len(row) - 1].log_softmax(1)
+        each = -likelihoods[torch.arange(sum(counts)), torch.tensor(row[first:])]
+        # All of the vocabulary competes for the letter, but the share goes to the letters alone.
+        letters.append(smoothed(likelihoods[counts[0], letter_ids], label, smoothing).item())
+        formats.append((each.sum() - each[counts[0]]).item())
+    letters, formats = np.array(letters) * weight, np.array(formats)
+    for step, (_, loss, answer, of_format, _) in enumerate(answers(run)):
+        window = step_rows(step, 150, 64, seed=42)
+        num_formats = len(window) * (counts[0] + counts[2])
+        total = letters[window].sum() + formats[window].sum()
+        assert loss == pytest.approx(total / (weight[window].sum() + num_formats), rel=1e-5)
+        if train_on == "response":
+            assert answer == pytest.approx(letters[window].sum() / weight[window].sum(), rel=1e-5)
+            assert of_format == pytest.approx(formats[window].sum() / num_formats, rel=1e-5)
+        else:
+            assert answer is None and of_format is None
 
 
 @pytest.mark.parametrize(
