@@ -245,8 +245,8 @@ def main(argv: list[str] | None = None) -> None:
     config = {"vocab_size": len(tokenizer)} | config
     end, pad = end_and_pad(tokenizer, config)
     trained_labels = config.get("id2label")
-    # The embedding of the padding token gets no gradient. A row of the options has no padding but may hold its end token, so
-    # that one serves as padding only where config.json says so, as in transformers.
+    # The padding token's embedding gets no gradient. A row with options has no padding, but it may hold
+    # the end token: that one is padding only where config.json says so, as in transformers.
     padding = config.get("pad_token_id") if s.head == "options" and pad == end else pad
     config |= weights.label_config(data.label_names) | {"pad_token_id": padding, "eos_token_id": end}
     random = s.init == "random" and not (previous and previous.newest)

@@ -75,7 +75,10 @@ class Reader:
         self.chat = None
         if self.kind is weights.DECODER or self.settings.get("linear_input") == "prompt":
             template = self.settings.get("template") or make_template(self.label_names, no_think=thinks(self.tokenizer))
-            form = ChatFormat(**self.settings["chat"]) if self.settings.get("chat") else None
+            try:
+                form = ChatFormat(**self.settings["chat"]) if self.settings.get("chat") else None
+            except TypeError as error:
+                raise UserError(f"{directory}: its chat format is none ({error}); copy the whole model directory again") from None
             self.chat = Chat(self.tokenizer, tuple(template), len(self.label_names), self.max_length, format=form)
 
     def rows(self, texts: Sequence[str]) -> list[list[int]]:

@@ -86,7 +86,7 @@ class ChatFormat:
     before: str = ""
     after: str = ""
     think: str = ""  # the empty think block that Qwen3's template ends with when it is told not to think
-    gap: str = " "  # between all that and the letter: a blank where there is no template, and in a few that have one
+    gap: str = " "  # between that and the letter: Mistral's template has one, and so has the bare question
     ending: str = ""
     strips: bool = False  # whether the template removes blanks around the turn
 
@@ -121,8 +121,8 @@ def render_chat_format(tokenizer: Tokenizer) -> ChatFormat:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
     environment.filters["tojson"] = to_json
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    # transformers marks the assistant's part with these and renders what is between them. A tag stays in their place, for the
-    # blanks around it go or stay as its dashes say.
+    # transformers marks the assistant's part with these and renders what is between them. Another tag
+    # takes their place, because a tag's dashes decide which blanks around it stay.
     source = re.sub(r"(\{%[-+]?)\s*generation\s*([-+]?%\})", r"\1 if true \2", source)
     source = re.sub(r"(\{%[-+]?)\s*endgeneration\s*([-+]?%\})", r"\1 endif \2", source)
     names = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")

@@ -8,6 +8,7 @@ run over up to a few hundred terms in another order on the two sides, and two or
 """
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,11 @@ from minicls import weights
 from minicls.batch import Batch, pack, pack_shared
 from minicls.bert import BertConfig, BertForSequenceClassification
 from minicls.config import UserError
+from minicls.data import AG_NEWS_LABELS
 from minicls.decoder import FAMILIES, DecoderConfig, DecoderForCausalLM, DecoderForSequenceClassification, KVCache
-from minicls.tokenizer import train_qwen_tokenizer
+from minicls.generate import generate
+from minicls.prompt import Chat, make_template
+from minicls.tokenizer import load_tokenizer, train_qwen_tokenizer
 
 POSITIONS = 64
 SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": POSITIONS}
@@ -669,3 +673,30 @@ def test_the_real_size_equals_transformers(shared):
     # 28 layers hand a rounding error on to one another; logits of a fresh model spread over about 0.6.
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
     assert logits.std() > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("MINICLS_SMOLLM2" not in os.environ, reason="MINICLS_SMOLLM2 names no directory with SmolLM2-135M-Instruct")
+def test_the_real_smollm2_equals_transformers():
+    """Its published weights: the ids of a chat, the logits in fp32, and what it writes."""
+    folder = Path(os.environ["MINICLS_SMOLLM2"])
+    theirs_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    ours, fresh, _ = build(folder)
+    assert not fresh
+    chat = Chat(load_tokenizer(folder), make_template(AG_NEWS_LABELS), 4, 512)
+    texts = ["Stocks fell on Monday.", "The cup final went to penalties, 4-3.", "", "caf\u00e9, \u4e2d\u6587 and \U0001f600 \n"]
+    messages = [[{"role": "user", "content": text.join(chat.template)}] for text in texts]
+    rows = [theirs_tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in messages]
+    assert chat.questions(texts) == (rows, 0)
+    answered = [[*m, {"role": "assistant", "content": "ABCD"[i]}] for i, m in enumerate(messages)]
+    whole = [theirs_tokenizer.apply_chat_template(m, return_dict=False) for m in answered]
+    assert chat.training_rows(texts, [0, 1, 2, 3]) == (whole, 0)
+    for row, logits in zip(rows, all_logits(ours, rows), strict=True):
+        with torch.inference_mode():
+            torch.testing.assert_close(logits, theirs(torch.tensor([row])).logits[0], rtol=0, atol=1e-3)
+    written = generate(ours, rows[:2], 12, chat.stop_ids, CPU)
+    for row, ids in zip(rows, written, strict=False):
+        with torch.inference_mode():
+            output = theirs.generate(torch.tensor([row]), do_sample=False, max_new_tokens=12)[0, len(row) :]
+        assert chat.tokenizer.decode(ids) == theirs_tokenizer.decode(output, skip_special_tokens=True) != ""

@@ -10,10 +10,13 @@ import pytest
 import torch
 import transformers  # noqa: F401 - imported by test_decoder in any case, and slow: not to be counted to the first test
 from test_decoder import CPU, MANY, make_model, make_pair, random_rows
+from test_prompt import BEGINS, TEMPLATES, tokenizer_dir
 
 from minicls.batch import pack
+from minicls.data import AG_NEWS_LABELS
 from minicls.generate import generate, read_answer, read_answers
-from minicls.tokenizer import train_qwen_tokenizer
+from minicls.prompt import Chat, make_template
+from minicls.tokenizer import load_tokenizer, train_qwen_tokenizer
 
 PROMPTS = random_rows([5, 1, 12, 30, 5, 2])
 CONFIGS = ["plain", "narrow heads, 3 a key"]
@@ -61,6 +64,26 @@ def test_generate_equals_transformers_and_plain_argmax(config):
     assert expected[0] == [] and len({len(answer) for answer in expected}) > 2  # rows do end at different times
     assert generate(ours, PROMPTS, 12, stop_ids, CPU) == expected
     assert [theirs_generate(theirs, prompt, 12, stop_ids) for prompt in PROMPTS] == expected
+
+
+@pytest.mark.parametrize(("config", "template", "stop"), [("qwen2", "Qwen2.5", "<|im_end|>"), ("llama", "Llama 3", "<|eot_id|>")])
+def test_an_answer_ends_where_the_chat_format_ends_it(config, template, stop, tmp_path):
+    """At the end of a turn, as transformers' generate ends it with these ids."""
+    tiny = train_qwen_tokenizer(["".join(make_template(AG_NEWS_LABELS))] * 2, 500)
+    tokenizer = load_tokenizer(tokenizer_dir(tmp_path, tiny, *TEMPLATES[template], begins=template in BEGINS))
+    chat = Chat(tokenizer, make_template(AG_NEWS_LABELS), 4, 400)
+    (stop_id,) = tokenizer.control_ids([stop])
+    assert chat.stop_ids == [stop_id, *tokenizer.control_ids(["<|endoftext|>"] if config == "qwen2" else [])]
+    questions, _ = chat.prompts(["Stocks fell.", "The cup final went to penalties.", "", "A new chip"])
+    ours, theirs = make_pair(config, vocab_size=len(tokenizer), max_position_embeddings=400)
+    likely = generate(ours, questions[:1], 3, [], CPU)[0][2]
+    for model in (ours, theirs):  # where this token would be the likeliest, the end is likelier
+        with torch.no_grad():
+            model.lm_head.weight[stop_id] = 1.5 * model.lm_head.weight[likely]
+    expected = [until(argmax_without_cache(ours, question, 8), chat.stop_ids) for question in questions]
+    assert len(expected[0]) < 3
+    assert generate(ours, questions, 8, chat.stop_ids, CPU) == expected
+    assert [theirs_generate(theirs, question, 8, chat.stop_ids) for question in questions] == expected
 
 
 def test_no_batch_changes_an_answer():

@@ -204,6 +204,15 @@ def test_a_broken_minicls_json(content, bert_run, tmp_path):
         main(["predict", str(copy), "Shares fell."])
 
 
+@pytest.mark.parametrize("chat", [{"start": "a"}, [1], "text"])
+def test_a_minicls_json_with_no_chat_format(chat, qwen_run, tmp_path):
+    copy = shutil.copytree(qwen_run, tmp_path / "run")
+    asked = json.loads((copy / "minicls.json").read_text())
+    (copy / "minicls.json").write_text(json.dumps(asked | {"chat": chat}))
+    with pytest.raises(UserError, match=r"^[^\n]*run: its chat format is none .*; copy the whole model directory again$"):
+        minicls.Classifier(copy, "cpu")
+
+
 def test_a_minicls_json_of_other_classes(bert_run, tmp_path):
     copy = shutil.copytree(bert_run, tmp_path / "run")
     asked = json.loads((copy / "minicls.json").read_text())

@@ -10,8 +10,12 @@ import pytest
 import torch
 import transformers  # noqa: F401 - imported by test_decoder in any case, and slow: not to be counted to the first test
 from test_decoder import CPU, make_model, make_pair, random_rows
+from test_prompt import BEGINS, TEMPLATES, tokenizer_dir
 
+from minicls.data import AG_NEWS_LABELS
+from minicls.prompt import Chat, make_template
 from minicls.scorer import common_prefix, read_prefix, score, score_brute_force
+from minicls.tokenizer import load_tokenizer, train_qwen_tokenizer
 
 SAME = [7, 8, 9, 10, 11, 12]  # what the questions of a prompt begin with
 QUESTIONS = {
@@ -69,6 +73,24 @@ def test_score_equals_the_brute_force(questions, options, model, way):
             assert_scores_close(score(model, questions, options, CPU, "sum", max_tokens, share_prefix), total)
         assert_scores_close(score(model, questions, options, CPU, "mean", None, share_prefix), mean)
     assert_scores_close(score(model, questions, options, CPU), mean)  # unsaid, it is the mean
+
+
+@pytest.mark.parametrize(("config", "template"), [("qwen2", "Qwen2.5"), ("llama", "SmolLM2"), ("llama", "Llama 3")])
+def test_score_equals_the_brute_force_in_other_chat_formats(config, template, tmp_path):
+    """The system turn stands in every question and is read once."""
+    texts = ["Stocks fell.", "The cup final, after a long night of rain, went to penalties.", "", "A new chip"]
+    tiny = train_qwen_tokenizer(["".join(make_template(AG_NEWS_LABELS))] * 2, 500)
+    tokenizer = load_tokenizer(tokenizer_dir(tmp_path, tiny, *TEMPLATES[template], begins=template in BEGINS))
+    chat = Chat(tokenizer, make_template(AG_NEWS_LABELS), 4, 400)
+    questions, cut = chat.questions(texts)
+    start, _, _ = tokenizer.decode(questions[0]).partition("Stocks")
+    shared = tokenizer.decode(common_prefix(questions))
+    assert cut == 0 and start.startswith(shared) and shared.endswith("Article")  # its line break may be one token with a text's
+    assert ("assistant" in start) == (template != "Llama 3")  # a system turn
+    model = make_model(config=config, vocab_size=len(tokenizer), max_position_embeddings=400)
+    expected = score_brute_force(model, questions, chat.options, CPU)
+    assert_scores_close(score(model, questions, chat.options, CPU), expected)
+    assert_scores_close(score(model, questions, chat.options, CPU, share_prefix=False, max_tokens=300), expected)
 
 
 @pytest.mark.parametrize("options", ["one token", "of different lengths"])

@@ -131,8 +131,8 @@ def test_losses_and_gradient_against_transformers(flags, trained, letter, tmp_pa
 
 FAMILIES = {  # model_type: (sizes beside TINY's, chat template and control tokens)
     "qwen3": None,
-    "llama": ({"head_dim": 16, "rope_theta": 500_000.0, "tie_word_embeddings": False}, "Llama 3"),
-    "qwen2": ({"tie_word_embeddings": True, "num_key_value_heads": 1}, "Qwen2.5"),
+    "llama": ({"head_dim": 32, "rope_theta": 500_000.0, "tie_word_embeddings": False}, "Llama 3"),
+    "qwen2": ({"num_attention_heads": 2, "num_key_value_heads": 1}, "Qwen2.5"),  # heads of 32 as well
 }
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from runs import train
+from test_train_qwen import family_dir
 
 import train_qwen
 from minicls import weights
@@ -84,6 +85,31 @@ def test_options(engine, dtype, tolerance, qwen_run, texts):
     torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=tolerance)
     if dtype == "float32":
         assert answers == generate(model, questions, 8, stop, CPU)
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def start(request, tmp_path_factory):
+    """A small model of another family with its chat template."""
+    return family_dir(request.param, tmp_path_factory.mktemp(request.param) / "start")
+
+
+def test_options_of_another_family(start, tmp_path, texts):
+    run = train(tmp_path / "run", "--model", str(start), "--max-steps", "16", "--dtype", "fp32", script=train_qwen)
+    tokenizer, model = load_tokenizer(run), load(run, weights.DECODER)
+    chat = Chat(tokenizer, make_template(load_data("synthetic").label_names), 4, 240)
+    questions, _ = chat.questions(texts)
+    stop = chat.stop_ids + generate(model, questions[:1], 3, [], CPU)[0][2:]  # and one that does come
+    answers, found = ask_vllm(run, "float32", questions, chat.options, stop)
+    torch.testing.assert_close(torch.tensor(found), score(model, questions, chat.options, CPU), rtol=0, atol=1e-4)
+    assert answers == generate(model, questions, 8, stop, CPU)
+
+
+def test_linear_head_of_another_family(start, tmp_path, texts):
+    flags = ["--model", str(start), "--head", "linear", "--max-steps", "16", "--dtype", "fp32"]
+    run = train(tmp_path / "run", *flags, script=train_qwen)
+    rows, _ = text_rows(load_tokenizer(run), texts, 256)
+    expected = classify_rows(load(run, weights.DECODER_LINEAR), rows, CPU).log_softmax(1)
+    torch.testing.assert_close(torch.tensor(ask_vllm(run, "float32", rows)), expected, rtol=0, atol=1e-4)
 
 
 def test_linear_head(tmp_path, texts):
