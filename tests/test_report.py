@@ -283,7 +283,13 @@ def test_real_predictions_beside_the_published_tables(bert_run, qwen_run, shared
         confusion = metrics.confusion_matrix(labels, table[name].to_numpy(), 4)
         low, high = metrics.f1_interval(confusion, resamples=500)
         results = metrics.classification_metrics(confusion) | {"f1_low": low, "f1_high": high, "num_test_rows": 7600}
-        run = copy_run(like, tmp_path / name, results | {"confusion": confusion.tolist()}, data="fancyzhx/ag_news", model=name)
+        run = copy_run(
+            like,
+            tmp_path / name,
+            results | {"confusion": confusion.tolist()},
+            data="fancyzhx/ag_news",
+            model="Qwen3-0.6B" if like is qwen_run else name,
+        )
         pq.write_table(pa.table({"row": range(7600), "label": labels, "prediction": table[name]}), run / "predictions.parquet")
     names = ("distilbert", "linear_svc", "llama31_8b_sft")
     sections = report(tmp_path / "out", *(tmp_path / name for name in names))
