@@ -33,7 +33,7 @@ demo: .venv/stamp  ## train both on synthetic news, and a baseline: no network, 
 		'synthetic text say nothing about real ones: this shows that everything runs, and what comes out of it.' \
 		'Next, your own data (train.csv and test.csv in DIR, columns text and label):' \
 		'    .venv/bin/python -m minicls baseline --data DIR' \
-		'    .venv/bin/python train_bert.py --model MODEL_DIR --data DIR --epochs 15 --learning-rate 1e-4 --warmup-ratio 0.1'
+		'    .venv/bin/python train_bert.py --model MODEL_DIR --data DIR --epochs 15 --learning-rate 5e-4 --global-batch-size 32 --warmup-ratio 0.1'
 
 bench: .venv/stamp-dev  ## requests per second of BERT-base and Qwen3-0.6B with random weights: no network, but minutes a model
 	$(BIN)/python bench.py --model-size real --data $(DATA) $(BENCH) --rounds 1
