@@ -34,13 +34,13 @@ from torch.nn.utils.rnn import pad_sequence
 import minicls
 import train_bert
 import train_qwen
-from minicls import checkpoint, dist, engines, plots, weights
+from minicls import checkpoint, dist, engines, plots, prompt, weights
 from minicls.batch import step_rows
 from minicls.config import UserError, parse, run, setting
 from minicls.data import Data, load_data, stratified_rows
 from minicls.generate import read_answers
 from minicls.predict import Reader
-from minicls.prompt import Chat, ChatFormat, make_template, thinks
+from minicls.prompt import Chat, make_template
 from minicls.tokenizer import bert_rows, load_tokenizer, train_bert_tokenizer, train_qwen_tokenizer
 
 SIDES = ("minicls", "transformers", "vllm")
@@ -172,9 +172,7 @@ def make_chat(s: Settings, data: Data) -> Chat:
     """The default question, which training begins with; --task score asks as a run was trained."""
     directory = find(s, "qwen")
     tokenizer, asked = load_tokenizer(directory), checkpoint.how_asked(directory) if s.task == "score" else {}
-    template = asked.get("template") or make_template(data.label_names, no_think=thinks(tokenizer))
-    form = ChatFormat(**asked["chat"]) if asked.get("chat") else None
-    return Chat(tokenizer, tuple(template), len(data.label_names), s.max_length, format=form)
+    return prompt.make_chat(asked, tokenizer, data.label_names, s.max_length)
 
 
 def training_rows(s: Settings, data: Data, rows: np.ndarray) -> list[list[int]]:

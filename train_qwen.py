@@ -34,7 +34,7 @@ from minicls.data import describe, load_data, split_data
 from minicls.logger import Logger
 from minicls.optim import class_weights, cosine_lr, every_steps, make_optimizer
 from minicls.predict import classify_rows
-from minicls.prompt import PROMPTS, Chat, ChatFormat, make_template, thinks
+from minicls.prompt import PROMPTS, make_chat, make_template
 from minicls.scorer import common_prefix, score
 from minicls.tokenizer import Tokenizer, load_tokenizer, text_rows, train_qwen_tokenizer
 
@@ -241,7 +241,6 @@ def main(argv: list[str] | None = None) -> None:
     else:
         before, after = make_template(data.label_names, s.prompt, no_think=True) if asks else ("", "")
         tokenizer = train_qwen_tokenizer([before + text + after for text in data.train.texts], vocab_size=2000)
-    template = pinned.get("template") or (asks and make_template(data.label_names, s.prompt, thinks(tokenizer)))
     config = {"vocab_size": len(tokenizer)} | config
     end, pad = end_and_pad(tokenizer, config)
     trained_labels = config.get("id2label")
@@ -270,10 +269,8 @@ def main(argv: list[str] | None = None) -> None:
         state |= checkpoint.load_state(directory, model, None if s.eval_only else optimizer)
     splits = {} if s.eval_only else {"train": data.train}
     splits |= ({"validation": validation} if validation else {}) | {"test": data.test}
-    chat = None
-    if template:
-        form = ChatFormat(**pinned["chat"]) if pinned.get("chat") else None
-        chat = Chat(tokenizer, tuple(template), len(data.label_names), s.max_length, s.think_in, s.train_on, form)
+    targets = {"think_in": s.think_in, "train_on": s.train_on}
+    chat = make_chat(pinned, tokenizer, data.label_names, s.max_length, s.prompt, **targets) if asks else None
     read = chat.questions if chat else functools.partial(text_rows, tokenizer, max_length=s.max_length)
     tokenized = {}
     for name, split in splits.items():

@@ -196,7 +196,7 @@ def _fused_attention(
 def cache_slots(
     position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, S: int, dtype: torch.dtype, group: int
 ) -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor | None]:
-    """Where the tokens of a packed batch belong beside a cache of S positions a row; the same for every layer.
+    """Where the tokens of a packed batch belong next to a cache of S positions a row; the same for every layer.
 
     position_ids: (N,); cu_seqlens: (B + 1,); `dtype`: that of queries; `group`: the heads that share keys. Returns each token's
     row and its column (N,) in a padded layout (B, T), T, and the mask (B, 1, T, S), on a GPU (B, 1, group * T, S): a query at

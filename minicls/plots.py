@@ -142,7 +142,7 @@ def plot_learning_curves(curves: dict[str, Sequence[tuple[int, float, float, flo
     figure, axes = plt.subplots(figsize=(8, 5 + 0.25 * len(curves)), layout="constrained")
     for i, (name, points) in enumerate(curves.items()):
         rows, accuracy, low, high, seeds = np.array(points, float).T
-        rows = rows * 1.025 ** (i - (len(curves) - 1) / 2)  # beside each other, or bars of equal sizes would hide each other
+        rows = rows * 1.025 ** (i - (len(curves) - 1) / 2)  # side by side, or bars of equal sizes would hide each other
         bars = np.maximum(0, [accuracy - low, high - accuracy])  # a percentile interval need not hold the figure of a few rows
         color = f"C{i}"
         axes.plot(rows, accuracy, color=color, label=name)

@@ -25,7 +25,7 @@ from minicls.batch import length_batches, pack, to_device
 from minicls.checkpoint import checkpoints, how_asked
 from minicls.config import UserError
 from minicls.data import checked_text, lines_of, read_texts
-from minicls.prompt import Chat, ChatFormat, make_template, thinks
+from minicls.prompt import make_chat
 from minicls.scorer import score
 from minicls.tokenizer import bert_rows, load_tokenizer, text_rows
 
@@ -74,12 +74,7 @@ class Reader:
         self.max_length = min(longest, max_length or longest)
         self.chat = None
         if self.kind is weights.DECODER or self.settings.get("linear_input") == "prompt":
-            template = self.settings.get("template") or make_template(self.label_names, no_think=thinks(self.tokenizer))
-            try:
-                form = ChatFormat(**self.settings["chat"]) if self.settings.get("chat") else None
-            except TypeError as error:
-                raise UserError(f"{directory}: its chat format is none ({error}); copy the whole model directory again") from None
-            self.chat = Chat(self.tokenizer, tuple(template), len(self.label_names), self.max_length, format=form)
+            self.chat = make_chat(self.settings, self.tokenizer, self.label_names, self.max_length, place=directory)
 
     def rows(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids that the head is asked about: of each text, or of the question about it. Raises UserError naming the place

@@ -306,3 +306,24 @@ class Chat:
     def saved(self) -> dict:
         """What minicls.json needs to ask the same question again."""
         return {"template": list(self.template), "chat": dataclasses.asdict(self.format)}
+
+
+def make_chat(
+    saved: dict,
+    tokenizer: Tokenizer,
+    label_names: Sequence[str],
+    max_length: int,
+    prompt: str = "published",
+    place: Path | str = "minicls.json",
+    **settings,
+) -> Chat:
+    """The question that `Chat.saved` wrote down; where `saved` has none, the one that `prompt` names.
+
+    settings: `think_in` and `train_on`. Raises UserError that names `place` where the saved format is not one.
+    """
+    template = saved.get("template") or make_template(label_names, prompt, thinks(tokenizer))
+    try:
+        form = ChatFormat(**saved["chat"]) if saved.get("chat") else None
+    except TypeError as error:
+        raise UserError(f"{place}: its chat format is none ({error}); copy the whole model directory again") from None
+    return Chat(tokenizer, tuple(template), len(label_names), max_length, format=form, **settings)

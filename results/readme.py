@@ -75,10 +75,10 @@ def own_data_table() -> str:
     header = ["data", "classes", "test rows", "recipe, mean accuracy", "each sample", "TF-IDF, mean accuracy", "each sample"]
     rows = []
     for folder in sorted((ROOT / "results/own_data").glob("*/")):
-        runs = {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/results.json"))}
-        sides = [[r for name, r in runs.items() if name.endswith("tfidf") == tfidf] for tfidf in (False, True)]
         if folder.name.endswith("-grid"):
             continue
+        runs = {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/results.json"))}
+        sides = [[r for name, r in runs.items() if name.endswith("tfidf") == tfidf] for tfidf in (False, True)]
         cells = []
         for side in sides:
             scores = [result["accuracy"] for result in side]
@@ -109,7 +109,6 @@ def gpu_table() -> str:
     for file in sorted(GPU.glob("*.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
         for name, values in result.items():
-            name = str(name)
             if isinstance(values, dict) and "samples_per_second" in values:
                 peak = values.get("fraction_of_peak")
                 cells = [f"{values['samples_per_second']:,.0f}", f"{values['tokens_per_second']:,.0f}"]
