@@ -425,7 +425,7 @@ def _read_split(split: str, files: list[Path], text_column: str, label_column: s
         # The end of the message about a column that is missing.
         label_flag = "--label-column" if split == "train" else f"--label-column; {_FOR_PREDICT}"
         columns = {"--text-column": text_column, label_flag: label_column}
-        for (text, label), place in _READERS[_format(file)](file, columns):
+        for (text, label), place, _ in _READERS[_format(file)](file, columns):
             texts.append(checked_text(text, place))
             labels.append(label)
             places.append(place)
@@ -445,16 +445,18 @@ def lines_of(text: str) -> list[str]:
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 
-def read_texts(file: Path, text_column: str) -> list[str]:
-    """The texts of one file of a split's formats, labels or none; or the lines of a .txt file or one without a suffix.
+def read_rows(file: Path, text_column: str) -> list[tuple[str, dict]]:
+    """The texts of one file of a split's formats, labels or none, each with all columns of its row; or the lines of a .txt file
+    or one without a suffix.
 
-    Raises UserError for any other format.
+    Raises UserError for any other format, and where there is no such column, or no text in it.
     """
     if _format(file):
-        return [checked_text(text, place) for (text,), place in _READERS[_format(file)](file, {"--text-column": text_column})]
+        rows = _READERS[_format(file)](file, {"--text-column": text_column}, whole=True)
+        return [(checked_text(text, place), row) for (text,), place, row in rows]
     if file.is_dir() or file.suffix.lower() not in ("", ".txt"):
         raise UserError(f"{file}: {_why_not(file)}; pass .parquet, .csv, .tsv, .jsonl, .json, or .txt with a text a line")
-    return lines_of(_read_text(file))
+    return [(text, {"text": text}) for text in lines_of(_read_text(file))]
 
 
 def checked_text(text, place: str) -> str:
@@ -469,17 +471,18 @@ def checked_text(text, place: str) -> str:
     return text
 
 
-# The readers yield (values of the wanted columns, place of the row). `columns` maps the flag that named a column to its name.
+# The readers yield (values of the wanted columns, place of the row, all columns of it if `whole`). `columns` maps the flag that
+# named a column to its name.
 
 
-def _read_parquet(file: Path, columns: dict[str, str]):
+def _read_parquet(file: Path, columns: dict[str, str], whole: bool = False):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         parquet = pq.ParquetFile(file)
         _check_columns(file, parquet.schema_arrow.names, columns)
-        table = parquet.read(columns=list(columns.values()))
+        table = parquet.read(columns=None if whole else list(columns.values()))
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]}); write it again") from None
     values = []
@@ -492,11 +495,12 @@ def _read_parquet(file: Path, columns: dict[str, str]):
                     value.as_py()
                 except UnicodeDecodeError as error:
                     raise UserError(f"{file}, row {row}: {name} is not UTF-8 ({error.reason}); convert the file") from None
+    rows = table.to_pylist() if whole else [{}] * len(table)
     for row, wanted in enumerate(zip(*values, strict=True)):
-        yield wanted, f"{file}, row {row}"
+        yield wanted, f"{file}, row {row}", rows[row]
 
 
-def _read_csv(file: Path, columns: dict[str, str]):
+def _read_csv(file: Path, columns: dict[str, str], whole: bool = False):
     csv.field_size_limit(1 << 30)  # the default refuses articles above 128 KiB
     text = _read_text(file)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=_separator(file, text, columns), strict=True)
@@ -510,7 +514,7 @@ def _read_csv(file: Path, columns: dict[str, str]):
             if row and len(row) != len(header):  # an empty line is no row
                 raise UserError(f"{file}, line {line}: {len(row)} fields, the header has {len(header)}; fix or quote the row")
             if row:
-                yield [row[i] for i in at], f"{file}, line {line}"
+                yield [row[i] for i in at], f"{file}, line {line}", dict(zip(header, row, strict=True)) if whole else {}
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{file}, line {line}: not valid CSV ({error}); fix or quote the row") from None
@@ -531,7 +535,7 @@ def _separator(file: Path, text: str, columns: dict[str, str]) -> str:
     return fitting[0] if fitting else max(headers, key=lambda separator: len(headers[separator]))
 
 
-def _read_jsonl(file: Path, columns: dict[str, str]):
+def _read_jsonl(file: Path, columns: dict[str, str], whole: bool = False):
     """JSON lines. A .json file may hold one array of objects instead, as pandas' `orient="records"` writes it."""
     text = _read_text(file)
     is_array = text.lstrip()[:1] == "["
@@ -554,7 +558,7 @@ def _read_jsonl(file: Path, columns: dict[str, str]):
         if not isinstance(row, dict):
             raise UserError(f"{place}: not a JSON object; write one object {'an item' if is_array else 'a line'}")
         _check_columns(place, list(row), columns)
-        yield [row[name] for name in columns.values()], place
+        yield [row[name] for name in columns.values()], place, row if whole else {}
 
 
 _READERS = {"parquet": _read_parquet, "csv": _read_csv, "tsv": _read_csv, "jsonl": _read_jsonl, "json": _read_jsonl}

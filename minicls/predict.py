@@ -7,7 +7,6 @@ for label, probability, probabilities in Classifier("runs/x").predict(["Stocks f
 import argparse
 import contextlib
 import csv
-import gzip
 import io
 import json
 import re
@@ -24,7 +23,7 @@ from minicls.attention import on_gpu
 from minicls.batch import length_batches, pack, to_device
 from minicls.checkpoint import checkpoints, how_asked
 from minicls.config import UserError
-from minicls.data import checked_text, lines_of, read_texts
+from minicls.data import checked_text, lines_of, read_rows
 from minicls.prompt import make_chat
 from minicls.scorer import score
 from minicls.tokenizer import bert_rows, load_tokenizer, text_rows
@@ -150,6 +149,8 @@ def gather(inputs: Sequence[str], text_column: str) -> list[tuple[str, dict]]:
         if item == "-":
             rows += standard_input()
         elif exists(item):
+            if Path(item).is_dir():
+                raise UserError(f"{item}: a folder; pass the files in it")
             rows += read_rows(Path(item), text_column)
         elif "\n" not in item and (TEXT_FILE.fullmatch(item) or PATH.fullmatch(item)):
             raise UserError(f"{item}: no such file; check the path (a text like that goes through standard input)")
@@ -172,33 +173,6 @@ def exists(item: str) -> bool:
         return Path(item).exists()
     except (OSError, ValueError):  # longer than a name can be, or with a null character: a text
         return False
-
-
-def read_rows(file: Path, text_column: str) -> list[tuple[str, dict]]:
-    """A file's texts, each with all columns of its row. Raises UserError where there is no such column, or no text in it."""
-    if file.is_dir():
-        raise UserError(f"{file}: a folder; pass the files in it")
-    texts = read_texts(file, text_column)
-    name = file.name.lower()
-    kind = name.removesuffix(".gz").rpartition(".")[2]
-    if kind == "parquet":
-        import pyarrow.parquet as pq
-
-        rows = pq.read_table(file).to_pylist()
-    elif kind in ("csv", "tsv", "json", "jsonl"):
-        with (gzip.open if name.endswith(".gz") else open)(file, "rt", encoding="utf-8-sig", newline="") as stream:
-            content = stream.read()
-        if kind.startswith("json"):
-            lines = (line for line in content.split("\n") if line.strip())
-            rows = json.loads(content) if content.lstrip().startswith("[") else [json.loads(line) for line in lines]
-        else:
-            order = "\t,;" if kind == "tsv" else ",;\t"
-            options = (csv.reader(io.StringIO(content, newline=""), delimiter=delimiter) for delimiter in order)
-            reader = next(reader for reader in options if text_column in (header := next(reader)))
-            rows = [dict(zip(header, row, strict=True)) for row in reader if row]
-    else:
-        rows = [{"text": text} for text in texts]
-    return list(zip(texts, rows, strict=True))
 
 
 class Result(NamedTuple):

@@ -22,7 +22,7 @@ from sklearn.naive_bayes import MultinomialNB
 
 from minicls.batch import length_batches, pack, step_rows
 from minicls.config import UserError
-from minicls.data import Data, Split, describe, load_data, read_texts, split_data, stratified_rows, synthetic
+from minicls.data import Data, Split, describe, load_data, read_rows, split_data, stratified_rows, synthetic
 
 # What a file format could bend: separators, quotes, line ends of every kind, white space, characters that only
 # str.splitlines takes for line ends, text that looks like a header, a number, a control token or nothing.
@@ -114,12 +114,12 @@ def test_every_format_gives_the_same_rows_verbatim(tmp_path, form, place):
         assert split.texts == TEXTS
         assert [NAMES[i] for i in split.labels] == [name for _, name in ROWS]
         assert split.labels.dtype == np.int64
-    assert read_texts(tmp_path / place / f"train.{kind}", "text") == TEXTS  # as `predict` reads the same files
+    assert [text for text, _ in read_rows(tmp_path / place / f"train.{kind}", "text")] == TEXTS  # as `predict` reads the same files
 
 
 def test_txt_holds_a_text_a_line(tmp_path):
     (tmp_path / "a.txt").write_bytes("\ufeffone\n\nNEL\x85LS\u2028\n last ".encode())
-    assert read_texts(tmp_path / "a.txt", "text") == ["one", "", "NEL\x85LS\u2028", " last "]
+    assert [text for text, _ in read_rows(tmp_path / "a.txt", "text")] == ["one", "", "NEL\x85LS\u2028", " last "]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
