@@ -7,6 +7,8 @@ VLLM := requirements-vllm$(if $(GPU),,-cpu).txt
 # Without a GPU, first PyTorch's CPU build, as plain pip fetches gigabytes of CUDA; where its index is not reached, plain pip must do.
 CPU_TORCH := --quiet --retries 0 --timeout 20 $(shell grep ^torch== requirements.txt) --index-url https://download.pytorch.org/whl/cpu
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
+# What a reader opens first, in this order: 100 columns wide, the rest 120.
+EVENING := train_bert.py train_qwen.py $(addprefix minicls/,bert.py decoder.py attention.py prompt.py scorer.py optim.py)
 SYNTHETIC := --model tiny --data synthetic --dtype fp32 --threads 1
 
 .PHONY: help demo bench test test-slow test-vllm lint readme
@@ -53,6 +55,7 @@ readme: .venv/stamp  ## the README's tables, from results/
 lint: .venv/stamp-dev  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/ruff format --check --isolated --line-length 100 $(EVENING)
 
 .venv/stamp: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

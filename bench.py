@@ -41,7 +41,8 @@ from minicls.data import Data, load_data, stratified_rows
 from minicls.generate import read_answers
 from minicls.predict import Reader
 from minicls.prompt import Chat, make_template
-from minicls.tokenizer import bert_rows, load_tokenizer, train_bert_tokenizer, train_qwen_tokenizer
+from minicls.tiny import SIZES, train_bert_tokenizer, train_qwen_tokenizer
+from minicls.tokenizer import bert_rows, load_tokenizer
 
 SIDES = ("minicls", "transformers", "vllm")
 MODES = ("single", "offline", "server")
@@ -56,26 +57,6 @@ COLUMNS = ("model", "engine", "engine_version", "method", "mode", "dtype", "thre
 COLUMNS += ("latency_p50_ms", "latency_p90_ms", "latency_p99_ms", "input_tokens_per_second", "peak_memory_bytes")
 COLUMNS += ("accuracy", "agreement", "num_requests", "status", "reason")
 SHARES = {"accuracy": 10, "agreement": 11}  # widths in the table
-# The sizes of google-bert/bert-base-cased (the config's defaults but for the vocabulary) and of Qwen/Qwen3-0.6B.
-PUBLISHED = {
-    "bert": ("bert-base-cased", {"model_type": "bert", "vocab_size": 28996}),
-    "qwen3": (
-        "Qwen3-0.6B",
-        {
-            "model_type": "qwen3",
-            "vocab_size": 151936,
-            "hidden_size": 1024,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "max_position_embeddings": 40960,
-            "rope_theta": 1_000_000.0,
-            "tie_word_embeddings": True,
-        },
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -90,13 +71,19 @@ class Settings:
     )
     bert: str | None = setting(None, "finished run of train_bert.py, directory or hub id; not for --task score")
     qwen: str | None = setting(None, "finished run of train_qwen.py, directory or hub id")
-    qwen_linear: str | None = setting(None, "finished run of train_qwen.py --head linear, directory or hub id; for --task rps")
+    qwen_linear: str | None = setting(
+        None, "finished run of train_qwen.py --head linear, directory or hub id; for --task rps"
+    )
     init: str = setting("pretrained", "random needs no weights in the directory", choices=("pretrained", "random"))
     model_size: str = setting(
-        "given", "real: --init random; where no model is named, all three in the published sizes", choices=("given", "real")
+        "given",
+        "real: --init random; where no model is named, all three in the published sizes",
+        choices=("given", "real"),
     )
     data: str | None = setting(
-        None, "hub id, directory, or synthetic; unset: the data that the run was trained on, else fancyzhx/ag_news", group="data"
+        None,
+        "hub id, directory, or synthetic; unset: the data that the run was trained on, else fancyzhx/ag_news",
+        group="data",
     )
     text_column: str = setting("text", "column of the texts")
     label_column: str = setting("label", "column of the labels")
@@ -106,7 +93,9 @@ class Settings:
         minimum=2,
         group="measurement",
     )
-    num_questions: int | None = setting(None, "test rows of one process of --task score; unset: 64, on a GPU 2000", minimum=1)
+    num_questions: int | None = setting(
+        None, "test rows of one process of --task score; unset: 64, on a GPU 2000", minimum=1
+    )
     engines: tuple[str, ...] | None = setting(None, "for --task rps; unset: those that are installed", choices=SIDES)
     mode: tuple[str, ...] = setting(
         ("single", "offline"), "one request at a time, all at once, or as they arrive; for --task rps", choices=MODES
@@ -119,7 +108,9 @@ class Settings:
     slo_ms: float = setting(1000.0, "latency target of a request in mode server", minimum=0)
     max_new_tokens: int = setting(8, "maximum tokens of a generated answer", minimum=1)
     rounds: int = setting(3, "processes of each side, in turn; figures are medians over them", minimum=1)
-    global_batch_size: int | None = setting(None, "rows of a training step; unset: 64 for BERT, 12 for Qwen3", minimum=1)
+    global_batch_size: int | None = setting(
+        None, "rows of a training step; unset: 64 for BERT, 12 for Qwen3", minimum=1
+    )
     max_length: int = setting(512, "tokens of a row", minimum=3)
     dtype: str = setting(
         "bf16",
@@ -135,7 +126,9 @@ class Settings:
         None, "interpreter of an environment with vLLM; unset: this one, and for --task score no vLLM"
     )
     output_dir: str | None = setting(None, "directory of bench.json, new or empty; unset: runs/bench-<time>")
-    side: str | None = setting(None, "measure only this side, in this process, as the comparison starts it", choices=SIDES)
+    side: str | None = setting(
+        None, "measure only this side, in this process, as the comparison starts it", choices=SIDES
+    )
 
 
 def command_line(settings: dict) -> list[str]:
@@ -199,12 +192,29 @@ def train_minicls(s: Settings) -> dict:
     """The real script, logged at every step."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        shared = ("data", "text_column", "label_column", "max_steps", "global_batch_size", "max_length", "dtype", "seed", "compile")
+        shared = (
+            "data",
+            "text_column",
+            "label_column",
+            "max_steps",
+            "global_batch_size",
+            "max_length",
+            "dtype",
+            "seed",
+            "compile",
+        )
         flags = {name: getattr(s, name) for name in (*shared, "device", "threads")}
-        flags |= {"model": s.bert or s.qwen, "output_dir": run_dir, "micro_batch_size": s.global_batch_size, "log_every": 1}
+        flags |= {
+            "model": s.bert or s.qwen,
+            "output_dir": run_dir,
+            "micro_batch_size": s.global_batch_size,
+            "log_every": 1,
+        }
         flags |= {"eval_every": 0, "save_every": 0, "max_eval_rows": 8}
         (train_bert if s.bert else train_qwen).main(command_line(flags))
-        events = [e for e in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if e["event"] == "train"]
+        events = [
+            e for e in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if e["event"] == "train"
+        ]
     clock = [event["train_seconds"] for event in events]
     return {
         "seconds": np.diff(clock)[uncounted_steps(s) - 1 :].tolist(),
@@ -221,7 +231,9 @@ def train_transformers(s: Settings) -> dict:
 
     device = dist.start(s.device, s.threads, s.dtype)
     data = read_data(s)
-    rows = np.concatenate([step_rows(step, len(data.train), s.global_batch_size, s.seed) for step in range(s.max_steps)])
+    rows = np.concatenate(
+        [step_rows(step, len(data.train), s.global_batch_size, s.seed) for step in range(s.max_steps)]
+    )
     ids = training_rows(s, data, rows)
     if s.bert:
         directory, labels = find(s, "bert"), data.train.labels[rows].tolist()
@@ -237,8 +249,13 @@ def train_transformers(s: Settings) -> dict:
         """Pads to the longest row of the batch, as transformers' own collators do."""
         ids, labels = [torch.tensor(ids) for ids, _ in rows], [torch.tensor(label) for _, label in rows]
         mask = [torch.ones_like(row) for row in ids]
-        padded = {"input_ids": pad_sequence(ids, batch_first=True), "attention_mask": pad_sequence(mask, batch_first=True)}
-        return padded | {"labels": pad_sequence(labels, batch_first=True, padding_value=-100) if s.qwen else torch.stack(labels)}
+        padded = {
+            "input_ids": pad_sequence(ids, batch_first=True),
+            "attention_mask": pad_sequence(mask, batch_first=True),
+        }
+        return padded | {
+            "labels": pad_sequence(labels, batch_first=True, padding_value=-100) if s.qwen else torch.stack(labels)
+        }
 
     class Clock(transformers.TrainerCallback):
         def on_step_end(self, *args, **kwargs):
@@ -338,7 +355,9 @@ def side_process(s: Settings, side: str) -> tuple[list[str], dict[str, str]]:
         python = s.vllm_python or python
         env |= engines.vllm_environment(s.threads or os.cpu_count())
     if side == "minicls" and s.compile and s.task != "train" and not uses_gpu(s):
-        env["TORCHINDUCTOR_FREEZING"] = "1"  # weights are constants: a CPU keeps them in the layout that its products want
+        env["TORCHINDUCTOR_FREEZING"] = (
+            "1"  # weights are constants: a CPU keeps them in the layout that its products want
+        )
     return [python, __file__, *command_line(asdict(replace(s, side=side, output_dir=None, vllm_python=None)))], env
 
 
@@ -363,21 +382,29 @@ def compare(s: Settings, data: Data) -> dict:
         for side in sides:
             runs[side].append(measure(s, side))
             print(
-                f"round {number + 1} of {s.rounds}, {side}: {statistics.median(runs[side][-1]['seconds']):.2f} s", file=sys.stderr
+                f"round {number + 1} of {s.rounds}, {side}: {statistics.median(runs[side][-1]['seconds']):.2f} s",
+                file=sys.stderr,
             )
     if s.task == "train":
-        windows = [step_rows(step, len(data.train), s.global_batch_size, s.seed) for step in range(uncounted_steps(s), s.max_steps)]
+        windows = [
+            step_rows(step, len(data.train), s.global_batch_size, s.seed)
+            for step in range(uncounted_steps(s), s.max_steps)
+        ]
         lengths = [[len(row) for row in training_rows(s, data, window)] for window in windows]
     else:
         lengths = [[len(row) for row in make_chat(s, data).questions(question_texts(s, data))[0]]]
-    samples, tokens = (statistics.mean(f(part) for part in lengths) for f in (len, sum))  # of one step, or of all questions
+    samples, tokens = (
+        statistics.mean(f(part) for part in lengths) for f in (len, sum)
+    )  # of one step, or of all questions
     rows = []
     for side in sides:
         seconds = statistics.median(value for one in runs[side] for value in one["seconds"])
         row = {"side": side, "version": runs[side][0]["version"], "seconds": seconds}
         row |= {"samples_per_second": samples / seconds, "tokens_per_second": tokens / seconds}
         peaks = [one["peak_memory_bytes"] for one in runs[side]]
-        row |= {"peak_memory_bytes": None if None in peaks else max(peaks)}  # vLLM takes a GPU's memory ahead of its needs
+        row |= {
+            "peak_memory_bytes": None if None in peaks else max(peaks)
+        }  # vLLM takes a GPU's memory ahead of its needs
         if s.task == "train":
             row["losses"] = runs[side][0]["losses"]
         else:
@@ -397,7 +424,9 @@ def compare(s: Settings, data: Data) -> dict:
         "speedup": {side: statistics.median(values) for side, values in ratios.items()},
         "speedup_of_each_round": ratios,
         "memory_ratio": {
-            row["side"]: rows[0]["peak_memory_bytes"] / row["peak_memory_bytes"] for row in rows[1:] if row["peak_memory_bytes"]
+            row["side"]: rows[0]["peak_memory_bytes"] / row["peak_memory_bytes"]
+            for row in rows[1:]
+            if row["peak_memory_bytes"]
         },
         "real_over_padded_tokens": statistics.mean(sum(part) / (max(part) * len(part)) for part in lengths),
         "settings": asdict(s),
@@ -479,7 +508,9 @@ def slo_attainment(latencies: list[float], slo_ms: float) -> float:
     return float(np.mean([1000 * latency <= slo_ms for latency in latencies]))
 
 
-def measure_row(s: Settings, reader: Reader, engine, method: str, mode: str, texts: list[str], others: list[str]) -> dict:
+def measure_row(
+    s: Settings, reader: Reader, engine, method: str, mode: str, texts: list[str], others: list[str]
+) -> dict:
     """One method in one mode over the test texts. Warm-up uses other texts, since engines cache; where a new batch size would be
     compiled while timed, as many of them.
 
@@ -566,7 +597,9 @@ def start_side(s: Settings, engine: str) -> Iterator[dict]:
         raise UserError(f"{command[0]} does not start ({error.strerror})") from None
 
 
-def reference(s: Settings, role: str, reader: Reader, directory: Path, device: torch.device, texts: list[str]) -> np.ndarray:
+def reference(
+    s: Settings, role: str, reader: Reader, directory: Path, device: torch.device, texts: list[str]
+) -> np.ndarray:
     """The log-probabilities (n, C) of classes or options by minicls in fp32, which all engines are checked against."""
     engine = engines.Minicls(directory, torch.float32, device)
     answers = method_calls(s, reader, engine, METHODS[role][-1])[1](reader.rows(texts))
@@ -599,7 +632,12 @@ def judge(row: dict, expected: np.ndarray, labels: np.ndarray, s: Settings) -> d
     parts += [f"{unread} of {len(equal)} name no option"] * bool(unread)
     reason = ", ".join(parts) or None
     accuracy = float(np.mean([p == label for p, label in zip(predictions, labels, strict=True)]))
-    return {"accuracy": accuracy, "agreement": float(equal.mean()), "status": "invalid" if wrong else "ok", "reason": reason}
+    return {
+        "accuracy": accuracy,
+        "agreement": float(equal.mean()),
+        "status": "invalid" if wrong else "ok",
+        "reason": reason,
+    }
 
 
 def median_row(rows: list[dict]) -> dict:
@@ -607,7 +645,9 @@ def median_row(rows: list[dict]) -> dict:
     worst = max(rows, key=lambda row: ("ok", "invalid", "failed").index(row["status"]))
     merged = dict(worst)
     for name in worst:
-        values = [row[name] for row in rows if row["status"] != "failed" and not isinstance(row[name], (str, type(None)))]
+        values = [
+            row[name] for row in rows if row["status"] != "failed" and not isinstance(row[name], (str, type(None)))
+        ]
         if values:  # counts are the same in all rounds, and stay whole
             merged[name] = values[0] if len({*values}) == 1 else statistics.median(values)
     return merged
@@ -647,7 +687,9 @@ def rps(s: Settings) -> tuple[list[dict], Path]:
             verdict = judge(row, expected[role], test.labels, s)
         values = {"model": name, "engine": engine, "mode": row["mode"]} | about | row | verdict
         names = COLUMNS + (("slo_attainment",) if row["mode"] == "server" else ())
-        measured.setdefault((role, engine, row["method"], row["mode"]), []).append({name: values.get(name) for name in names})
+        measured.setdefault((role, engine, row["method"], row["mode"]), []).append(
+            {name: values.get(name) for name in names}
+        )
         checkpoint.write_json(file, [median_row(rounds) for rounds in measured.values()])
         print(f"{name}, {engine}, {row['method']}, {row['mode']}: {verdict['status']}", file=sys.stderr)
 
@@ -676,10 +718,14 @@ def rps_table(rows: list[dict]) -> str:
         line = f"{row['model']:26}{row['engine']} {row['engine_version'] or '':{24 - len(row['engine'])}}"
         line += f"{row['method']:10}{row['mode']:9}"
         if row["status"] != "failed":
-            line += f"{row['requests_per_second']:11.2f}" + "".join(f"{row[f'latency_p{p}_ms']:8.0f}" for p in (50, 90, 99))
+            line += f"{row['requests_per_second']:11.2f}" + "".join(
+                f"{row[f'latency_p{p}_ms']:8.0f}" for p in (50, 90, 99)
+            )
             line += f"{row['input_tokens_per_second']:10.0f}"
             line += f"{'-':>7}" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**30:7.2f}"
-            line += "".join(f"{row[name]:{w}.4f}" if row[name] is not None else f"{'-':>{w}}" for name, w in SHARES.items())
+            line += "".join(
+                f"{row[name]:{w}.4f}" if row[name] is not None else f"{'-':>{w}}" for name, w in SHARES.items()
+            )
         good = f", {row['slo_attainment']:.1%} in time" if row.get("slo_attainment") is not None else ""
         lines.append(f"{line}  {row['status']}{good}" + (f" ({row['reason']})" if row["reason"] else ""))
     return "\n".join(lines)
@@ -695,9 +741,14 @@ def with_random_weights(s: Settings, folder: str) -> Settings:
     for role, kind in KINDS.items():
         if getattr(s, role):
             directory = find(s, role)
-            tokenizer, config, name = load_tokenizer(directory), weights.read_config(directory, kind), Path(getattr(s, role)).name
+            tokenizer, config, name = (
+                load_tokenizer(directory),
+                weights.read_config(directory, kind),
+                Path(getattr(s, role)).name,
+            )
         elif s.model_size == "real" and not (s.bert or s.qwen or s.qwen_linear):
-            name, config = PUBLISHED["bert" if role == "bert" else "qwen3"]
+            name = "bert-base-cased" if role == "bert" else "Qwen3-0.6B"
+            config = SIZES[name]
             texts = data.train.texts[:20_000]
             before, after = make_template(data.label_names, no_think=True)
             turns = [before + text + after for text in texts]
@@ -721,7 +772,9 @@ def main(argv: list[str] | None = None) -> None:
     if s.task == "rps" and not named and s.model_size == "given":
         raise UserError("--task rps: name a model, --bert RUN, --qwen RUN or --qwen-linear RUN, or --model-size real")
     if s.task != "rps" and (named != 1 or s.qwen_linear or (s.bert and s.task != "train")):
-        raise UserError(f"--task {s.task}: name one model, --qwen DIR" + (" or --bert DIR" if s.task == "train" else ""))
+        raise UserError(
+            f"--task {s.task}: name one model, --qwen DIR" + (" or --bert DIR" if s.task == "train" else "")
+        )
     if s.model_size == "real":
         s = replace(s, init="random")
     s = replace(s, global_batch_size=s.global_batch_size or (64 if s.bert else 12))
@@ -734,7 +787,9 @@ def main(argv: list[str] | None = None) -> None:
     if not s.side:
         checkpoint.check_output_dir(s.output_dir)
     if s.data is None:
-        trained = [checkpoint.info_of_model(find(s, role))["settings"].get("data") for role in METHODS if getattr(s, role)]
+        trained = [
+            checkpoint.info_of_model(find(s, role))["settings"].get("data") for role in METHODS if getattr(s, role)
+        ]
         s = replace(s, data=next(filter(None, trained), "fancyzhx/ag_news"))
     if s.side and s.task == "rps":
         rps_side(s)
@@ -744,7 +799,9 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(training[s.side](s) if s.task == "train" else ask(s)))
         return
     if s.task == "rps" and s.engines is None:
-        installed = tuple(side for side in SIDES if importlib.util.find_spec(side) or (side == "vllm" and s.vllm_python))
+        installed = tuple(
+            side for side in SIDES if importlib.util.find_spec(side) or (side == "vllm" and s.vllm_python)
+        )
         if left_out := [side for side in SIDES if side not in installed]:
             print(f"not installed, so not measured: {', '.join(left_out)}")
         s = replace(s, engines=installed)
@@ -762,13 +819,17 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--max-steps: {steps} are more than the {len(data.train)} training rows; ask for fewer")
         output_dir = checkpoint.new_run_dir(s.output_dir, "bench")
         result = compare(same, data)
-    result["settings"] = asdict(replace(s, vllm_python=None, output_dir=None))  # paths of this machine say nothing elsewhere
+    result["settings"] = asdict(
+        replace(s, vllm_python=None, output_dir=None)
+    )  # paths of this machine say nothing elsewhere
     checkpoint.write_json(output_dir / "bench.json", result)
     print(f"{'':14}{'samples/s':>11}{'tokens/s':>11}{'seconds':>9}{'peak memory':>14}")
     for row in result["rows"]:
         rates = f"{row['samples_per_second']:11.2f}{row['tokens_per_second']:11.0f}{row['seconds']:9.2f}"
         agreement = f", {row['agreement']:.1%} of answers as minicls'" if "agreement" in row else ""
-        memory = f"{'-':>10}    " if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**30:10.2f} GiB"
+        memory = (
+            f"{'-':>10}    " if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**30:10.2f} GiB"
+        )
         print(f"{row['side']:14}{rates}{memory}   {row['version']}{agreement}")
     for side, ratios in result["speedup_of_each_round"].items():
         spread = f"{min(ratios):.2f} to {max(ratios):.2f} over {s.rounds} rounds"

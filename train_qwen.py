@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minicls import checkpoint, dist, plots, report, weights
+from minicls import checkpoint, dist, plots, results, weights
 from minicls.attention import on_gpu
 from minicls.batch import Batch, pack_shared, step_rows, to_device
 from minicls.config import UserError, parse, run, setting
@@ -36,7 +36,8 @@ from minicls.optim import class_weights, cosine_lr, every_steps, make_optimizer
 from minicls.predict import classify_rows
 from minicls.prompt import PROMPTS, make_chat, make_template
 from minicls.scorer import common_prefix, score
-from minicls.tokenizer import Tokenizer, load_tokenizer, text_rows, train_qwen_tokenizer
+from minicls.tiny import SIZES, train_qwen_tokenizer
+from minicls.tokenizer import Tokenizer, load_tokenizer, text_rows
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,29 @@ class Settings:
 
     model: str = setting("Qwen/Qwen3-0.6B", "hub id, directory, or tiny", group="model")
     init: str = setting(
-        "pretrained", "random keeps the model's size and tokenizer, not its weights", choices=("pretrained", "random")
+        "pretrained",
+        "random keeps the model's size and tokenizer, not its weights",
+        choices=("pretrained", "random"),
     )
-    head: str = setting("options", "answer by option perplexity, or by a linear head", choices=("options", "linear"))
-    linear_input: str = setting("text", "the linear head's input: the bare text or the question", choices=("text", "prompt"))
-    prompt: str = setting("published", f"the question: {', '.join(PROMPTS)}, or a text file with {{text}} and {{options}} in it")
-    think_in: str = setting("response", "part that the empty think block belongs to", choices=("response", "prompt"))
-    train_on: str = setting("response", "the whole response, or the letter alone", choices=("response", "letter"))
-    normalize: str = setting("mean", "an option's log-likelihood per token, or its sum", choices=("mean", "sum"))
+    head: str = setting(
+        "options", "answer by option perplexity, or by a linear head", choices=("options", "linear")
+    )
+    linear_input: str = setting(
+        "text", "the linear head's input: the bare text or the question", choices=("text", "prompt")
+    )
+    prompt: str = setting(
+        "published",
+        f"the question: {', '.join(PROMPTS)}, or a text file with {{text}} and {{options}} in it",
+    )
+    think_in: str = setting(
+        "response", "part that the empty think block belongs to", choices=("response", "prompt")
+    )
+    train_on: str = setting(
+        "response", "the whole response, or the letter alone", choices=("response", "letter")
+    )
+    normalize: str = setting(
+        "mean", "an option's log-likelihood per token, or its sum", choices=("mean", "sum")
+    )
     data: str = setting("fancyzhx/ag_news", "hub id, directory, or synthetic", group="data")
     text_column: str = setting("text", "column of the texts")
     label_column: str = setting("label", "column of the labels: class indices or class names")
@@ -64,60 +80,81 @@ class Settings:
         minimum=0,
     )
     test_size: float = setting(
-        0.0, "training rows (below 1: a fraction of them) to test on where --data has no test split", minimum=0
+        0.0,
+        "training rows (below 1: a fraction of them) to test on where --data has no test split",
+        minimum=0,
     )
-    max_train_rows: int | None = setting(None, "use a stratified sample of the training rows, drawn by --seed", minimum=1)
+    max_train_rows: int | None = setting(
+        None, "use a stratified sample of the training rows, drawn by --seed", minimum=1
+    )
     max_eval_rows: int | None = setting(
-        None, "use a stratified sample of the test (and validation) rows, the same for every seed", minimum=1
+        None,
+        "use a stratified sample of the test (and validation) rows, the same for every seed",
+        minimum=1,
     )
     max_length: int = setting(512, "tokens of a row, question and answer included", minimum=1)
     epochs: float = setting(1.0, "passes over the training rows", minimum=0, group="optimisation")
     max_steps: int | None = setting(None, "optimizer steps, whatever --epochs says", minimum=1)
     global_batch_size: int = setting(96, "rows of an optimizer step, over all ranks", minimum=1)
-    micro_batch_size: int = setting(12, "rows of one forward pass; at most a rank's rows of a step", minimum=1)
+    micro_batch_size: int = setting(
+        12, "rows of one forward pass; at most a rank's rows of a step", minimum=1
+    )
     learning_rate: float = setting(1.2e-5, "peak of the cosine schedule", minimum=0)
     warmup_ratio: float = setting(0.01, "fraction of steps used for warm-up", minimum=0, maximum=1)
-    weight_decay: float = setting(0.0, "applied to matrices and embeddings, not to norms", minimum=0)
-    max_grad_norm: float = setting(1.0, "clip the gradient norm to this value; 0 disables clipping", minimum=0)
-    class_weights: str = setting("none", "balanced: rows of rare classes weigh more in the loss", choices=("none", "balanced"))
-    label_smoothing: float = setting(0.0, "fraction of a target spread over all classes", minimum=0, maximum=1)
-    seed: int = setting(42, "seeds the order of rows, fresh weights and --max-train-rows", minimum=0)
+    weight_decay: float = setting(
+        0.0, "applied to matrices and embeddings, not to norms", minimum=0
+    )
+    max_grad_norm: float = setting(
+        1.0, "clip the gradient norm to this value; 0 disables clipping", minimum=0
+    )
+    class_weights: str = setting(
+        "none",
+        "balanced: rows of rare classes weigh more in the loss",
+        choices=("none", "balanced"),
+    )
+    label_smoothing: float = setting(
+        0.0, "fraction of a target spread over all classes", minimum=0, maximum=1
+    )
+    seed: int = setting(
+        42, "seeds the order of rows, fresh weights and --max-train-rows", minimum=0
+    )
     output_dir: str | None = setting(
-        None, "run directory, new or empty; unset: runs/train_qwen-<time>", group="evaluation and checkpoints"
+        None,
+        "run directory, new or empty; unset: runs/train_qwen-<time>",
+        group="evaluation and checkpoints",
     )
     eval_every: float = setting(
-        0.2, "steps between evaluations; below 1 a fraction of all steps; 0: only after the last", minimum=0
+        0.2,
+        "steps between evaluations; below 1 a fraction of all steps; 0: only after the last",
+        minimum=0,
     )
     save_every: float = setting(
-        0.2, "steps between checkpoints; below 1 a fraction of all steps; 0: only the last and the best on validation", minimum=0
+        0.2,
+        "steps between checkpoints; below 1 a fraction of all steps; 0: only the last and the best on validation",
+        minimum=0,
     )
-    keep_checkpoints: int = setting(2, "newest checkpoints to keep, in addition to the best on validation", minimum=1)
+    keep_checkpoints: int = setting(
+        2, "newest checkpoints to keep, in addition to the best on validation", minimum=1
+    )
     log_every: int = setting(10, "steps between lines of metrics.jsonl", minimum=1)
     patience: int | None = setting(
-        None, "evaluations without a better validation score after which training stops; unset: never", minimum=1
+        None,
+        "evaluations without a better validation score after which training stops; unset: never",
+        minimum=1,
     )
-    eval_only: bool = setting(False, "no training: test --model as it is, or the checkpoints of --resume")
+    eval_only: bool = setting(
+        False, "no training: test --model as it is, or the checkpoints of --resume"
+    )
     resume: str | None = setting(None, "run directory to continue, under its own settings")
-    dtype: str = setting("bf16", "bf16 is autocast over fp32 weights", choices=("bf16", "fp32"), group="machine")
+    dtype: str = setting(
+        "bf16", "bf16 is autocast over fp32 weights", choices=("bf16", "fp32"), group="machine"
+    )
     device: str | None = setting(None, "cpu, cuda or cuda:N; unset: cuda if there is one")
     threads: int | None = setting(None, "CPU threads; unset: torch's choice", minimum=1)
     compile: bool = setting(False, "torch.compile the model")
-    activation_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
-
-
-# --model tiny: big enough to learn the synthetic texts, small enough for a minute on a CPU.
-TINY = {
-    "model_type": "qwen3",
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,  # the smallest that vLLM serves
-    "intermediate_size": 192,
-    "max_position_embeddings": 4096,
-    "rope_theta": 10_000.0,
-    "tie_word_embeddings": True,
-}
+    activation_checkpointing: bool = setting(
+        False, "recompute activations in the backward pass to save memory"
+    )
 
 
 class Targets(NamedTuple):
@@ -136,7 +173,13 @@ class Targets(NamedTuple):
     classes: torch.Tensor  # (L,) int64, the class of each letter's row
 
 
-def make_targets(rows: list[list[int]], labels: np.ndarray, endings: np.ndarray, shared: int, device: torch.device) -> Targets:
+def make_targets(
+    rows: list[list[int]],
+    labels: np.ndarray,
+    endings: np.ndarray,
+    shared: int,
+    device: torch.device,
+) -> Targets:
     """Packs B training rows and says where their targets are.
 
     labels: (B,); endings: (C, 3), the targets at the end of a row of each class: format, letter, format again.
@@ -158,7 +201,11 @@ def make_targets(rows: list[list[int]], labels: np.ndarray, endings: np.ndarray,
 
 
 def answer_loss(
-    logits: torch.Tensor, targets: Targets, weights: torch.Tensor, smoothing: float, letter_ids: torch.Tensor
+    logits: torch.Tensor,
+    targets: Targets,
+    weights: torch.Tensor,
+    smoothing: float,
+    letter_ids: torch.Tensor,
 ) -> torch.Tensor:
     """The summed cross-entropy of all targets and of the letters alone, (2,) fp32.
 
@@ -187,17 +234,24 @@ def check_head(s: Settings) -> None:
     for name in unused:
         if getattr(s, name) != getattr(Settings, name):
             remedy = ", or add --linear-input prompt" if name == "prompt" else ""
-            raise UserError(f"--{name.replace('_', '-')}: --head {s.head} does not use it; leave it out{remedy}")
+            raise UserError(
+                f"--{name.replace('_', '-')}: --head {s.head} does not use it; leave it out{remedy}"
+            )
 
 
 def end_and_pad(tokenizer: Tokenizer, config: dict) -> tuple[int, int]:
     """The ids of the end-of-sequence and the padding token, for config.json; one serves as the other where it is missing."""
     names = {name: tokenizer.special_token(f"{name}_token") for name in ("eos", "pad")}
-    ids = {name: tokenizer.control_ids([token])[0] if token else config.get(f"{name}_token_id") for name, token in names.items()}
+    ids = {
+        name: tokenizer.control_ids([token])[0] if token else config.get(f"{name}_token_id")
+        for name, token in names.items()
+    }
     ids = {name: value[0] if isinstance(value, list) else value for name, value in ids.items()}
     given = [value for value in ids.values() if value is not None]
     if not given:
-        raise UserError("--model: neither its tokenizer_config.json nor its config.json names an eos_token or pad_token; add one")
+        raise UserError(
+            "--model: neither its tokenizer_config.json nor its config.json names an eos_token or pad_token; add one"
+        )
     return tuple(given[0] if value is None else value for value in ids.values())
 
 
@@ -210,7 +264,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{s.resume} is finished; its results are in {previous.dir / 'results.json'}")
         return
     if previous and s.eval_only and not previous.newest:
-        raise UserError(f"--eval-only: {s.resume} has no complete checkpoint; go on with it first, without --eval-only")
+        raise UserError(
+            f"--eval-only: {s.resume} has no complete checkpoint; go on with it first, without --eval-only"
+        )
     device = dist.start(s.device, s.threads, s.dtype)
     grad_accum_steps = dist.grad_accum_steps(s.global_batch_size, s.micro_batch_size)
     if dist.is_first() and not previous:
@@ -221,48 +277,81 @@ def main(argv: list[str] | None = None) -> None:
     pinned = previous.info if previous else {"revision": None, "data_revision": None}
     columns = (s.text_column, s.label_column)
     data = load_data(s.data, *columns, s.label_names, pinned["data_revision"], s.test_size)
-    data, validation = split_data(data, s.validation_size, s.max_train_rows, s.max_eval_rows, s.seed)
+    data, validation = split_data(
+        data, s.validation_size, s.max_train_rows, s.max_eval_rows, s.seed
+    )
     if s.patience and not validation:
-        raise UserError(f"--patience: {s.patience} needs validation rows to watch; hold some out with --validation-size")
-    grad_accum_steps = min(grad_accum_steps, math.ceil(len(data.train) / dist.world_size()))  # the others would be empty
+        raise UserError(
+            f"--patience: {s.patience} needs validation rows to watch; hold some out with --validation-size"
+        )
+    grad_accum_steps = min(
+        grad_accum_steps, math.ceil(len(data.train) / dist.world_size())
+    )  # the others would be empty
     if previous and not data.matches(previous.info["data_fingerprint"]):
         raise UserError(
             f"--data: {s.data} has other rows or classes than {s.resume} was started on; restore them or start a new run"
         )
-    asks = s.head == "options" or s.linear_input == "prompt"  # the model reads a question, not the bare text
+    asks = (
+        s.head == "options" or s.linear_input == "prompt"
+    )  # the model reads a question, not the bare text
     if previous and previous.newest:
         directory, revision = previous.newest, pinned["revision"]
     else:
-        directory, revision = (None, None) if s.model == "tiny" else weights.find_model(s.model, pinned["revision"])
+        directory, revision = (
+            (None, None) if s.model == "tiny" else weights.find_model(s.model, pinned["revision"])
+        )
     kind = weights.DECODER if s.head == "options" else weights.DECODER_LINEAR
-    config = weights.read_config(directory, kind) if directory else TINY
+    config = weights.read_config(directory, kind) if directory else SIZES["tiny-qwen3"]
     if directory:
         tokenizer = load_tokenizer(directory)
     else:
-        before, after = make_template(data.label_names, s.prompt, no_think=True) if asks else ("", "")
-        tokenizer = train_qwen_tokenizer([before + text + after for text in data.train.texts], vocab_size=2000)
+        before, after = (
+            make_template(data.label_names, s.prompt, no_think=True) if asks else ("", "")
+        )
+        tokenizer = train_qwen_tokenizer(
+            [before + text + after for text in data.train.texts], vocab_size=2000
+        )
     config = {"vocab_size": len(tokenizer)} | config
     end, pad = end_and_pad(tokenizer, config)
     trained_labels = config.get("id2label")
     # The padding token's embedding gets no gradient. A row with options has no padding, but it may hold
     # the end token: that one is padding only where config.json says so, as in transformers.
     padding = config.get("pad_token_id") if s.head == "options" and pad == end else pad
-    config |= weights.label_config(data.label_names) | {"pad_token_id": padding, "eos_token_id": end}
+    config |= weights.label_config(data.label_names) | {
+        "pad_token_id": padding,
+        "eos_token_id": end,
+    }
     random = s.init == "random" and not (previous and previous.newest)
-    model, fresh, load_report = weights.build_model(kind, config, None if random else directory, s.seed, device)
+    model, fresh, load_report = weights.build_model(
+        kind, config, None if random else directory, s.seed, device
+    )
     weights.check_fits(model.config, tokenizer, s.max_length)
     if s.eval_only and s.head == "linear" and (fresh or trained_labels != config["id2label"]):
-        raise UserError(f"--eval-only: {s.model} was not trained on the classes {', '.join(data.label_names)[:80]}; train it first")
+        raise UserError(
+            f"--eval-only: {s.model} was not trained on the classes {', '.join(data.label_names)[:80]}; train it first"
+        )
     model.model.activation_checkpointing = s.activation_checkpointing
     forward = torch.compile(model, dynamic=True) if s.compile else model
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bf16")
     optimizer = make_optimizer(model, s.learning_rate, s.weight_decay)
 
-    total_steps = s.max_steps or math.ceil(s.epochs * math.ceil(len(data.train) / s.global_batch_size))
+    total_steps = s.max_steps or math.ceil(
+        s.epochs * math.ceil(len(data.train) / s.global_batch_size)
+    )
     if s.eval_only and not previous:
         total_steps = 0  # a run of its own, complete without a step
-    eval_every, save_every = every_steps(s.eval_every, total_steps), every_steps(s.save_every, total_steps)
-    state = {"step": 0, "train_seconds": 0.0, "eval_seconds": 0.0, "evaluations": 0, "samples": 0, "tokens": 0}
+    eval_every, save_every = (
+        every_steps(s.eval_every, total_steps),
+        every_steps(s.save_every, total_steps),
+    )
+    state = {
+        "step": 0,
+        "train_seconds": 0.0,
+        "eval_seconds": 0.0,
+        "evaluations": 0,
+        "samples": 0,
+        "tokens": 0,
+    }
     state |= {"best_on_validation": None, "best_on_test": None}  # [step, macro F1]
     state |= {"evaluations_since_best": 0}  # on validation
     if previous and previous.newest:
@@ -270,52 +359,97 @@ def main(argv: list[str] | None = None) -> None:
     splits = {} if s.eval_only else {"train": data.train}
     splits |= ({"validation": validation} if validation else {}) | {"test": data.test}
     targets = {"think_in": s.think_in, "train_on": s.train_on}
-    chat = make_chat(pinned, tokenizer, data.label_names, s.max_length, s.prompt, **targets) if asks else None
-    read = chat.questions if chat else functools.partial(text_rows, tokenizer, max_length=s.max_length)
+    chat = (
+        make_chat(pinned, tokenizer, data.label_names, s.max_length, s.prompt, **targets)
+        if asks
+        else None
+    )
+    read = (
+        chat.questions if chat else functools.partial(text_rows, tokenizer, max_length=s.max_length)
+    )
     tokenized = {}
     for name, split in splits.items():
         answered = name == "train" and s.head == "options"
-        tokenized[name] = chat.training_rows(split.texts, split.labels) if answered else read(split.texts)
+        tokenized[name] = (
+            chat.training_rows(split.texts, split.labels) if answered else read(split.texts)
+        )
     train_rows = [] if s.eval_only else tokenized["train"][0]
     # With --eval-only, take num_train_rows from the run that trained the model, if there is one.
     before = checkpoint.info_of_model(directory) if s.eval_only and directory and not random else {}
     trained_rows = before.get("num_train_rows", 0) if s.eval_only else len(data.train)
     # For minicls.json: a copy of the model directory is asked as this run asks.
-    asked = {"script": "train_qwen", "label_names": data.label_names} | (chat.saved() if chat else {})
+    asked = {"script": "train_qwen", "label_names": data.label_names} | (
+        chat.saved() if chat else {}
+    )
     asked |= {
-        name: getattr(s, name) for name in ("head", "linear_input", "max_length", "dtype", "normalize", "think_in", "train_on")
+        name: getattr(s, name)
+        for name in (
+            "head",
+            "linear_input",
+            "max_length",
+            "dtype",
+            "normalize",
+            "think_in",
+            "train_on",
+        )
     }
     run_dir = None
     if dist.is_first():
         run_dir = previous.dir if previous else checkpoint.new_run_dir(s.output_dir, "train_qwen")
         if not previous:
             lock = checkpoint.lock(run_dir)
-            about = {"script": "train_qwen", "total_steps": total_steps, "revision": revision, "data_revision": data.revision}
-            about |= {"data_fingerprint": data.fingerprint(), "num_train_rows": trained_rows} | (chat.saved() if chat else {})
+            about = {
+                "script": "train_qwen",
+                "total_steps": total_steps,
+                "revision": revision,
+                "data_revision": data.revision,
+            }
+            about |= {"data_fingerprint": data.fingerprint(), "num_train_rows": trained_rows} | (
+                chat.saved() if chat else {}
+            )
             checkpoint.write_run_info(run_dir, dataclasses.asdict(s), device, about)
     logger = Logger(run_dir, state["step"], total_steps, drop_later=not s.eval_only)
     for line in describe(data, validation):
         logger.print(line)
     for name, (rows, cut) in tokenized.items():
-        logger.print(f"{name}: {len(rows):,} rows, {sum(map(len, rows)):,} tokens, {cut:,} rows cut to {s.max_length}")
+        logger.print(
+            f"{name}: {len(rows):,} rows, {sum(map(len, rows)):,} tokens, {cut:,} rows cut to {s.max_length}"
+        )
     first = next(iter(splits))
-    logger.print(f"example: {data.label_names[splits[first].labels[0]]} <- {tokenizer.decode(tokenized[first][0][0])}")
-    logger.print(f"{s.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {load_report}; {dist.device_name(device)}")
+    logger.print(
+        f"example: {data.label_names[splits[first].labels[0]]} <- {tokenizer.decode(tokenized[first][0][0])}"
+    )
+    logger.print(
+        f"{s.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {load_report}; {dist.device_name(device)}"
+    )
 
-    trained_prompt = upgrade(before["settings"]).get("prompt") if before.get("template") and not previous else s.prompt
+    trained_prompt = (
+        upgrade(before["settings"]).get("prompt")
+        if before.get("template") and not previous
+        else s.prompt
+    )
     if asks and trained_prompt != s.prompt:
-        logger.print(f"note: the model was trained with --prompt {trained_prompt}, and is asked otherwise here")
+        logger.print(
+            f"note: the model was trained with --prompt {trained_prompt}, and is asked otherwise here"
+        )
 
     # 3. The loss of one batch.
     # Targets at the end of a row of each class: (format, letter, format again). A linear head has one target.
-    endings = [chat.target_counts(label) if s.head == "options" else (0, 1, 0) for label in range(len(data.label_names))]
+    endings = [
+        chat.target_counts(label) if s.head == "options" else (0, 1, 0)
+        for label in range(len(data.label_names))
+    ]
     endings = np.array(endings)  # (C, 3)
-    row_weights_on_host = class_weights(data.train.labels, len(data.label_names), s.class_weights)  # (C,)
+    row_weights_on_host = class_weights(
+        data.train.labels, len(data.label_names), s.class_weights
+    )  # (C,)
     row_weights = row_weights_on_host.to(device)
     letter_ids = None
     if s.label_smoothing and s.head == "options":
         if any(len(option) > 1 for option in chat.options):
-            raise UserError("--label-smoothing: an option of several tokens has no letters to spread to; leave it out")
+            raise UserError(
+                "--label-smoothing: an option of several tokens has no letters to spread to; leave it out"
+            )
         letter_ids = torch.tensor(chat.options, device=device)[:, 0]  # (O,)
     if s.head == "options" and s.train_on == "response":
         logger.print(
@@ -327,10 +461,15 @@ def main(argv: list[str] | None = None) -> None:
     # a GPU, whose attention kernel wants every row whole.
     shared = 0
     if not on_gpu(device) and not s.eval_only:
-        questions = [row[: -endings[label].sum()] for row, label in zip(train_rows, data.train.labels, strict=True)]
+        questions = [
+            row[: -endings[label].sum()]
+            for row, label in zip(train_rows, data.train.labels, strict=True)
+        ]
         shared = len(common_prefix(questions))
         if shared:
-            logger.print(f"all questions begin with the same {shared} tokens, which a batch reads once")
+            logger.print(
+                f"all questions begin with the same {shared} tokens, which a batch reads once"
+            )
 
     def count_targets(rows: np.ndarray) -> tuple[float, float]:
         """The targets of some training rows, and the letters' tokens among them, each letter counted by its weight."""
@@ -345,7 +484,9 @@ def main(argv: list[str] | None = None) -> None:
             batch, targets = pack_shared(ids, shared, device), to_device(labels, device)
             with autocast:
                 logits = forward(*batch, shared=shared)  # (B, C) fp32
-            losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=s.label_smoothing)  # (B,)
+            losses = F.cross_entropy(
+                logits, targets, reduction="none", label_smoothing=s.label_smoothing
+            )  # (B,)
             return (losses * row_weights[targets]).sum().expand(2)
         targets = make_targets(ids, labels, endings, shared, device)
         with autocast:
@@ -379,16 +520,21 @@ def main(argv: list[str] | None = None) -> None:
         started, logits = time.perf_counter(), {}
         for name in evaluated:
             logits[name] = logits_of(tokenized[name][0])
-            scores, _ = report.evaluate_logits(logits[name], splits[name].labels)
+            scores, _ = results.evaluate_logits(logits[name], splits[name].labels)
             check_finite(scores["loss"], f"{name} loss", state["step"])
             logger.event("eval", state["step"], split=name, **scores)
-            logger.print(f"step {state['step']} {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+            logger.print(
+                f"step {state['step']} {name}: "
+                + ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
+            )
             best = state[f"best_on_{name}"]
             better = best is None or scores["f1"] > best[1]
             if better:
                 state[f"best_on_{name}"] = [state["step"], scores["f1"]]
             if name == "validation":
-                state["evaluations_since_best"] = 0 if better else state["evaluations_since_best"] + 1
+                state["evaluations_since_best"] = (
+                    0 if better else state["evaluations_since_best"] + 1
+                )
         state["eval_seconds"] += time.perf_counter() - started
         state["evaluations"] += 1
         return logits
@@ -399,7 +545,9 @@ def main(argv: list[str] | None = None) -> None:
     def save(directory: Path) -> None:
         weights.save_model(model, config, tokenizer, directory, None if chat else s.max_length)
         checkpoint.write_json(directory / "minicls.json", asked)
-        if s.head == "options":  # greedy, whatever the pretrained model's file says: an answer is not to be sampled
+        if (
+            s.head == "options"
+        ):  # greedy, whatever the pretrained model's file says: an answer is not to be sampled
             generation = {"do_sample": False, "eos_token_id": chat.stop_ids, "pad_token_id": pad}
             checkpoint.write_json(directory / "generation_config.json", generation)
 
@@ -423,11 +571,15 @@ def main(argv: list[str] | None = None) -> None:
                     (losses[0] / num_targets).backward()
                     sums += losses.detach()
             dist.sum_gradients(model)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm or math.inf)
+            grad_norm = torch.nn.utils.clip_grad_norm_(
+                model.parameters(), s.max_grad_norm or math.inf
+            )
             optimizer.step()
             optimizer.zero_grad()
             # The only point of a step where the host waits for a GPU. Nothing is saved before the numbers are checked.
-            total_loss, letters_loss, grad_norm = torch.cat([dist.all_sum(sums), grad_norm[None]]).tolist()
+            total_loss, letters_loss, grad_norm = torch.cat(
+                [dist.all_sum(sums), grad_norm[None]]
+            ).tolist()
             step_loss, parts = total_loss / num_targets, {}
             if num_targets > num_letters:
                 format_loss = (total_loss - letters_loss) / (num_targets - num_letters)
@@ -440,28 +592,52 @@ def main(argv: list[str] | None = None) -> None:
             state["tokens"] += sum(len(train_rows[row]) for row in window)
             state["train_seconds"] += time.perf_counter() - started
             seconds = state["train_seconds"] - logged["train_seconds"]
-            rates = {f"{unit}_per_second": (state[unit] - logged[unit]) / seconds for unit in ("samples", "tokens")}
+            rates = {
+                f"{unit}_per_second": (state[unit] - logged[unit]) / seconds
+                for unit in ("samples", "tokens")
+            }
             shown = {name: f"{value:.4f}" for name, value in ({"loss": step_loss} | parts).items()}
             logger.progress(**shown, samples_per_second=f"{rates['samples_per_second']:.1f}")
             if state["step"] % s.log_every == 0 or state["step"] == total_steps:
                 epoch, lr = state["samples"] / len(train_rows), optimizer.param_groups[0]["lr"]
-                values = {"epoch": epoch, "loss": step_loss, "learning_rate": lr, "grad_norm": grad_norm} | parts | rates
+                values = (
+                    {"epoch": epoch, "loss": step_loss, "learning_rate": lr, "grad_norm": grad_norm}
+                    | parts
+                    | rates
+                )
                 memory = dist.peak_memory_bytes(device)
-                logger.event("train", state["step"], **values, train_seconds=state["train_seconds"], peak_memory_bytes=memory)
+                logger.event(
+                    "train",
+                    state["step"],
+                    **values,
+                    train_seconds=state["train_seconds"],
+                    peak_memory_bytes=memory,
+                )
                 logged = dict(state)
             last, interrupted = state["step"] == total_steps, dist.any_rank(stop.is_set(), device)
             if last or (eval_every and state["step"] % eval_every == 0):
                 logits = evaluate()
                 if not last and stopped_early():
                     last = True
-                    logger.print(f"stopped early: {s.patience} evaluations without a better validation score")
+                    logger.print(
+                        f"stopped early: {s.patience} evaluations without a better validation score"
+                    )
             best_step = state["best_on_validation"][0] if state["best_on_validation"] else None
-            due = last or interrupted or best_step == state["step"] or (save_every and state["step"] % save_every == 0)
+            due = (
+                last
+                or interrupted
+                or best_step == state["step"]
+                or (save_every and state["step"] % save_every == 0)
+            )
             if due and dist.is_first():
-                checkpoint.save_checkpoint(run_dir, save, model, optimizer, state, s.keep_checkpoints, best_step)
+                checkpoint.save_checkpoint(
+                    run_dir, save, model, optimizer, state, s.keep_checkpoints, best_step
+                )
             if interrupted and not last:
                 logger.close()
-                logger.print(f"stopped at step {step + 1} of {total_steps}; go on: python train_qwen.py --resume {run_dir}")
+                logger.print(
+                    f"stopped at step {step + 1} of {total_steps}; go on: python train_qwen.py --resume {run_dir}"
+                )
                 dist.stop()
                 if lock:
                     lock.close()
@@ -473,7 +649,9 @@ def main(argv: list[str] | None = None) -> None:
     # 6. Final test and results.json.
     if s.eval_only:
         state |= {"eval_seconds": 0.0, "evaluations": 0}
-        for step, checkpoint_dir in checkpoint.checkpoints(previous.dir).items() if previous else [(0, None)]:
+        for step, checkpoint_dir in (
+            checkpoint.checkpoints(previous.dir).items() if previous else [(0, None)]
+        ):
             if checkpoint_dir:
                 weights.load_weights(model, checkpoint_dir, kind)
             state["step"] = step
@@ -493,11 +671,15 @@ def main(argv: list[str] | None = None) -> None:
     if dist.is_first():
         save(run_dir)
         state["stopped_early"] = stopped_early()
-        results = report.write_results(run_dir, data, validation, tokenizer, logits, state, headline_step, device)
-        logger.print(report.steps_table(run_dir))
-        logger.print(report.summary(results))
+        written = results.write_results(
+            run_dir, data, validation, tokenizer, logits, state, headline_step, device
+        )
+        logger.print(results.steps_table(run_dir))
+        logger.print(results.summary(written))
         logger.print(f"curves: {plots.plot_curves(run_dir)}")
-        logger.print(f"confusion matrix: {plots.plot_confusion(results['confusion'], data.label_names, run_dir)}")
+        logger.print(
+            f"confusion matrix: {plots.plot_confusion(written['confusion'], data.label_names, run_dir)}"
+        )
     if lock:
         lock.close()
     dist.stop()

@@ -22,19 +22,31 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("python -m minicls", __doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     predict = commands.add_parser("predict", help="classify new texts with a trained run")
-    predict.add_argument("run", type=Path, metavar="RUN", help="run directory, or a model directory with a trained head")
-    predict.add_argument("inputs", nargs="*", metavar="FILE|TEXT", help="files or texts; -, or none: standard input, a text a line")
+    predict.add_argument(
+        "run", type=Path, metavar="RUN", help="run directory, or a model directory with a trained head"
+    )
+    predict.add_argument(
+        "inputs", nargs="*", metavar="FILE|TEXT", help="files or texts; -, or none: standard input, a text a line"
+    )
     predict.add_argument("--format", choices=FORMATS, help="default: by the suffix of --out, else table")
-    predict.add_argument("--out", type=Path, metavar="FILE", help="a new file, .jsonl, .csv or .parquet (default: standard output)")
-    predict.add_argument("--top-k", type=int, metavar="INT", help="only the most probable classes, best first (default: all)")
-    predict.add_argument("--text-column", default="text", metavar="STR", help="column of the texts (default: %(default)s)")
+    predict.add_argument(
+        "--out", type=Path, metavar="FILE", help="a new file, .jsonl, .csv or .parquet (default: standard output)"
+    )
+    predict.add_argument(
+        "--top-k", type=int, metavar="INT", help="only the most probable classes, best first (default: all)"
+    )
+    predict.add_argument(
+        "--text-column", default="text", metavar="STR", help="column of the texts (default: %(default)s)"
+    )
     predict.add_argument("--device", metavar="STR", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     predict.add_argument("--threads", type=int, metavar="INT", help="CPU threads (default: torch's choice)")
     compare = commands.add_parser("report", help="finished runs side by side")
     compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories with results")
     compare.add_argument("--bench", type=Path, metavar="FILE", help="a bench.json of bench.py --task rps")
     compare.add_argument("--out", type=Path, metavar="DIR", help="new or empty directory (default: runs/report-<time>)")
-    commands.add_parser("baseline", help="logistic regression on word counts or frozen embeddings: what a network has to beat")
+    commands.add_parser(
+        "baseline", help="logistic regression on word counts or frozen embeddings: what a network has to beat"
+    )
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["baseline"]:  # its settings are a dataclass, as the training scripts' are
         baseline.main(argv[1:])

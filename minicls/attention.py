@@ -34,7 +34,12 @@ def products_dtype(x: torch.Tensor) -> torch.dtype:
 
 def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether PyTorch's flash kernels take it: half precision, head sizes in steps of 8, compute capability 8.0 or later."""
-    if not on_gpu(device) or dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > 256:
+    if (
+        not on_gpu(device)
+        or dtype not in (torch.float16, torch.bfloat16)
+        or head_dim % 8
+        or head_dim > 256
+    ):
         return False
     return device.type != "cuda" or torch.cuda.get_device_properties(device).major >= 8
 
@@ -49,10 +54,19 @@ class Rows:
 
     def __init__(self, cu_seqlens: torch.Tensor, max_seqlen: int, shared: int = 0):
         self.cu_seqlens, self.max_seqlen, self.shared = cu_seqlens, max_seqlen, shared
-        self.varlen: bool | None = None  # whether the variable-length kernel does it; None: nobody has asked yet
+        self.varlen: bool | None = (
+            None  # whether the variable-length kernel does it; None: nobody has asked yet
+        )
         self.padded = None  # the layout, for attention that pads
 
-    def prepare(self, device: torch.device, dtype: torch.dtype, N: int, head_dim: int, dropout_p: float = 0.0) -> None:
+    def prepare(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        N: int,
+        head_dim: int,
+        dropout_p: float = 0.0,
+    ) -> None:
         """Chooses the way of attention for q, k and v of N tokens in `dtype`, and lays the rows out if that is to pad.
 
         To be called before the first layer: inside one, activation checkpointing would do it again, and torch.compile could not.
@@ -84,7 +98,9 @@ def _lay_out(
         missing = shared * (torch.arange(len(lengths), device=device) > 0)  # (B,)
         starts, lengths = starts - missing, lengths + missing
     groups, begins, offset = [], torch.empty_like(lengths), 0
-    for some in [slice(None)] if on_gpu(device) else lengths.argsort(stable=True).split(ROWS_PER_GROUP):
+    for some in (
+        [slice(None)] if on_gpu(device) else lengths.argsort(stable=True).split(ROWS_PER_GROUP)
+    ):
         S = max_seqlen + shared if on_gpu(device) else int(lengths[some[-1]])
         # Padding repeats its row from the start, so that one gather makes the layout, and autograd keeps nothing but indices.
         # Not one token again and again: a GPU would add up all their gradients in one place, one after another.
@@ -107,12 +123,19 @@ def positions_up_to(last: torch.Tensor, S: int, dtype: torch.dtype) -> torch.Ten
     -inf in their dtype, in memory whose lines are multiples of 8, or they would make such a copy in each layer."""
     if not on_gpu(last.device):
         return torch.arange(S, device=last.device) <= last
-    positions = torch.arange((S // 8 + 1) * 8, device=last.device)  # always more than S: one case for torch.compile
+    positions = torch.arange(
+        (S // 8 + 1) * 8, device=last.device
+    )  # always more than S: one case for torch.compile
     return torch.where(positions <= last, 0.0, -torch.inf).to(dtype)[..., :S]
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Rows, causal: bool = False, dropout_p: float = 0.0
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rows: Rows,
+    causal: bool = False,
+    dropout_p: float = 0.0,
 ) -> torch.Tensor:
     """Scaled dot-product attention of every token to the tokens of its own row.
 
@@ -124,29 +147,48 @@ def attention(
     if not rows.varlen or dropout_p > 0.0:
         return padded_attention(q, k, v, rows, causal, dropout_p)
     ends, longest = rows.cu_seqlens, rows.max_seqlen
-    return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0 if causal else -1), **GROUPED)
+    return varlen_attn(
+        q, k, v, ends, ends, longest, longest, window_size=(-1, 0 if causal else -1), **GROUPED
+    )
 
 
 def padded_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Rows, causal: bool = False, dropout_p: float = 0.0
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rows: Rows,
+    causal: bool = False,
+    dropout_p: float = 0.0,
 ) -> torch.Tensor:
     """`attention` through padding: rows are laid out whole, attended, and each one's own tokens gathered back."""
     if rows.padded is None:
         rows.lay_out(len(q), q.dtype)
     if rows.padded is None:  # a single row
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, N, Dh)
-        return _dot_product_attention(q, k, v, None, causal, dropout_p)[0].transpose(0, 1)  # (N, H, Dh)
+        return _dot_product_attention(q, k, v, None, causal, dropout_p)[0].transpose(
+            0, 1
+        )  # (N, H, Dh)
     (groups, places), outputs = rows.padded, []
     for tokens, mask in groups:
-        padded = [x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).transpose(1, 2) for x in (q, k, v)]
+        padded = [
+            x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).transpose(1, 2)
+            for x in (q, k, v)
+        ]
         # Padding is on the right, so a causal mask already hides it from every real query.
-        output = _dot_product_attention(*padded, None if causal else mask, causal, dropout_p)  # (rows, H, S, Dh)
+        output = _dot_product_attention(
+            *padded, None if causal else mask, causal, dropout_p
+        )  # (rows, H, S, Dh)
         outputs.append(output.transpose(1, 2).flatten(0, 1))  # (rows * S, H, Dh)
     return torch.cat(outputs).index_select(0, places)  # (N, H, Dh)
 
 
 def _dot_product_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, dropout_p: float = 0.0
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    dropout_p: float = 0.0,
 ) -> torch.Tensor:
     """softmax(q kᵀ / √Dh) v of q (B, H, T, Dh), k and v (B, Hkv, S, Dh) in the way that is fastest; returns (B, H, T, Dh).
 
@@ -167,22 +209,39 @@ def _dot_product_attention(
             if causal:
                 mask = torch.ones(1, 1, T, S, dtype=torch.bool).tril()
             if mask is not None:
-                scores.masked_fill_(~(mask if mask.shape[2] == 1 else mask.repeat(1, 1, group, 1)), -torch.inf)
+                scores.masked_fill_(
+                    ~(mask if mask.shape[2] == 1 else mask.repeat(1, 1, group, 1)), -torch.inf
+                )
             return (F.dropout(scores.softmax(-1), dropout_p) @ v).view(-1, H, T, Dh)
         # Backward, it is several times as fast in fp32 as in bf16.
-        inputs = [x.float() for x in (q, k, v)] if q.requires_grad and q.dtype == torch.bfloat16 else (q, k, v)
-        grouped = {"enable_gqa": True} if group > 1 else {}  # not `group > 1`: torch.compile may know H and Hkv as symbols
-        return F.scaled_dot_product_attention(*inputs, mask, is_causal=causal, **grouped).to(q.dtype)
+        inputs = (
+            [x.float() for x in (q, k, v)]
+            if q.requires_grad and q.dtype == torch.bfloat16
+            else (q, k, v)
+        )
+        grouped = (
+            {"enable_gqa": True} if group > 1 else {}
+        )  # not `group > 1`: torch.compile may know H and Hkv as symbols
+        return F.scaled_dot_product_attention(*inputs, mask, is_causal=causal, **grouped).to(
+            q.dtype
+        )
 
 
 def _fused_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, dropout_p: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    dropout_p: float,
 ) -> torch.Tensor:
     """The same on a GPU. Flash takes grouped heads and no mask, the memory-efficient kernel the reverse, and where neither can
     PyTorch computes all T * S scores in several passes: so heads are laid out for one of the two."""
     (H, T, Dh), Hkv = q.shape[1:], k.shape[1]
     group = H // Hkv
-    if group > 1 and mask is not None:  # of one row (rows, 1, 1, S), or for all queries of a group (B, 1, group * T, S)
+    if (
+        group > 1 and mask is not None
+    ):  # of one row (rows, 1, 1, S), or for all queries of a group (B, 1, group * T, S)
         q = q.unflatten(1, (Hkv, group)).flatten(2, 3)  # (B, Hkv, group * T, Dh)
         output = F.scaled_dot_product_attention(q, k, v, mask, dropout_p)
         return output.unflatten(2, (group, T)).flatten(1, 2)  # (B, H, T, Dh)
@@ -194,7 +253,12 @@ def _fused_attention(
 
 
 def cache_slots(
-    position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, S: int, dtype: torch.dtype, group: int
+    position_ids: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    S: int,
+    dtype: torch.dtype,
+    group: int,
 ) -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor | None]:
     """Where the tokens of a packed batch belong next to a cache of S positions a row; the same for every layer.
 
@@ -211,7 +275,9 @@ def cache_slots(
     if 2 * max_seqlen > S and (gpu or S > MAX_PLAIN):
         return rows, position_ids, S, None
     columns = torch.arange(N, device=rows.device) - cu_seqlens[rows]  # (N,)
-    last = position_ids.new_zeros(len(cu_seqlens) - 1, max_seqlen).index_put((rows, columns), position_ids)  # (B, T)
+    last = position_ids.new_zeros(len(cu_seqlens) - 1, max_seqlen).index_put(
+        (rows, columns), position_ids
+    )  # (B, T)
     last = last.repeat(1, group) if gpu else last
     return rows, columns, max_seqlen, positions_up_to(last[:, None, :, None], S, dtype)
 
@@ -230,8 +296,16 @@ def cached_attention(
     q: (N, H, Dh) packed; keys, values: (B, S, Hkv, Dh); the rest comes from `cache_slots`. Returns (N, H, Dh).
     """
     B = len(keys)
-    full = len(q) == B * T  # as in decoding: every row has T tokens, and the packed layout is the padded one
-    padded = q.view(B, T, *q.shape[1:]) if full else q.new_zeros(B, T, *q.shape[1:]).index_put((rows, columns), q)
-    output = _dot_product_attention(padded.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), mask, mask is None)
+    full = (
+        len(q) == B * T
+    )  # as in decoding: every row has T tokens, and the packed layout is the padded one
+    padded = (
+        q.view(B, T, *q.shape[1:])
+        if full
+        else q.new_zeros(B, T, *q.shape[1:]).index_put((rows, columns), q)
+    )
+    output = _dot_product_attention(
+        padded.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), mask, mask is None
+    )
     output = output.transpose(1, 2)  # (B, T, H, Dh)
     return output.flatten(0, 1) if full else output[rows, columns]  # (N, H, Dh)

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minicls import checkpoint, dist, plots, report, weights
+from minicls import checkpoint, dist, plots, results, weights
 from minicls.attention import on_gpu
 from minicls.batch import length_batches, pack
 from minicls.config import UserError, parse, setting
@@ -51,7 +51,9 @@ class Settings:
     label_column: str = setting("label", "column of the labels: class indices or class names")
     label_names: tuple[str, ...] | None = setting(None, "class names in the order of their indices")
     output_dir: str | None = setting(None, "run directory, new or empty; unset: runs/baseline-<time>")
-    class_weights: str = setting("none", "balanced: each class weighs the same in the loss", choices=("none", "balanced"))
+    class_weights: str = setting(
+        "none", "balanced: each class weighs the same in the loss", choices=("none", "balanced")
+    )
     validation_size: float = setting(
         0.0,
         "training rows (below 1: a share of them) to hold out and choose C by; 0: the validation split of --data, "
@@ -59,8 +61,12 @@ class Settings:
         minimum=0,
     )
     test_size: float = setting(0.0, "the same, to test on where --data has no test split", minimum=0)
-    max_train_rows: int | None = setting(None, "use a stratified sample of the training rows, drawn by --seed", minimum=1)
-    max_eval_rows: int | None = setting(None, "use a stratified sample of the test rows, the same for every seed", minimum=1)
+    max_train_rows: int | None = setting(
+        None, "use a stratified sample of the training rows, drawn by --seed", minimum=1
+    )
+    max_eval_rows: int | None = setting(
+        None, "use a stratified sample of the test rows, the same for every seed", minimum=1
+    )
     max_length: int = setting(512, "tokens of a row to embed, [CLS] and [SEP] included", minimum=3)
     dtype: str = setting("bf16", "of embedding: bf16 is autocast over fp32 weights", choices=("bf16", "fp32"))
     device: str | None = setting(None, "cpu, cuda or cuda:N, of embedding; unset: cuda if there is one")
@@ -69,7 +75,9 @@ class Settings:
 
 
 @torch.inference_mode()
-def embeddings(directory: Path, splits: Sequence[Split], s: Settings, device: torch.device) -> tuple[list[np.ndarray], Tokenizer]:
+def embeddings(
+    directory: Path, splits: Sequence[Split], s: Settings, device: torch.device
+) -> tuple[list[np.ndarray], Tokenizer]:
     """The mean of each row's last hidden states, (n, D) float32 of each split, and the tokenizer."""
     config, tokenizer = weights.read_config(directory, weights.BERT), load_tokenizer(directory)
     model, fresh, load_report = weights.build_model(weights.BERT, config, directory, 0, device)
@@ -101,7 +109,9 @@ def tfidf(fitted_on: Sequence[str], *texts: Sequence[str]) -> list:
     try:
         return [vectorizer.fit_transform(fitted_on), *map(vectorizer.transform, texts)]
     except ValueError as error:  # an empty vocabulary
-        raise UserError(f"--features tfidf: no word in the training texts ({error}); is --text-column the right one?") from None
+        raise UserError(
+            f"--features tfidf: no word in the training texts ({error}); is --text-column the right one?"
+        ) from None
 
 
 def fit(features, labels: np.ndarray, C: float, s: Settings):
@@ -122,7 +132,9 @@ def logits(model, features, num_labels: int) -> torch.Tensor:
     """(n, C) float64: their softmax is the model's probabilities. A class without training rows is NEVER behind the
     best."""
     scores = model.decision_function(features)
-    scores = np.stack([np.zeros_like(scores), scores], axis=1) if scores.ndim == 1 else scores  # two classes have one score
+    scores = (
+        np.stack([np.zeros_like(scores), scores], axis=1) if scores.ndim == 1 else scores
+    )  # two classes have one score
     full = np.repeat(scores.max(1, keepdims=True) - NEVER, num_labels, axis=1)
     full[:, model.classes_] = scores
     return torch.from_numpy(full)
@@ -132,7 +144,9 @@ def main(argv: list[str] | None = None) -> None:
     s = parse(Settings, argv, __doc__, "python -m minicls baseline")
     for name in ("max_length", "dtype") if s.features == "tfidf" else ():
         if getattr(s, name) != getattr(Settings, name):
-            raise UserError(f"--{name.replace('_', '-')}: --features tfidf has no use for it; leave it out, or name a model")
+            raise UserError(
+                f"--{name.replace('_', '-')}: --features tfidf has no use for it; leave it out, or name a model"
+            )
     device = dist.start(s.device, s.threads)
     checkpoint.check_output_dir(s.output_dir)
     data = load_data(s.data, s.text_column, s.label_column, s.label_names, test_size=s.test_size)
@@ -164,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
         if len(np.unique(labels[rest])) > 1:
             for C in GRID:
                 scored = logits(fit(part, labels[rest], C, s), chooses_part, num_labels)
-                tried[C] = report.evaluate_logits(scored, chooses.labels)[0]
+                tried[C] = results.evaluate_logits(scored, chooses.labels)[0]
                 print(f"C {C:g}: validation accuracy {tried[C]['accuracy']:.4f}, macro F1 {tried[C]['f1']:.4f}")
         else:
             print("too few training rows to choose C by")
@@ -182,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     unused = {"dtype": None, "max_length": None} if s.features == "tfidf" else {}
     checkpoint.write_run_info(run_dir, dataclasses.asdict(s) | unused, device, about)
     logger = Logger(run_dir, 0, 0)
-    scores, _ = report.evaluate_logits(scored["test"], data.test.labels)
+    scores, _ = results.evaluate_logits(scored["test"], data.test.labels)
     state = {"step": 0, "train_seconds": train_seconds, "eval_seconds": time.perf_counter() - started, "evaluations": 1}
     state |= {"samples": len(train), "tokens": 0, "best_on_test": [0, scores["f1"]], "best_on_validation": None}
     if tried:
@@ -191,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     logger.event("eval", 0, split="test", **scores)
     logger.close()
     print(f"C {C:g}, fitted on {len(train):,} rows with {whole.shape[1]:,} features of {s.features}")
-    results = report.write_results(run_dir, data, validation, tokenizer, scored, state, 0, device)
-    print(report.summary(results))
-    print(f"confusion matrix: {plots.plot_confusion(results['confusion'], data.label_names, run_dir)}")
+    written = results.write_results(run_dir, data, validation, tokenizer, scored, state, 0, device)
+    print(results.summary(written))
+    print(f"confusion matrix: {plots.plot_confusion(written['confusion'], data.label_names, run_dir)}")
     print(f"run: {run_dir}")

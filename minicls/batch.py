@@ -50,7 +50,9 @@ class Batch(NamedTuple):
         return self.cu_seqlens[1:].long() - 1
 
 
-def pack(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", starts: Sequence[int] | None = None) -> Batch:
+def pack(
+    rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", starts: Sequence[int] | None = None
+) -> Batch:
     """Packs rows of ids. `starts`: the position of each row's first token, where a cache holds what comes before it."""
     lengths = np.array([len(row) for row in rows])
     cu_seqlens = np.concatenate([[0], lengths.cumsum()])

@@ -42,13 +42,17 @@ class BertConfig:
         if self.hidden_act != "gelu":
             raise ValueError(f"hidden_act {self.hidden_act!r} is not supported, only 'gelu'")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}"
+            )
 
 
 class BertEmbeddings(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.word_embeddings = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+        )
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -70,7 +74,10 @@ class BertSelfAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         x = cast_once(x)
-        q, k, v = (f(x).view(len(x), self.num_attention_heads, -1) for f in (self.query, self.key, self.value))  # (N, H, Dh)
+        q, k, v = (
+            f(x).view(len(x), self.num_attention_heads, -1)
+            for f in (self.query, self.key, self.value)
+        )  # (N, H, Dh)
         dropout_p = self.dropout_p if self.training else 0.0
         return attention(q, k, v, rows, dropout_p=dropout_p).flatten(1)  # (N, D)
 
@@ -96,7 +103,9 @@ class BertAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, rows: Rows, at: torch.Tensor | None) -> torch.Tensor:
         attended = self.self(x, rows)  # (N, D)
-        return self.output(attended, x) if at is None else self.output(attended[at], x[at])  # (N or n, D)
+        return (
+            self.output(attended, x) if at is None else self.output(attended[at], x[at])
+        )  # (N or n, D)
 
 
 class BertIntermediate(nn.Module):
@@ -146,7 +155,12 @@ class BertModel(nn.Module):
         self.activation_checkpointing = False
 
     def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, at: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        at: torch.Tensor,
     ) -> torch.Tensor:
         """Returns the hidden states (n, D), before the pooler, of the tokens asked for, by their indices in the batch: at (n,)."""
         x = self.embeddings(input_ids, position_ids)  # (N, D)
@@ -170,18 +184,28 @@ class BertForSequenceClassification(nn.Module):
         super().__init__()
         self.config = config
         self.bert = BertModel(config)
-        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        dropout = (
+            config.hidden_dropout_prob
+            if config.classifier_dropout is None
+            else config.classifier_dropout
+        )
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
     def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
     ) -> torch.Tensor:
         """input_ids, position_ids: (N,) int64; cu_seqlens: (B + 1,) int32. Returns the logits (B, C) in fp32.
 
         The head is applied to each row's first token alone, and in fp32 also under autocast: it costs next to nothing
         there, and bf16 logits would have three significant digits.
         """
-        first = self.bert(input_ids, position_ids, cu_seqlens, max_seqlen, cu_seqlens[:-1]).float()  # (B, D)
+        first = self.bert(
+            input_ids, position_ids, cu_seqlens, max_seqlen, cu_seqlens[:-1]
+        ).float()  # (B, D)
         with torch.autocast(first.device.type, enabled=False):
             return self.classifier(self.dropout(self.bert.pooler(first)))  # (B, C)

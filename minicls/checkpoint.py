@@ -35,7 +35,9 @@ from minicls.weights import read_tensor, write_tensors
 def check_output_dir(output_dir: str | None) -> None:
     """Refuses a directory that is in use, before the time is spent to get models and data."""
     if output_dir and Path(output_dir).is_dir() and any(Path(output_dir).iterdir()):
-        raise UserError(f"--output-dir: {output_dir} is not empty; name a new directory, or go on with --resume {output_dir}")
+        raise UserError(
+            f"--output-dir: {output_dir} is not empty; name a new directory, or go on with --resume {output_dir}"
+        )
 
 
 def new_run_dir(output_dir: str | None, script: str) -> Path:
@@ -77,7 +79,9 @@ def lock(run_dir: Path) -> TextIO:
         file.seek(0)
         owner = file.read().strip() or "unknown"
         file.close()
-        raise UserError(f"{run_dir}: process {owner} is training or testing this run; wait for it or stop it first") from None
+        raise UserError(
+            f"{run_dir}: process {owner} is training or testing this run; wait for it or stop it first"
+        ) from None
     except OSError:
         pass  # a file system without locks
     _locks[path] = file
@@ -105,7 +109,9 @@ class Run:
 
 def open_run(run_dir: Path) -> Run:
     """Raises OSError where there is no run.json, and UserError where it or results.json is broken."""
-    info = _read_object(run_dir / "run.json", ("settings", "data_fingerprint", "total_steps"), "restore it or start a new run")
+    info = _read_object(
+        run_dir / "run.json", ("settings", "data_fingerprint", "total_steps"), "restore it or start a new run"
+    )
     file = run_dir / "results.json"
     results = None
     if file.is_file():
@@ -138,7 +144,9 @@ def how_asked(directory: Path) -> dict:
             if not isinstance(asked, dict):
                 raise ValueError("no JSON object")
         except (OSError, ValueError) as error:
-            raise UserError(f"{file}: not readable ({error}); restore it, or copy the whole model directory again") from None
+            raise UserError(
+                f"{file}: not readable ({error}); restore it, or copy the whole model directory again"
+            ) from None
         return asked
     info = info_of_model(directory)
     return info["settings"] | {name: info[name] for name in ("template", "chat") if info.get(name)}
@@ -152,7 +160,9 @@ def info_of_model(directory: Path) -> dict:
     try:
         info = json.loads(file.read_text(encoding="utf-8")) if file else {}
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable ({error}); restore it, or delete it to lose the run's settings") from None
+        raise UserError(
+            f"{file}: not readable ({error}); restore it, or delete it to lose the run's settings"
+        ) from None
     return {"settings": {}} | (info if isinstance(info, dict) else {})
 
 
@@ -165,7 +175,11 @@ def write_json(path: Path, values: dict | list) -> None:
 
 def checkpoints(run_dir: Path) -> dict[int, Path]:
     """The complete checkpoints of a run by step, oldest first."""
-    found = {int(p.name.removeprefix("step-")): p for p in run_dir.glob("checkpoints/step-*") if re.fullmatch(r"step-\d+", p.name)}
+    found = {
+        int(p.name.removeprefix("step-")): p
+        for p in run_dir.glob("checkpoints/step-*")
+        if re.fullmatch(r"step-\d+", p.name)
+    }
     return dict(sorted(found.items()))
 
 
@@ -231,7 +245,9 @@ def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimiz
                 slots[key] = torch.empty_like(parameter, requires_grad=False).copy_(moment)
         best = state["best_on_validation"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{directory}: not a whole checkpoint ({error!r}); delete it and resume from the one before") from None
+        raise UserError(
+            f"{directory}: not a whole checkpoint ({error!r}); delete it and resume from the one before"
+        ) from None
     if best and best[0] not in checkpoints(directory.parents[1]):
         raise UserError(f"{directory}: step {best[0]}, the best on validation, has no checkpoint any more; restore it")
     return state
@@ -263,4 +279,6 @@ def write_run_info(run_dir: Path, settings: dict, device: torch.device, about: d
     """Writes run.json: the settings, and enough to say which versions ran, on which hardware and rows."""
     versions = {"minicls": minicls.__version__, "python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
-    write_json(run_dir / "run.json", {"settings": settings, "versions": versions, "device": dist.device_name(device)} | about)
+    write_json(
+        run_dir / "run.json", {"settings": settings, "versions": versions, "device": dist.device_name(device)} | about
+    )

@@ -19,7 +19,19 @@ from minicls.checkpoint import Run, open_run
 from minicls.config import UserError
 from minicls.data import AG_NEWS_LABELS
 from minicls.logger import read_metrics
-from minicls.report import absent_line, f1_with_interval, fold, folded, interval, kind, markdown, script, short_names, spread, steps
+from minicls.results import (
+    absent_line,
+    f1_with_interval,
+    fold,
+    folded,
+    interval,
+    kind,
+    markdown,
+    script,
+    short_names,
+    spread,
+    steps,
+)
 
 # The published experiment on AG News, one RTX 3090: steps of the whole run, columns of its table, best on test (step, F1).
 PUBLISHED_STEPS = {"BERT": 9375, "Qwen3": 1250}
@@ -39,7 +51,18 @@ PUBLISHED = {
 PUBLISHED_BEST = {"BERT": (3752, 0.945572), "Qwen3": (1000, 0.941)}
 
 
-NEEDED = {"accuracy", "f1", "f1_low", "f1_high", "num_test_rows", "per_class", "confusion", "headline_step", "final_step", "device"}
+NEEDED = {
+    "accuracy",
+    "f1",
+    "f1_low",
+    "f1_high",
+    "num_test_rows",
+    "per_class",
+    "confusion",
+    "headline_step",
+    "final_step",
+    "device",
+}
 NEEDED |= {"best_step_on_validation", "best_step_on_test", "best_f1_on_test", "train_seconds", "eval_seconds"}
 NEEDED |= {"samples_per_second", "peak_memory_bytes"}
 
@@ -56,7 +79,9 @@ def open_runs(run_dirs: Sequence[Path]) -> dict[str, Run]:
         if run.results is None:
             raise UserError(f"{run_dir}: no finished run (no results.json); train it to the end first")
         if missing := sorted(NEEDED - run.results.keys()):
-            raise UserError(f"{run_dir / 'results.json'}: no {missing[0]} in it; restore the file or train the run again")
+            raise UserError(
+                f"{run_dir / 'results.json'}: no {missing[0]} in it; restore the file or train the run again"
+            )
         first = next(iter(runs.values()))
         if [*run.results["per_class"]] != [*first.results["per_class"]]:
             raise UserError(f"{run_dir}: other class names than {first.dir}; give both the same --label-names")
@@ -73,7 +98,9 @@ def predictions(run: Run) -> dict[str, np.ndarray] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not a readable parquet file ({error}); run --eval-only --resume {run.dir} again") from None
+        raise UserError(
+            f"{file}: not a readable parquet file ({error}); run --eval-only --resume {run.dir} again"
+        ) from None
     return {name: table[name].to_numpy() for name in table.column_names if not table[name].null_count}
 
 
@@ -97,7 +124,10 @@ def common_predictions(runs: dict[str, Run]) -> dict[str, dict[str, np.ndarray]]
         raise UserError(
             f"{other}, and not every predictions.parquet has text_hash to tell which are the same; test both on the same"
         )
-    keys = {name: [*zip(columns["row"].tolist(), columns["text_hash"].tolist(), strict=True)] for name, columns in found.items()}
+    keys = {
+        name: [*zip(columns["row"].tolist(), columns["text_hash"].tolist(), strict=True)]
+        for name, columns in found.items()
+    }
     fewest = min(keys, key=lambda name: len(keys[name]))
     common = {}
     for name, columns in found.items():
@@ -168,7 +198,9 @@ def confusion_table(run: Run) -> str:
     """True class down, predicted class across; of more than 20 classes, the ten commonest mistakes."""
     names, confusion = [*run.results["per_class"]], np.array(run.results["confusion"])
     if len(names) <= 20:
-        return markdown(["true \\ predicted", *names], [[name, *row] for name, row in zip(names, confusion.tolist(), strict=True)])
+        return markdown(
+            ["true \\ predicted", *names], [[name, *row] for name, row in zip(names, confusion.tolist(), strict=True)]
+        )
     mistakes = confusion - np.diag(confusion.diagonal())
     pairs = [divmod(cell, len(names)) for cell in np.argsort(-mistakes.flatten(), kind="stable")[:10]]
     return markdown(["true", "predicted", "rows"], [[names[i], names[j], confusion[i, j]] for i, j in pairs])
@@ -183,7 +215,9 @@ def runs_table(runs: dict[str, Run]) -> str:
         name, accuracy, f1 = folded(group, [str(run.dir) for run in group])
         reached = " ".join(
             dict.fromkeys(
-                f"{run.results['headline_step']} of {run.results['final_step']}" for run in group if run.results["final_step"]
+                f"{run.results['headline_step']} of {run.results['final_step']}"
+                for run in group
+                if run.results["final_step"]
             )
         )
         seconds = [spread([run.results[f"{what}_seconds"] for run in group], 0) for what in ("train", "eval")]
@@ -206,7 +240,9 @@ def about_table(runs: dict[str, Run]) -> str:
     for name, run in runs.items():
         s, versions = run.info["settings"], run.info["versions"]
         counts = f"{run.info['num_train_rows']:,}", f"{run.results['num_test_rows']:,}"
-        rows.append([name, s["data"], *counts, s["dtype"], s["seed"], hardware(run), versions["minicls"], versions["torch"]])
+        rows.append(
+            [name, s["data"], *counts, s["dtype"], s["seed"], hardware(run), versions["minicls"], versions["torch"]]
+        )
     return markdown(header, rows)
 
 
@@ -214,7 +250,9 @@ def best_on_test(run: Run) -> tuple[int, float] | None:
     """Step and macro F1 of the published protocol, for runs that are set against a published table; None for any other,
     where the best of several tries on the test rows would only mislead, and where there was no choice."""
     several = run.results.get("evaluations", 2) > 1 and run.results["best_step_on_test"]
-    return (run.results["best_step_on_test"], run.results["best_f1_on_test"]) if several and published_kind(run) else None
+    return (
+        (run.results["best_step_on_test"], run.results["best_f1_on_test"]) if several and published_kind(run) else None
+    )
 
 
 def selection_table(runs: dict[str, Run]) -> str:
@@ -225,17 +263,37 @@ def selection_table(runs: dict[str, Run]) -> str:
     for name, run in runs.items():
         found = run.results
         chosen = "last step" if found["best_step_on_validation"] is None else "best on validation"
-        chosen = "C by validation" if script(run) == "baseline" else chosen if run.info["total_steps"] else "not trained"
+        chosen = (
+            "C by validation" if script(run) == "baseline" else chosen if run.info["total_steps"] else "not trained"
+        )
         accuracy = interval(found["accuracy"], *metrics.accuracy_interval(found["accuracy"], found["num_test_rows"]))
         best = best_on_test(run) or (None, None)
         rows.append(
-            [name, chosen, found["headline_step"] or None, accuracy, constant_answer([run]), f1_with_interval(found), *best]
+            [
+                name,
+                chosen,
+                found["headline_step"] or None,
+                accuracy,
+                constant_answer([run]),
+                f1_with_interval(found),
+                *best,
+            ]
         )
         published |= {published_kind(run)} - {None}
     for name in sorted(published):
         last = {column: values[-1] for column, values in PUBLISHED[name].items()}
         accuracy = interval(last["accuracy"], *metrics.accuracy_interval(last["accuracy"], 7600))
-        rows.append([f"published {name}", "last of its table", last["step"], accuracy, 0.25, last.get("F1"), *PUBLISHED_BEST[name]])
+        rows.append(
+            [
+                f"published {name}",
+                "last of its table",
+                last["step"],
+                accuracy,
+                0.25,
+                last.get("F1"),
+                *PUBLISHED_BEST[name],
+            ]
+        )
     if published:
         return markdown([*header, "best on test: step", "macro F1"], rows)
     return markdown(header, [row[:-2] for row in rows])
@@ -252,7 +310,9 @@ def compare_pairs(runs: dict[str, Run], found: dict[str, dict[str, np.ndarray]])
         better = {1: a, -1: b}.get(*signs) if p < 0.05 and len(signs) == 1 else None
         accuracy, f1 = (f"{value:+.4f} ({low:+.4f} to {high:+.4f})" for value, low, high in differences)
         p_value = f"{p:.2g}" if p else "<1e-300"
-        pairs.append({"a": a, "b": b, "only": (only_a, only_b), "p": p_value, "accuracy": accuracy, "f1": f1, "better": better})
+        pairs.append(
+            {"a": a, "b": b, "only": (only_a, only_b), "p": p_value, "accuracy": accuracy, "f1": f1, "better": better}
+        )
     return pairs
 
 
@@ -308,7 +368,9 @@ def cost_table(runs: dict[str, Run]) -> str:
             for value, base in zip((found["train_seconds"], each), first, strict=True)
         ]
         rate, memory = found["samples_per_second"], found["peak_memory_bytes"]
-        rows.append([name, hardware(run), f"{found['train_seconds']:.0f}", ratios[0], rate and f"{rate:.1f}", evaluations])
+        rows.append(
+            [name, hardware(run), f"{found['train_seconds']:.0f}", ratios[0], rate and f"{rate:.1f}", evaluations]
+        )
         rows[-1] += [each and f"{each:.1f}", ratios[1], memory and f"{memory / 2**30:.1f}"]
     return markdown(header, rows)
 
@@ -336,7 +398,9 @@ def grid_tables(runs: dict[str, Run]) -> list[str]:
         for group, s, values, mean in zip(groups, settings, scores, means, strict=True):
             cells = {seed: [] for seed in seeds}
             for run, value in zip(group, values, strict=True):
-                cells[run.info["settings"]["seed"]].append(f"{'-' if value is None else f'{value:.4f}'} / {run.results['f1']:.4f}")
+                cells[run.info["settings"]["seed"]].append(
+                    f"{'-' if value is None else f'{value:.4f}'} / {run.results['f1']:.4f}"
+                )
             row = [str(s.get(name)) for name in varied] + ["; ".join(cell) or None for cell in cells.values()]
             row += [None if mean is None else spread(values), spread([run.results["f1"] for run in group])]
             rows.append([*row, "chosen" if mean is not None and mean == chosen else ""])
@@ -361,10 +425,37 @@ def length_table(found: dict[str, dict[str, np.ndarray]]) -> str | None:
 
 
 # Settings that never make another model of a run: where and when it is written down, where it runs, which rows there are.
-ASIDE = ("output_dir", "seed", "resume", "eval_only", "data", "max_train_rows", "max_eval_rows", "test_size", "micro_batch_size")
-ASIDE += ("eval_every", "save_every", "keep_checkpoints", "log_every", "device", "threads", "compile", "activation_checkpointing")
+ASIDE = (
+    "output_dir",
+    "seed",
+    "resume",
+    "eval_only",
+    "data",
+    "max_train_rows",
+    "max_eval_rows",
+    "test_size",
+    "micro_batch_size",
+)
+ASIDE += (
+    "eval_every",
+    "save_every",
+    "keep_checkpoints",
+    "log_every",
+    "device",
+    "threads",
+    "compile",
+    "activation_checkpointing",
+)
 # Settings that may go with the number of training rows, as smaller data wants more epochs.
-SCHEDULE = ("epochs", "max_steps", "global_batch_size", "learning_rate", "warmup_ratio", "weight_decay", "max_grad_norm")
+SCHEDULE = (
+    "epochs",
+    "max_steps",
+    "global_batch_size",
+    "learning_rate",
+    "warmup_ratio",
+    "weight_decay",
+    "max_grad_norm",
+)
 SCHEDULE += ("validation_size", "patience")
 
 
@@ -403,7 +494,11 @@ def learning_curves(runs: dict[str, Run]) -> list[Curve]:
         of_size: dict[int, list[Run]] = {}
         for name in names:
             of_size.setdefault(runs[name].info["num_train_rows"], []).append(runs[name])
-        apart = [s for s in SCHEDULE if any(len({str(settings(run, [s])) for run in group}) > 1 for group in of_size.values())]
+        apart = [
+            s
+            for s in SCHEDULE
+            if any(len({str(settings(run, [s])) for run in group}) > 1 for group in of_size.values())
+        ]
         for name in names:
             sizes = models.setdefault((*recipe, *settings(runs[name], apart).items()), {})
             sizes.setdefault(runs[name].info["num_train_rows"], []).append(name)
@@ -415,7 +510,9 @@ def learning_curves(runs: dict[str, Run]) -> list[Curve]:
         curves.append(Curve(", ".join([_label(model[0]), *own]), sizes))
     labels = [curve.label for curve in curves]
     # What differs may be that a setting is not set.
-    return [replace(c, label=f"{c.label} ({i + 1})" if labels.count(c.label) > 1 else c.label) for i, c in enumerate(curves)]
+    return [
+        replace(c, label=f"{c.label} ({i + 1})" if labels.count(c.label) > 1 else c.label) for i, c in enumerate(curves)
+    ]
 
 
 def curve_section(runs: dict[str, Run], found: dict[str, dict[str, np.ndarray]]) -> tuple[str | None, dict]:
@@ -454,7 +551,14 @@ def curve_section(runs: dict[str, Run], found: dict[str, dict[str, np.ndarray]])
             cross = metrics.crossing(shared, *(means[i] for i in at), *(replicates[:, i] for i in at))
             lines.append([a.label, b.label, *_crossing_cells(cross, shared, (a.label, b.label))])
     if lines:
-        header = ["a", "b", "sizes that both have", "they cross at, rows", "95 % interval", "replicates without a crossing"]
+        header = [
+            "a",
+            "b",
+            "sizes that both have",
+            "they cross at, rows",
+            "95 % interval",
+            "replicates without a crossing",
+        ]
         parts.append(markdown(header, lines))
     return "\n\n".join(parts), points
 
@@ -573,7 +677,10 @@ def write_report(runs: dict[str, Run], bench: Sequence[dict], out: Path) -> str:
         (
             "Curves",
             "Loss and scores over the steps.",
-            "\n\n".join(f"### {name}\n\n![loss and scores over steps](curves-{i}.png)" for i, name in enumerate(pictures, start=1)),
+            "\n\n".join(
+                f"### {name}\n\n![loss and scores over steps](curves-{i}.png)"
+                for i, name in enumerate(pictures, start=1)
+            ),
         ),
         (
             "Calibration",
@@ -602,5 +709,10 @@ def write_report(runs: dict[str, Run], bench: Sequence[dict], out: Path) -> str:
     if bench:
         plots.plot_deploy(bench, out / "deploy.png")
     (out / "report.md").write_text("\n\n".join(["# Report", *parts]) + "\n", encoding="utf-8")
-    said = [runs_table(runs), note, verdicts(compared) or comparison_table(compared, len(runs)), f"report: {out / 'report.md'}"]
+    said = [
+        runs_table(runs),
+        note,
+        verdicts(compared) or comparison_table(compared, len(runs)),
+        f"report: {out / 'report.md'}",
+    ]
     return "\n".join(filter(None, said))

@@ -78,7 +78,9 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: "):
             flag = message.removeprefix("unrecognized arguments: ").split(" ")[0].split("=")[0] or "''"
             name = flag.lstrip("-").replace("_", "-").lower()
-            ours = [option[2:] for option in self._option_string_actions if option.startswith("--") and option != "--help"]
+            ours = [
+                option[2:] for option in self._option_string_actions if option.startswith("--") and option != "--help"
+            ]
             close = [o for o in ours if name.replace("-", "_") in ALIASES.get(o.replace("-", "_"), "").split()]
             close = close or difflib.get_close_matches(name, ours, n=1)
             message = f"unknown flag {flag}; " + (f"did you mean --{close[0]}?" if close else "see --help")
@@ -116,7 +118,9 @@ def parse(
         meta = field.metadata
         # SUPPRESS keeps flags that were not given out of the namespace: --resume has to know which were.
         options: dict = {"dest": field.name, "default": argparse.SUPPRESS}
-        shown = ("" if kind is bool else f"{kind.__name__}, ") + f"default: {'unset' if field.default is None else field.default}"
+        shown = (
+            "" if kind is bool else f"{kind.__name__}, "
+        ) + f"default: {'unset' if field.default is None else field.default}"
         options["help"] = f"{meta['help']} ({shown})".replace("%", "%%")
         if kind is bool:
             options |= {"action": argparse.BooleanOptionalAction}

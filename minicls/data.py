@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import math
-import random
 import re
 import shlex
 import zlib
@@ -25,11 +24,16 @@ from pathlib import Path
 
 import numpy as np
 
+from minicls import tiny
 from minicls.config import UserError
 
 AG_NEWS_LABELS = ("World", "Sports", "Business", "Sci/Tech")
 # The words that a split's files begin with are those of `datasets`, but for eval and evaluation: they can mean either split.
-SPLITS = {"train": ("train", "training"), "test": ("test", "testing"), "validation": ("validation", "valid", "val", "dev")}
+SPLITS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing"),
+    "validation": ("validation", "valid", "val", "dev"),
+}
 TEXT_FORMATS = ("csv", "tsv", "jsonl", "json")
 ADVICE = {  # why a file of another format is not read
     ("xlsx", "xls", "ods"): "a spreadsheet; save it as CSV in UTF-8",
@@ -116,7 +120,9 @@ def load_data(
     card = _read_card(directory)
     files, unread = _split_files(directory, card)
     if "test" in files and test_size:
-        raise UserError(f"--test-size: {directory} has a test split ({files['test'][0].name}); leave the flag out, or move it away")
+        raise UserError(
+            f"--test-size: {directory} has a test split ({files['test'][0].name}); leave the flag out, or move it away"
+        )
     for split in ("train",) if test_size else ("train", "test"):
         if split not in files:
             instead = ", or hold rows out of the training split with --test-size 0.2" if split == "test" else ""
@@ -126,7 +132,8 @@ def load_data(
             )
     read = {split: _read_split(split, files[split], text_column, label_column) for split in SPLITS if split in files}
     labels = {
-        split: [_label_text(*row) for row in zip(columns.labels, columns.places, strict=True)] for split, columns in read.items()
+        split: [_label_text(*row) for row in zip(columns.labels, columns.places, strict=True)]
+        for split, columns in read.items()
     }
     for split, texts in labels.items():
         if split != "train" and set(texts) == {"-1"} and "-1" not in labels["train"]:
@@ -140,7 +147,9 @@ def load_data(
         names = sorted(set(labels["train"]), key=lambda label: (_as_index(label), label) if numeric else label)
         source = f"{directory}: the labels of its training rows, column {label_column!r}"
         if len(names) == 1:
-            raise UserError(f"{source}, are all {names[0]!r}; a classifier needs two classes or more, add rows of another one")
+            raise UserError(
+                f"{source}, are all {names[0]!r}; a classifier needs two classes or more, add rows of another one"
+            )
         index = {name: i for i, name in enumerate(names)}
     names = tuple(names)
     if len(names) < 2 or len(names) != len(set(names)) or "" in names:
@@ -157,7 +166,8 @@ def load_data(
         indices = np.array([index[label] for label in labels[split]], np.int64)
         splits[split] = Split(columns.texts, indices, np.arange(len(indices)))
     sources = [
-        f"{split}: " + ", ".join(f"{file.relative_to(directory)} ({rows:,} rows)" for file, rows in columns.files.items())
+        f"{split}: "
+        + ", ".join(f"{file.relative_to(directory)} ({rows:,} rows)" for file, rows in columns.files.items())
         for split, columns in read.items()
     ]
     sources += [f"not read: {_listing(unread)}"] if unread else []
@@ -182,7 +192,9 @@ def find_data(data: str, revision: str | None = None) -> tuple[Path, str | None]
     if not patterns:
         words = [word for words in SPLITS.values() for word in words]
         suffixes = ["parquet", *TEXT_FORMATS, *(f"{suffix}.gz" for suffix in TEXT_FORMATS)]
-        wanted = [f"{below}{word}[-._ 0-9]*{suffix}" for below in ("", "data/") for word in words for suffix in suffixes]
+        wanted = [
+            f"{below}{word}[-._ 0-9]*{suffix}" for below in ("", "data/") for word in words for suffix in suffixes
+        ]
     return download("--data", data, "dataset", [f"{folder}{pattern}" for pattern in wanted], revision)
 
 
@@ -196,7 +208,9 @@ def download(flag: str, name: str, repo_type: str, patterns: list[str], revision
     try:
         path = Path(snapshot_download(name, repo_type=repo_type, allow_patterns=patterns, revision=revision))
     except (RepositoryNotFoundError, HFValidationError):
-        raise UserError(f"{flag}: {name} is neither a directory here nor a {repo_type} on the hub; check the name") from None
+        raise UserError(
+            f"{flag}: {name} is neither a directory here nor a {repo_type} on the hub; check the name"
+        ) from None
     except Exception as error:  # the hub client's own errors, its HTTP library's and the system's have no common base
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -254,7 +268,11 @@ def _split_files(directory: Path, card: dict) -> tuple[dict[str, list[Path]], di
     named = {file for paths in files.values() for file in paths}
     for file in [file for below in (root, root / "data") if below.is_dir() for file in sorted(below.iterdir())]:
         name, split = str(file.relative_to(directory)), _split_of(file.name)
-        if file.name.startswith(".") or file.name in ("README.md", "labels.txt") or (file.name == "data" and file.is_dir()):
+        if (
+            file.name.startswith(".")
+            or file.name in ("README.md", "labels.txt")
+            or (file.name == "data" and file.is_dir())
+        ):
             continue
         if patterns:
             if file.is_file() and file not in named:
@@ -271,9 +289,13 @@ def _split_files(directory: Path, card: dict) -> tuple[dict[str, list[Path]], di
             files[split].append(file)
     for split, paths in files.items():
         # train.csv and Train.csv, or dev.csv and validation.csv, are two versions of a split rather than two parts of it.
-        kinds = {(file.parent, re.match("[A-Za-z]*", file.name)[0], _format(file), file.suffix.lower()) for file in paths}
+        kinds = {
+            (file.parent, re.match("[A-Za-z]*", file.name)[0], _format(file), file.suffix.lower()) for file in paths
+        }
         if len(kinds) > 1 and not patterns:
-            raise UserError(f"{directory}: {paths[0].name} and {paths[-1].name} both hold {split} rows; keep one kind in one place")
+            raise UserError(
+                f"{directory}: {paths[0].name} and {paths[-1].name} both hold {split} rows; keep one kind in one place"
+            )
     return dict(files), unread
 
 
@@ -328,9 +350,15 @@ def _default_config(card: dict, place: Path) -> dict | None:
     configs = _entries(card, "configs", place)
     if len(configs) == 1:
         return configs[0]
-    marked = [c for c in configs if c.get("config_name") == "default" or str(c.get("default")).lower() in ("true", "yes", "on")]
+    marked = [
+        c
+        for c in configs
+        if c.get("config_name") == "default" or str(c.get("default")).lower() in ("true", "yes", "on")
+    ]
     if len(marked) > 1:
-        raise UserError(f"{place}: {' and '.join(str(c.get('config_name')) for c in marked)} are both the default config; keep one")
+        raise UserError(
+            f"{place}: {' and '.join(str(c.get('config_name')) for c in marked)} are both the default config; keep one"
+        )
     return marked[0] if marked else None
 
 
@@ -358,14 +386,18 @@ def _card_files(card: dict, place: Path) -> tuple[str, dict[str, list[str]]]:
     except (AttributeError, KeyError, TypeError):
         raise UserError(f"{place}: its data_files are not as `datasets` writes them; fix them") from None
     if outside:
-        raise UserError(f"{place}: its data_files name {outside[0]}, which is outside the data set; download it and fix README.md")
+        raise UserError(
+            f"{place}: its data_files name {outside[0]}, which is outside the data set; download it and fix README.md"
+        )
     return folder, patterns
 
 
 def _label_names(directory: Path, card: dict, files: list[Path], label_column: str) -> tuple[Path, list[str] | None]:
     """Class names, and where they stand: labels.txt, the parquet metadata that `datasets` writes, or the dataset card."""
     if (directory / "labels.txt").is_file():
-        return directory / "labels.txt", [line.rstrip() for line in lines_of(_read_text(directory / "labels.txt").rstrip())]
+        return directory / "labels.txt", [
+            line.rstrip() for line in lines_of(_read_text(directory / "labels.txt").rstrip())
+        ]
     import pyarrow.parquet as pq
 
     sources = {}
@@ -400,7 +432,9 @@ def _card_names(info: dict, label_column: str, place: Path) -> list[str] | None:
     for feature in _entries(info, "features", place):
         dtype = feature.get("dtype")
         if feature.get("name") == label_column and isinstance(dtype, dict) and "class_label" in dtype:
-            return _checked_names(dtype["class_label"].get("names") if isinstance(dtype["class_label"], dict) else None, place)
+            return _checked_names(
+                dtype["class_label"].get("names") if isinstance(dtype["class_label"], dict) else None, place
+            )
     return None
 
 
@@ -409,10 +443,14 @@ def _checked_names(names, place: Path) -> list[str]:
     if isinstance(names, dict):
         missing = [i for i in range(len(names)) if str(i) not in names]
         if missing:
-            raise UserError(f"{place}: its class names have none for index {missing[0]} of {len(names)}; number them from 0 on")
+            raise UserError(
+                f"{place}: its class names have none for index {missing[0]} of {len(names)}; number them from 0 on"
+            )
         names = [names[str(i)] for i in range(len(names))]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{place}: its class names are neither a list of names nor names by index; fix them, or pass --label-names")
+        raise UserError(
+            f"{place}: its class names are neither a list of names nor names by index; fix them, or pass --label-names"
+        )
     return names
 
 
@@ -455,7 +493,9 @@ def read_rows(file: Path, text_column: str) -> list[tuple[str, dict]]:
         rows = _READERS[_format(file)](file, {"--text-column": text_column}, whole=True)
         return [(checked_text(text, place), row) for (text,), place, row in rows]
     if file.is_dir() or file.suffix.lower() not in ("", ".txt"):
-        raise UserError(f"{file}: {_why_not(file)}; pass .parquet, .csv, .tsv, .jsonl, .json, or .txt with a text a line")
+        raise UserError(
+            f"{file}: {_why_not(file)}; pass .parquet, .csv, .tsv, .jsonl, .json, or .txt with a text a line"
+        )
     return [(text, {"text": text}) for text in lines_of(_read_text(file))]
 
 
@@ -494,7 +534,9 @@ def _read_parquet(file: Path, columns: dict[str, str], whole: bool = False):
                 try:
                     value.as_py()
                 except UnicodeDecodeError as error:
-                    raise UserError(f"{file}, row {row}: {name} is not UTF-8 ({error.reason}); convert the file") from None
+                    raise UserError(
+                        f"{file}, row {row}: {name} is not UTF-8 ({error.reason}); convert the file"
+                    ) from None
     rows = table.to_pylist() if whole else [{}] * len(table)
     for row, wanted in enumerate(zip(*values, strict=True)):
         yield wanted, f"{file}, row {row}", rows[row]
@@ -512,7 +554,9 @@ def _read_csv(file: Path, columns: dict[str, str], whole: bool = False):
         line = reader.line_num + 1
         for row in reader:
             if row and len(row) != len(header):  # an empty line is no row
-                raise UserError(f"{file}, line {line}: {len(row)} fields, the header has {len(header)}; fix or quote the row")
+                raise UserError(
+                    f"{file}, line {line}: {len(row)} fields, the header has {len(header)}; fix or quote the row"
+                )
             if row:
                 yield [row[i] for i in at], f"{file}, line {line}", dict(zip(header, row, strict=True)) if whole else {}
             line = reader.line_num + 1
@@ -531,7 +575,9 @@ def _separator(file: Path, text: str, columns: dict[str, str]) -> str:
     fitting = [separator for separator, header in headers.items() if set(columns.values()) <= set(header)]
     if len({tuple(headers[separator]) for separator in fitting}) > 1:
         names = " and ".join(repr(separator) for separator in fitting)
-        raise UserError(f"{file}: its columns may be separated by {names}; keep one of them in the header, or quote the names")
+        raise UserError(
+            f"{file}: its columns may be separated by {names}; keep one of them in the header, or quote the names"
+        )
     return fitting[0] if fitting else max(headers, key=lambda separator: len(headers[separator]))
 
 
@@ -542,7 +588,9 @@ def _read_jsonl(file: Path, columns: dict[str, str], whole: bool = False):
     if is_array and _format(file) == "jsonl":
         raise UserError(f"{file}: a JSON array; name it .json, or write one object a line")
     try:
-        rows = enumerate(json.loads(text) if is_array else text.split("\n"), start=1)  # JSON allows U+2028 inside strings
+        rows = enumerate(
+            json.loads(text) if is_array else text.split("\n"), start=1
+        )  # JSON allows U+2028 inside strings
     except ValueError as error:
         raise UserError(f"{file}: not valid JSON ({error}); fix it") from None
     for number, row in rows:
@@ -569,7 +617,9 @@ def _read_text(file: Path) -> str:
     content = file.read_bytes()
     for magic, kind in ((b"PAR1", "a parquet file"), (b"PK\3\4", "a zip archive or a spreadsheet")):
         if content.startswith(magic):
-            raise UserError(f"{file}: the content is {kind}, not text; give it the name of its format, or save it as CSV")
+            raise UserError(
+                f"{file}: the content is {kind}, not text; give it the name of its format, or save it as CSV"
+            )
     if content.startswith(b"\x1f\x8b"):
         try:
             content = gzip.decompress(content)
@@ -600,7 +650,11 @@ def _zeros(content: bytes) -> tuple[int, int] | None:
 
 def _likely_encoding(content: bytes) -> str | None:
     """iconv's name for the encoding of text that is not UTF-8; UTF-8 if only a few bytes are not; None if nothing fits."""
-    for mark, name in ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16")):
+    for mark, name in (
+        (codecs.BOM_UTF32_LE, "UTF-32"),
+        (codecs.BOM_UTF16_LE, "UTF-16"),
+        (codecs.BOM_UTF16_BE, "UTF-16"),
+    ):
         if content.startswith(mark):
             return name
     if _zeros(content):
@@ -672,41 +726,9 @@ def _class_index(names: Sequence[str], labels: set[str]) -> dict[str, int]:
     return {label: index[key] for label, key in keys.items() if key in index}
 
 
-# A few words of each class, and words that tell nothing.
-_TOPIC_WORDS = (
-    "minister election treaty embassy border troops parliament rebels ceasefire refugees president sanctions envoy "
-    "hostages province militants diplomats capital protest summit",
-    "coach season striker playoff champion stadium defeat inning goal medal tournament quarterback league injury victory "
-    "rookie racket relay referee penalty",
-    "shares profit merger quarter investors earnings oil bank stocks revenue analysts dividend retailer inflation "
-    "shareholders bankruptcy lender trade pension forecast",
-    "software internet satellite browser scientists chip telescope virus wireless server researchers laptop genome "
-    "broadband spacecraft encryption robot download network fossil",
-)
-_COMMON_WORDS = (
-    "the a of in on for with after before over new early late another first last big small two three more than said says "
-    "reported announced expected could will may monday tuesday friday week month year today people group officials plan "
-    "deal record talks team company world home top major long open move set back next against under"
-)
-
-
 def synthetic(num_train: int = 4000, num_test: int = 1000) -> Data:
-    """News-like texts in AG News' four classes, the same in every process, for runs without network or files.
-
-    A text's words hint at its class, some at a wrong one, and one label in twenty is wrong, so that no model gets every
-    row right and a model that has learned nothing gets a quarter.
-    """
-    rng = random.Random(0)
-    topics, common = [words.split() for words in _TOPIC_WORDS], _COMMON_WORDS.split()
-    texts, labels = [], []
-    for _ in range(num_train + num_test):
-        topic = rng.randrange(4)
-        words = []
-        for _ in range(rng.randint(12, 40)):
-            kind = rng.random()
-            words.append(rng.choice(topics[topic] if kind < 0.16 else topics[rng.randrange(4)] if kind < 0.3 else common))
-        texts.append(" ".join(words).capitalize() + ".")
-        labels.append(rng.randrange(4) if rng.random() < 0.05 else topic)
+    """`--data synthetic`: see `tiny.synthetic_texts`."""
+    texts, labels = tiny.synthetic_texts(num_train + num_test)
     labels = np.array(labels, np.int64)
     train = Split(texts[:num_train], labels[:num_train], np.arange(num_train))
     test = Split(texts[num_train:], labels[num_train:], np.arange(num_test))
@@ -723,7 +745,9 @@ def stratified_rows(split: Split, size: int, seed: int | None = None) -> np.ndar
     counts = np.bincount(split.labels)
     shares = counts * size / len(split)
     quotas = np.floor(shares).astype(int)
-    quotas[np.argsort(quotas - shares, kind="stable")[: size - quotas.sum()]] += 1  # the largest remainders get the rest
+    quotas[np.argsort(quotas - shares, kind="stable")[: size - quotas.sum()]] += (
+        1  # the largest remainders get the rest
+    )
     rows = []
     for label, quota in enumerate(quotas):
         members = np.flatnonzero(split.labels == label)
@@ -761,7 +785,9 @@ def split_data(
     """
     train, test, validation = data.train, data.test, data.validation
     if validation and validation_size:
-        raise UserError("--validation-size: the data has a validation split; leave the flag out, or move its files away")
+        raise UserError(
+            "--validation-size: the data has a validation split; leave the flag out, or move its files away"
+        )
     if validation_size:
         held_out = _held_out("--validation-size", train, validation_size)
         validation, train = train.select(held_out), _without(train, held_out)
@@ -780,11 +806,17 @@ def describe(data: Data, validation: Split | None = None) -> list[str]:
     counts = np.bincount(data.train.labels, minlength=len(data.label_names))
     by_class = [f"{' '.join(name.split())} {count:,}" for name, count in zip(data.label_names, counts, strict=True)]
     fewest = [by_class[i] for i in np.argsort(counts, kind="stable")[:5]]
-    rows = ", ".join(by_class) if len(counts) <= 10 else f"{counts.min():,} to {counts.max():,}, the fewest {', '.join(fewest)}"
+    rows = (
+        ", ".join(by_class)
+        if len(counts) <= 10
+        else f"{counts.min():,} to {counts.max():,}, the fewest {', '.join(fewest)}"
+    )
     lines = [*data.sources, f"{len(counts)} classes, training rows of each: {rows}"]
     rare = [repr(data.label_names[i]) for i in np.flatnonzero(counts <= 2)]
     if 2 * len(counts) > len(data.train):
-        lines.append(f"warning: {len(counts)} classes for {len(data.train):,} training rows; is --label-column the right one?")
+        lines.append(
+            f"warning: {len(counts)} classes for {len(data.train):,} training rows; is --label-column the right one?"
+        )
     elif rare:
         more = f" and {len(rare) - 5} more" if len(rare) > 5 else ""
         lines.append(f"warning: {len(rare)} classes have two training rows or fewer: {', '.join(rare[:5])}{more}")

@@ -35,7 +35,11 @@ FAMILIES = {
         "Llama",
         qkv_bias=False,
         qk_norm=False,
-        defaults={"vocab_size": 32_000, "intermediate_size": 11_008, "max_position_embeddings": 2048},
+        defaults={
+            "vocab_size": 32_000,
+            "intermediate_size": 11_008,
+            "max_position_embeddings": 2048,
+        },
     ),
     "qwen2": Family("Qwen2", qkv_bias=True, qk_norm=False, defaults={"num_key_value_heads": 32}),
     "qwen3": Family(
@@ -107,7 +111,9 @@ class DecoderConfig:
                 raise ValueError(f"{name} {value!r} is not supported, only {wanted!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             heads = f"num_attention_heads {self.num_attention_heads}"
-            raise ValueError(f"{heads} is no multiple of num_key_value_heads {self.num_key_value_heads}")
+            raise ValueError(
+                f"{heads} is no multiple of num_key_value_heads {self.num_key_value_heads}"
+            )
 
     @property
     def family(self) -> Family:
@@ -132,10 +138,19 @@ class KVCache:
     def _allocated(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if layer == len(self.layers):
             # Zeros: a masked value counts 0 times whatever it is, and 0 times the NaN of fresh memory is NaN.
-            self.layers.append(tuple(like.new_zeros(*self.shape, *like.shape[-2:]) for _ in range(2)))
+            self.layers.append(
+                tuple(like.new_zeros(*self.shape, *like.shape[-2:]) for _ in range(2))
+            )
         return self.layers[layer]
 
-    def write(self, layer: int, rows: torch.Tensor, position_ids: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+    def write(
+        self,
+        layer: int,
+        rows: torch.Tensor,
+        position_ids: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+    ):
         """Puts k, v (N, Hkv, Dh) of tokens in their places; returns all keys and values of the layer."""
         keys, values = self._allocated(layer, k)
         keys[rows, position_ids], values[rows, position_ids] = k, v
@@ -152,14 +167,18 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def rope_tables(position_ids: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_tables(
+    position_ids: torch.Tensor, head_dim: int, theta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and signed sines (N, 1, Dh) fp32 of rotary position embedding (RoFormer, arXiv 2104.09864, section 3.4.2).
 
     Pair i of a head's dimensions turns by position * theta^(-2i / Dh). As in Llama's and Qwen's weights, the pair is made of
     dimensions i and i + Dh / 2, not of neighbours as in the paper. The sine of the first has a minus: (a, b) turns into
     (a cos - b sin, b cos + a sin).
     """
-    powers = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim  # (Dh / 2,)
+    powers = (
+        torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
+    )  # (Dh / 2,)
     angles = position_ids[:, None, None].float() / theta**powers  # (N, 1, Dh / 2)
     cos, sin = angles.cos(), angles.sin()
     # Written as one tensor, which torch.compile keeps; the cosines alone it would compute anew in each head of each layer.
@@ -171,7 +190,10 @@ class DecoderAttention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         D, family = config.hidden_size, config.family
-        q_size, kv_size = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+        q_size, kv_size = (
+            heads * config.head_dim
+            for heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
         self.q_proj = nn.Linear(D, q_size, bias=family.qkv_bias)
         self.k_proj = nn.Linear(D, kv_size, bias=family.qkv_bias)
         self.v_proj = nn.Linear(D, kv_size, bias=family.qkv_bias)
@@ -193,7 +215,9 @@ class DecoderAttention(nn.Module):
         else:
             keys, values = cache.write(self.layer, slots[0], position_ids, k, v)  # (B, S, Hkv, Dh)
             output = cached_attention(q, keys, values, *slots)  # (N, H, Dh)
-        return self.o_proj(output.flatten(1) if at is None else output.flatten(1)[at])  # (N or n, D)
+        return self.o_proj(
+            output.flatten(1) if at is None else output.flatten(1)[at]
+        )  # (N or n, D)
 
 
 class DecoderMLP(nn.Module):
@@ -230,8 +254,12 @@ class DecoderModel(nn.Module):
         super().__init__()
         self.config = config
         # transformers does not train the pad token's row, whatever else that token means: SmolLM2 pads with <|im_end|>.
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.embed_tokens = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+        )
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.activation_checkpointing = False
 
@@ -258,7 +286,9 @@ class DecoderModel(nn.Module):
             rows.prepare(x.device, products_dtype(x), len(x), self.config.head_dim)
         else:
             group = self.config.num_attention_heads // self.config.num_key_value_heads
-            slots = cache_slots(position_ids, cu_seqlens, max_seqlen, cache.shape[1], products_dtype(x), group)
+            slots = cache_slots(
+                position_ids, cu_seqlens, max_seqlen, cache.shape[1], products_dtype(x), group
+            )
         where = position_ids, rows, rope, cache, slots
         for layer in self.layers:
             wanted = at if layer is self.layers[-1] else None
@@ -296,7 +326,11 @@ class DecoderForCausalLM(nn.Module):
         embedding each time would take longer than everything else for a single token.
         """
         x = self.model(input_ids, position_ids, cu_seqlens, max_seqlen, at, cache, shared)  # (n, D)
-        weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight  # (V, D)
+        weight = (
+            self.model.embed_tokens.weight
+            if self.config.tie_word_embeddings
+            else self.lm_head.weight
+        )  # (V, D)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(weight.dtype), weight).float()  # (n, V)
 

@@ -26,7 +26,11 @@ def start(device: str | None, threads: int | None = None, dtype: str | None = No
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu" and (reason := why_no_cuda()):
-            print(f"NOTE: THIS RUNS ON THE CPU, though the machine has an NVIDIA driver: {reason}", file=sys.stderr, flush=True)
+            print(
+                f"NOTE: THIS RUNS ON THE CPU, though the machine has an NVIDIA driver: {reason}",
+                file=sys.stderr,
+                flush=True,
+            )
     try:
         kind = torch.device(device).type
     except RuntimeError:
@@ -79,7 +83,8 @@ def set_up_cpu(dtype: str | None = None) -> None:
     """Says whether bf16 is slow here, and keeps memory from growing with the number of steps."""
     if dtype == "bf16" and not _fast_bf16():
         print(
-            "NOTE: BF16 IS SLOW HERE: this CPU only emulates it, at a seventh of fp32's speed; pass --dtype fp32", file=sys.stderr
+            "NOTE: BF16 IS SLOW HERE: this CPU only emulates it, at a seventh of fp32's speed; pass --dtype fp32",
+            file=sys.stderr,
         )
     # These variables are read at the first matrix product, not when torch is imported.
     # oneDNN, and ideep, PyTorch's layer over it, each keep the last 1,024 operations that they compiled, one for each shape, and

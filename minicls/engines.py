@@ -99,11 +99,17 @@ class Minicls:
 class Transformers:
     """transformers' own models and `generate`, its default attention; rows in padded batches, sorted by length."""
 
-    def __init__(self, directory: Path, dtype: torch.dtype, device: torch.device, batch_size: int = 32, logits_to_keep: int = 1):
+    def __init__(
+        self, directory: Path, dtype: torch.dtype, device: torch.device, batch_size: int = 32, logits_to_keep: int = 1
+    ):
         """`logits_to_keep`: positions that a score computes logits of, counted from the end; 0: all, the library's default."""
         import transformers
 
-        auto = transformers.AutoModelForSequenceClassification if is_classifier(directory) else transformers.AutoModelForCausalLM
+        auto = (
+            transformers.AutoModelForSequenceClassification
+            if is_classifier(directory)
+            else transformers.AutoModelForCausalLM
+        )
         self.version, self.device = transformers.__version__, device
         self.model = auto.from_pretrained(directory, dtype=dtype).eval().to(device)
         self.batch_size, self.logits_to_keep = batch_size, logits_to_keep
@@ -134,7 +140,9 @@ class Transformers:
         found = torch.zeros(len(rows), len(options))
         for batch, padded in self._batches(rows, "left"):
             positions = (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)
-            logits = self.model(**padded, position_ids=positions, use_cache=False, logits_to_keep=self.logits_to_keep).logits
+            logits = self.model(
+                **padded, position_ids=positions, use_cache=False, logits_to_keep=self.logits_to_keep
+            ).logits
             # All positions in the weights' own dtype, as harnesses do; one in fp32, for its digits.
             logits = logits.float() if self.logits_to_keep else logits
             found[batch] = logits.log_softmax(-1)[:, -1, first].float().cpu()
@@ -143,7 +151,12 @@ class Transformers:
     @torch.inference_mode()
     def generate(self, rows: Rows, max_new_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
         found: list[list[int]] = [[] for _ in rows]
-        how = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": list(stop_ids) or None, "pad_token_id": 0}
+        how = {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": False,
+            "eos_token_id": list(stop_ids) or None,
+            "pad_token_id": 0,
+        }
         for batch, padded in self._batches(rows, "left"):
             new = self.model.generate(**padded, **how)[:, padded["input_ids"].shape[1] :]
             for row, ids in zip(batch, new.tolist(), strict=True):
@@ -160,7 +173,11 @@ class Transformers:
 # What a CPU needs for a fair figure: all the cores, a cache of a few GiB, the engine in its own process; else it is halved.
 def vllm_environment(threads: int) -> dict[str, str]:
     """Environment variables for a process that imports vLLM; the CPU's mean nothing to a GPU."""
-    cpu = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+    cpu = {
+        "VLLM_CPU_KVCACHE_SPACE": "4",
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+    }
     return cpu | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -267,7 +284,12 @@ class VLLMServer:
         return torch.tensor([[one[f"token_id:{token}"] for token in first] for one in found])
 
     def generate(self, rows: Rows, max_new_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
-        how = {"max_tokens": max_new_tokens, "ignore_eos": True, "stop_token_ids": list(stop_ids), "return_token_ids": True}
+        how = {
+            "max_tokens": max_new_tokens,
+            "ignore_eos": True,
+            "stop_token_ids": list(stop_ids),
+            "return_token_ids": True,
+        }
         return [before_stop(self._complete(row, **how)["token_ids"], stop_ids) for row in rows]
 
     @property
@@ -279,7 +301,9 @@ class VLLMServer:
         while processes:
             pid = processes.pop()
             total += dist.resident_peak_bytes(pid)
-            processes += [child for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()]
+            processes += [
+                child for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()
+            ]
         return total
 
     def forget(self) -> None:

@@ -61,7 +61,9 @@ def read_answer(text: str, num_options: int) -> int | None:
     return index if index < num_options else None
 
 
-def read_answers(tokenizer: Tokenizer, answers: Sequence[Sequence[int]], num_options: int) -> tuple[list[int | None], float]:
+def read_answers(
+    tokenizer: Tokenizer, answers: Sequence[Sequence[int]], num_options: int
+) -> tuple[list[int | None], float]:
     """The option of each generated answer, and the share of answers that name none."""
     read = [read_answer(tokenizer.decode(ids), num_options) for ids in answers]
     return read, read.count(None) / max(1, len(read))

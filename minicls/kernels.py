@@ -34,7 +34,9 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x²) + eps) * weight over the last dimension, in fp32; returns x's shape and dtype (arXiv 1910.07467)."""
     if on_gpu(x.device):  # PyTorch's fused kernel keeps as little as ours
-        if x.dtype == weight.dtype:  # it computes in fp32 by itself; casts would be three launches more, as long as all the rest
+        if (
+            x.dtype == weight.dtype
+        ):  # it computes in fp32 by itself; casts would be three launches more, as long as all the rest
             return F.rms_norm(x, weight.shape, weight, eps)
         return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
     return _RMSNorm.apply(x, weight, eps)

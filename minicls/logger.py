@@ -43,7 +43,9 @@ class Logger:
             self.step += 1
             if self.bar.disable and (self.step == 1 or time.monotonic() - self.told >= SECONDS_BETWEEN_LINES):
                 self.told = time.monotonic()
-                self.print(f"step {self.step} of {self.total_steps}: " + ", ".join(f"{k} {v}" for k, v in postfix.items()))
+                self.print(
+                    f"step {self.step} of {self.total_steps}: " + ", ".join(f"{k} {v}" for k, v in postfix.items())
+                )
 
     def event(self, kind: str, step: int, **values) -> None:
         """Appends one line to metrics.jsonl, and its numbers to TensorBoard under `kind/…`."""

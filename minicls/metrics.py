@@ -49,7 +49,9 @@ def constant_metrics(support: np.ndarray, answer: int) -> dict[str, float]:
     return {name: value for name, value in classification_metrics(confusion).items() if name in ("accuracy", "f1")}
 
 
-def _scores(draws: np.ndarray, labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
+def _scores(
+    draws: np.ndarray, labels: np.ndarray, predictions: np.ndarray, num_labels: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Accuracy and macro F1, (R,) each, of R draws: (R, K) counts of K cells, whose label and prediction are (K,)
     each."""
 
@@ -93,7 +95,9 @@ def accuracy_interval(accuracy: float, n: int) -> tuple[float, float]:
     z2 = 1.959963984540054**2
     middle, half = accuracy + z2 / (2 * n), math.sqrt(z2 * (accuracy * (1 - accuracy) / n + z2 / (4 * n * n)))
     # Rounding may put a bound of 0 or 1 just outside, or on the wrong side of the accuracy itself.
-    return min(accuracy, max(0.0, (middle - half) / (1 + z2 / n))), max(accuracy, min(1.0, (middle + half) / (1 + z2 / n)))
+    return min(accuracy, max(0.0, (middle - half) / (1 + z2 / n))), max(
+        accuracy, min(1.0, (middle + half) / (1 + z2 / n))
+    )
 
 
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
@@ -115,7 +119,10 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     that are all right for one, it is the nearer bound.
     """
     logits = logits - logits.max(1, keepdims=True)
-    low, high = math.log(0.01), math.log(100)  # of 1 / T: the cross-entropy is convex in it, so its slope changes sign once
+    low, high = (
+        math.log(0.01),
+        math.log(100),
+    )  # of 1 / T: the cross-entropy is convex in it, so its slope changes sign once
     for _ in range(50):
         middle = (low + high) / 2
         weights = np.exp(math.exp(middle) * logits)
@@ -177,12 +184,17 @@ def resampled_accuracies(
     replicates, (resamples, P). A replicate draws n test rows with replacement, the same for all runs, and for each
     point as many of its runs as it has, with replacement: a point of one run varies with the test rows alone. Seeded.
     """
-    patterns, counts = np.unique(right, axis=1, return_counts=True)  # (runs, K): rows that all runs treat alike are drawn together
+    patterns, counts = np.unique(
+        right, axis=1, return_counts=True
+    )  # (runs, K): rows that all runs treat alike are drawn together
     rng, replicates = np.random.default_rng((seed, 1)), []
     for draws in _draws(counts, resamples, seed):
         accuracies = draws @ patterns.T / right.shape[1]  # (R, runs)
         drawn = [rng.integers(0, len(runs), (len(draws), len(runs))) for runs in points]
-        parts = [np.take_along_axis(accuracies[:, [*runs]], pick, 1).mean(1) for runs, pick in zip(points, drawn, strict=True)]
+        parts = [
+            np.take_along_axis(accuracies[:, [*runs]], pick, 1).mean(1)
+            for runs, pick in zip(points, drawn, strict=True)
+        ]
         replicates.append(np.stack(parts, axis=1))
     return np.array([right[[*runs]].mean() for runs in points]), np.concatenate(replicates)
 
@@ -226,11 +238,17 @@ def crossing(
     (place,), (later,) = last_crossing(x, (a - b)[None])
     places, signs = last_crossing(x, replicates_a - replicates_b)
     none = np.isnan(places)
-    found = {"rows": None if np.isnan(place) else float(np.exp(place)), "later": int(later), "without": float(none.mean())}
+    found = {
+        "rows": None if np.isnan(place) else float(np.exp(place)),
+        "later": int(later),
+        "without": float(none.mean()),
+    }
     if none.all():
         return found | {"low": math.nan, "high": math.nan}
     towards = later if found["rows"] else np.sign(signs[~none].sum()) or later
     scale = np.sort(np.where(none, np.where(signs == towards, -np.inf, np.inf), np.exp(places)))
-    cut = math.floor(0.025 * len(scale))  # no interpolation: an end is infinite where more than 2.5 % of the replicates are
+    cut = math.floor(
+        0.025 * len(scale)
+    )  # no interpolation: an end is infinite where more than 2.5 % of the replicates are
     low, high = scale[cut], scale[len(scale) - 1 - cut]
     return found | {"low": float(low), "high": float(high)}

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 
-def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+def make_optimizer(
+    model: nn.Module, learning_rate: float, weight_decay: float
+) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) with the HF Trainer's defaults: betas (0.9, 0.999), eps 1e-8.
 
     Matrices and embeddings decay; biases and norm weights, which are all the one-dimensional ones, do not.
@@ -25,7 +27,9 @@ def warmup_steps(total_steps: int, warmup_ratio: float) -> int:
     return math.ceil(total_steps * warmup_ratio)
 
 
-def cosine_lr(step: int, total_steps: int, learning_rate: float, warmup_ratio: float = 0.0) -> float:
+def cosine_lr(
+    step: int, total_steps: int, learning_rate: float, warmup_ratio: float = 0.0
+) -> float:
     """The learning rate of `step` (from 0): linear warm-up from 0, then a half cosine down to 0 at `total_steps`.
 
     Equals transformers' `get_cosine_schedule_with_warmup`.
@@ -54,5 +58,7 @@ def class_weights(labels: np.ndarray, num_labels: int, scheme: str) -> torch.Ten
     if scheme == "none":
         return torch.ones(num_labels)
     counts = np.bincount(labels, minlength=num_labels)
-    weights = np.where(counts > 0, len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1)), 0.0)
+    weights = np.where(
+        counts > 0, len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1)), 0.0
+    )
     return torch.from_numpy(weights.astype(np.float32))

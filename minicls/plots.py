@@ -7,7 +7,7 @@ import numpy as np
 
 from minicls import metrics
 from minicls.logger import read_metrics
-from minicls.report import shown
+from minicls.results import shown
 
 NUMBERED = 100  # classes that a confusion matrix shows one by one; of more, those with most mistakes
 
@@ -27,7 +27,11 @@ def _pyplot(texts: Sequence[str] = ()):
     default = font_manager.findfont(font_manager.FontProperties(family=matplotlib.rcParamsDefault["font.family"]))
     lacking = {character for character in set("".join(texts)) if not has(default, {character})}
     # The Last Resort font has every character, as a box.
-    fonts = [font for font in font_manager.fontManager.ttflist if not font.name.startswith("Last Resort")] if lacking else []
+    fonts = (
+        [font for font in font_manager.fontManager.ttflist if not font.name.startswith("Last Resort")]
+        if lacking
+        else []
+    )
     fonts.sort(key=lambda font: (font.style != "normal", font.weight != 400))
     name = next((font.name for font in fonts if has(font.fname, lacking)), None)
     matplotlib.rcParams["font.family"] = [*matplotlib.rcParamsDefault["font.family"], *([name] if name else [])]
@@ -53,7 +57,9 @@ def plot_curves(run_dir: Path) -> Path:
         steps = [e["step"] for e in evals]
         if evals:
             left.plot(steps, [e["loss"] for e in evals], "o-", color=color, label=split, markersize=4)
-            right.plot(steps, [e["accuracy"] for e in evals], "o-", color=color, label=f"{split} accuracy", markersize=4)
+            right.plot(
+                steps, [e["accuracy"] for e in evals], "o-", color=color, label=f"{split} accuracy", markersize=4
+            )
             right.plot(steps, [e["f1"] for e in evals], "x--", color=color, label=f"{split} macro F1", markersize=5)
     left.set(xlabel="step", ylabel="cross-entropy, nats", title="Loss", ylim=(0, None))
     right.set(xlabel="step", title="Accuracy and macro F1")
@@ -78,7 +84,9 @@ def plot_confusion(confusion: Sequence[Sequence[int]], label_names: Sequence[str
     plt, readable = _pyplot(names)
     if not readable:
         legend = ", ".join(f"{i} {name}" for i, name in enumerate(names[:20])) + ", …" * (len(names) > 20)
-        print(f"no installed font has the characters of all class names, so confusion.png shows their indices: {legend}")
+        print(
+            f"no installed font has the characters of all class names, so confusion.png shows their indices: {legend}"
+        )
         names = [str(i) for i in range(len(names))]
     title = f"Test rows: {counts.sum():,}"
     if len(counts) > NUMBERED:
@@ -143,12 +151,18 @@ def plot_learning_curves(curves: dict[str, Sequence[tuple[int, float, float, flo
     for i, (name, points) in enumerate(curves.items()):
         rows, accuracy, low, high, seeds = np.array(points, float).T
         rows = rows * 1.025 ** (i - (len(curves) - 1) / 2)  # side by side, or bars of equal sizes would hide each other
-        bars = np.maximum(0, [accuracy - low, high - accuracy])  # a percentile interval need not hold the figure of a few rows
+        bars = np.maximum(
+            0, [accuracy - low, high - accuracy]
+        )  # a percentile interval need not hold the figure of a few rows
         color = f"C{i}"
         axes.plot(rows, accuracy, color=color, label=name)
         axes.errorbar(rows, accuracy, bars, fmt="none", ecolor=color, capsize=3)
-        axes.scatter(rows, accuracy, s=28, zorder=3, edgecolors=color, facecolors=["white" if n == 1 else color for n in seeds])
-    axes.set(xscale="log", xlabel="training rows", ylabel="accuracy on test, 95 % interval", title="What more labels buy")
+        axes.scatter(
+            rows, accuracy, s=28, zorder=3, edgecolors=color, facecolors=["white" if n == 1 else color for n in seeds]
+        )
+    axes.set(
+        xscale="log", xlabel="training rows", ylabel="accuracy on test, 95 % interval", title="What more labels buy"
+    )
     ticks = []
     for size in sorted({point[0] for points in curves.values() for point in points}):
         ticks += [size] if not ticks or size > 1.4 * ticks[-1] else []  # labels of nearer ones would overlap
@@ -156,7 +170,9 @@ def plot_learning_curves(curves: dict[str, Sequence[tuple[int, float, float, flo
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     if any(point[4] == 1 for points in curves.values() for point in points):
-        axes.text(0.99, 0.02, "hollow: one seed, interval of test rows only", transform=axes.transAxes, ha="right", fontsize=8)
+        axes.text(
+            0.99, 0.02, "hollow: one seed, interval of test rows only", transform=axes.transAxes, ha="right", fontsize=8
+        )
     figure.legend(loc="outside lower center", fontsize=9)
     figure.savefig(file, dpi=120)
     plt.close(figure)
@@ -188,7 +204,9 @@ def plot_deploy(rows: Sequence[dict], file: Path) -> None:
     panels[0, 0].set(ylabel="accuracy, 95 % interval", ylim=(max(0.0, bottom), min(1.0, top)))
     handles = [plt.Line2D([], [], color=f"C{i}", linewidth=6, label=model) for i, model in enumerate(models)]
     for i, way in enumerate(ways):
-        handles.append(plt.Line2D([], [], color="0.3", marker=markers[i % len(markers)], linestyle="", label=", ".join(way)))
+        handles.append(
+            plt.Line2D([], [], color="0.3", marker=markers[i % len(markers)], linestyle="", label=", ".join(way))
+        )
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9)
     figure.savefig(file, dpi=120)

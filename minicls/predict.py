@@ -47,7 +47,9 @@ def check_model_dir(directory: Path) -> None:
     if (directory / "run.json").is_file() and not (directory / "config.json").is_file():
         saved = checkpoints(directory)
         newest = f"pass its newest checkpoint, {saved[max(saved)]}, or" if saved else "it has no checkpoint yet:"
-        raise UserError(f"{directory}: this run is not finished; {newest} go on with it first, with --resume {directory}")
+        raise UserError(
+            f"{directory}: this run is not finished; {newest} go on with it first, with --resume {directory}"
+        )
 
 
 class Reader:
@@ -67,7 +69,9 @@ class Reader:
         # As the run did it, so that its predictions come out again; a directory from elsewhere is read in full precision.
         self.settings = how_asked(directory)
         if tuple(self.settings.get("label_names") or self.label_names) != tuple(self.label_names):
-            raise UserError(f"{directory}: minicls.json and config.json name other classes; copy the whole model directory again")
+            raise UserError(
+                f"{directory}: minicls.json and config.json name other classes; copy the whole model directory again"
+            )
         positions = self.config.get("max_position_embeddings", self.kind.config.max_position_embeddings)
         longest = self.settings.get("max_length", positions)
         self.max_length = min(longest, max_length or longest)
@@ -111,7 +115,9 @@ class Classifier(Reader):
     def prediction(self, probabilities: Sequence[float]) -> Prediction:
         """The label that one row of probabilities means."""
         best = max(range(len(probabilities)), key=probabilities.__getitem__)
-        return Prediction(self.label_names[best], probabilities[best], dict(zip(self.label_names, probabilities, strict=True)))
+        return Prediction(
+            self.label_names[best], probabilities[best], dict(zip(self.label_names, probabilities, strict=True))
+        )
 
     def scores(self, texts: Sequence[str]) -> torch.Tensor:
         """The head's logits, or the options' scores, (n, C) float64: a softmax over them gives the probabilities."""
@@ -129,14 +135,18 @@ class Classifier(Reader):
         """The perplexity of each option, (n, C), from its scores; None where there are no options."""
         if self.kind is not weights.DECODER:
             return None
-        lengths = torch.tensor([len(option) if self.settings.get("normalize") == "sum" else 1 for option in self.chat.options])
+        lengths = torch.tensor(
+            [len(option) if self.settings.get("normalize") == "sum" else 1 for option in self.chat.options]
+        )
         return (-scores / lengths).exp()
 
 
 # `python -m minicls predict`: what goes in, and what comes out.
 
 TEXT_FILE = re.compile(r".*\.(parquet|((csv|tsv|jsonl?)(\.gz)?)|txt)", re.IGNORECASE)  # names of files with texts
-PATH = re.compile(r"[\w.~@+=-]*/[\w./~@+=-]*", re.ASCII)  # looks like one all the same: with a slash, and nothing else of a text
+PATH = re.compile(
+    r"[\w.~@+=-]*/[\w./~@+=-]*", re.ASCII
+)  # looks like one all the same: with a slash, and nothing else of a text
 FORMATS = ("table", "jsonl", "csv", "parquet")
 CHUNK = 1024  # texts between two lots of output
 
@@ -239,7 +249,11 @@ def flat_columns(label_names: Sequence[str], top_k: int | None) -> list[str]:
     """What CSV and parquet say of a text: label, probability, and those of every class, or with `top_k` of the next labels."""
     if not top_k:
         return ["label", "probability", *(f"probability_{name}" for name in label_names)]
-    return ["label", "probability", *(f"{part}_{rank}" for rank in range(2, top_k + 1) for part in ("label", "probability"))]
+    return [
+        "label",
+        "probability",
+        *(f"{part}_{rank}" for rank in range(2, top_k + 1) for part in ("label", "probability")),
+    ]
 
 
 def flat_rows(results: Iterable[Result], columns: Sequence[str], top_k: int | None) -> Iterator[dict]:
@@ -263,7 +277,9 @@ def csv_lines(
     for values in flat_rows(results, columns, top_k):
         line.seek(0)
         line.truncate()
-        writer.writerow({name: json.dumps(v, default=str) if isinstance(v, (dict, list)) else v for name, v in values.items()})
+        writer.writerow(
+            {name: json.dumps(v, default=str) if isinstance(v, (dict, list)) else v for name, v in values.items()}
+        )
         yield line.getvalue().removesuffix("\r\n")
 
 
@@ -293,7 +309,9 @@ def predict_texts(args: argparse.Namespace, inputs: list[str]) -> None:
     device = dist.start(args.device, args.threads)
     rows = gather(inputs or ([] if sys.stdin.isatty() else ["-"]), args.text_column)
     if not rows:
-        raise UserError("FILE|TEXT: nothing to classify; pass texts or files, or write texts to standard input, one a line")
+        raise UserError(
+            "FILE|TEXT: nothing to classify; pass texts or files, or write texts to standard input, one a line"
+        )
     classifier = Classifier(args.run, device)
     names = classifier.label_names
     top_k = args.top_k and min(args.top_k, len(names))

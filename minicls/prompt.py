@@ -26,7 +26,9 @@ MARK = "\u2063minicls\u2063"  # stands for the user's turn while a template is r
 LETTER = "\u2063A\u2063"  # and this for the answer
 
 
-def make_template(label_names: Sequence[str], prompt: str = "published", no_think: bool = False) -> tuple[str, str]:
+def make_template(
+    label_names: Sequence[str], prompt: str = "published", no_think: bool = False
+) -> tuple[str, str]:
     """The user's turn before and after the text.
 
     `prompt` names one of PROMPTS or a text file with {text} and {options} in it. `no_think` appends
@@ -41,15 +43,23 @@ def make_template(label_names: Sequence[str], prompt: str = "published", no_thin
     names = [name.strip() for name in label_names]
     for i, name in enumerate(names):
         if not name:
-            raise UserError(f"--label-names: the name of class {i} is empty, so it makes no option; name it")
+            raise UserError(
+                f"--label-names: the name of class {i} is empty, so it makes no option; name it"
+            )
         if len(name.splitlines()) > 1:
-            raise UserError(f"--label-names: the name of class {i} has a line break, {name!r}; an option is one line")
+            raise UserError(
+                f"--label-names: the name of class {i} has a line break, {name!r}; an option is one line"
+            )
         if name in names[:i]:
-            raise UserError(f"--label-names: classes {names.index(name)} and {i} are both {name!r}; give them different names")
+            raise UserError(
+                f"--label-names: classes {names.index(name)} and {i} are both {name!r}; give them different names"
+            )
     about_news = tuple(label_names) == AG_NEWS_LABELS
     if about_news:
         names[3] = "Science/Technology"
-    lines = "\n".join(f"{letter}. {name}" for letter, name in zip(ascii_uppercase, names, strict=False))
+    lines = "\n".join(
+        f"{letter}. {name}" for letter, name in zip(ascii_uppercase, names, strict=False)
+    )
     file = PROMPTS.get(prompt, Path(prompt))
     try:
         template = file.read_text(encoding="utf-8-sig").removesuffix("\n")
@@ -63,7 +73,9 @@ def make_template(label_names: Sequence[str], prompt: str = "published", no_thin
         template += "/no_think" * no_think
     for part in ("{text}", "{options}"):
         if template.count(part) != 1:
-            raise UserError(f"--prompt: {file} has {part} {template.count(part)} times; put it in once, where it belongs")
+            raise UserError(
+                f"--prompt: {file} has {part} {template.count(part)} times; put it in once, where it belongs"
+            )
     before, after = template.split("{text}")  # first, since a class may be called anything
     return before.replace("{options}", lines), after.replace("{options}", lines)
 
@@ -85,8 +97,12 @@ class ChatFormat:
 
     before: str = ""
     after: str = ""
-    think: str = ""  # the empty think block that Qwen3's template ends with when it is told not to think
-    gap: str = " "  # between that and the letter: Mistral's template has one, and so has the bare question
+    think: str = (
+        ""  # the empty think block that Qwen3's template ends with when it is told not to think
+    )
+    gap: str = (
+        " "  # between that and the letter: Mistral's template has one, and so has the bare question
+    )
     ending: str = ""
     strips: bool = False  # whether the template removes blanks around the turn
 
@@ -118,21 +134,36 @@ def render_chat_format(tokenizer: Tokenizer) -> ChatFormat:
 
         return datetime.datetime.now().strftime(form)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
     environment.filters["tojson"] = to_json
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     # transformers marks the assistant's part with these and renders what is between them. Another tag
     # takes their place, because a tag's dashes decide which blanks around it stay.
     source = re.sub(r"(\{%[-+]?)\s*generation\s*([-+]?%\})", r"\1 if true \2", source)
     source = re.sub(r"(\{%[-+]?)\s*endgeneration\s*([-+]?%\})", r"\1 endif \2", source)
-    names = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+    names = (
+        "bos_token",
+        "eos_token",
+        "unk_token",
+        "pad_token",
+        "sep_token",
+        "cls_token",
+        "mask_token",
+    )
     tokens = {name: token for name in names if (token := tokenizer.special_token(name)) is not None}
 
     def render(turn: str, answer: str | None = None, **options) -> str:
         messages = [{"role": "user", "content": turn}]
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
-        given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": answer is None}
+        given = {
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": answer is None,
+        }
         try:
             return environment.from_string(source).render(**given, **options, **tokens)
         except Exception as error:  # a template is a program: whatever can go wrong in one
@@ -143,12 +174,17 @@ def render_chat_format(tokenizer: Tokenizer) -> ChatFormat:
 
     prompt, question = render(MARK), render(MARK, enable_thinking=False)
     answered = render(MARK, LETTER)
-    if any(text.count(MARK) != 1 for text in (prompt, question, answered)) or answered.count(LETTER) != 1:
+    if (
+        any(text.count(MARK) != 1 for text in (prompt, question, answered))
+        or answered.count(LETTER) != 1
+    ):
         raise UserError(
             "--model: its chat template drops or repeats the user's turn or the answer; correct chat_template, or delete "
             "it to ask the bare question"
         )
-    if not question.startswith(prompt):  # a template that thinks by default: without thoughts, the prompt is another
+    if not question.startswith(
+        prompt
+    ):  # a template that thinks by default: without thoughts, the prompt is another
         prompt = question
     before, after = prompt.split(MARK)
     start, ending = answered.split(LETTER)
@@ -186,7 +222,11 @@ class Chat:
         ids: list[int] = []
         for i, piece in enumerate(pieces):
             if piece:
-                (encoded,) = [self.tokenizer.control_ids([piece])] if i % 2 else self.tokenizer.encode([piece])
+                (encoded,) = (
+                    [self.tokenizer.control_ids([piece])]
+                    if i % 2
+                    else self.tokenizer.encode([piece])
+                )
                 ids += encoded
         return ids
 
@@ -201,7 +241,9 @@ class Chat:
         ids = first + self._ids(before[:-1]), before[-1], after[0], self._ids(["", *after[1:]])
         # Some tokenizers read a text that follows a control token otherwise than one that stands alone.
         turn = "A text."
-        whole = self.tokenizer.encode_with_control_tokens(f"{self.format.before}{turn}{self.format.after}")
+        whole = self.tokenizer.encode_with_control_tokens(
+            f"{self.format.before}{turn}{self.format.after}"
+        )
         if first + whole != [*ids[0], *self.tokenizer.encode([ids[1] + turn + ids[2]])[0], *ids[3]]:
             raise UserError(
                 "--model: its tokenizer does not encode the chat template's pieces as it encodes them together; such a "
@@ -228,8 +270,12 @@ class Chat:
         letters = ascii_uppercase[: self.num_options]
         end = self._pieces(self.format.ending)[0]
         tail, last = self.tokenizer.encode([self._tail, end])
-        answers = self.tokenizer.encode([f"{self._tail}{self.format.gap}{letter}" for letter in letters])
-        ended = self.tokenizer.encode([f"{self._tail}{self.format.gap}{letter}{end}" for letter in letters])
+        answers = self.tokenizer.encode(
+            [f"{self._tail}{self.format.gap}{letter}" for letter in letters]
+        )
+        ended = self.tokenizer.encode(
+            [f"{self._tail}{self.format.gap}{letter}{end}" for letter in letters]
+        )
         for letter, ids, whole in zip(letters, answers, ended, strict=True):
             if ids[: len(tail)] != tail or whole != ids + last:
                 raise UserError(
@@ -246,7 +292,10 @@ class Chat:
     @cached_property
     def stop_ids(self) -> list[int]:
         """The ids that end an answer: the control token after it, and the end-of-sequence and padding tokens."""
-        tokens = [*self._pieces(self.format.ending)[1:2], *map(self.tokenizer.special_token, ("eos_token", "pad_token"))]
+        tokens = [
+            *self._pieces(self.format.ending)[1:2],
+            *map(self.tokenizer.special_token, ("eos_token", "pad_token")),
+        ]
         return self.tokenizer.control_ids([*dict.fromkeys(token for token in tokens if token)])
 
     @cached_property
@@ -276,7 +325,9 @@ class Chat:
             while len(ids) > room:
                 if not text:
                     needed = self.max_length - room + len(ids)
-                    raise UserError(f"--max-length: {self.max_length} leaves no room for a text; the prompt alone takes {needed}")
+                    raise UserError(
+                        f"--max-length: {self.max_length} leaves no room for a text; the prompt alone takes {needed}"
+                    )
                 # Fewer tokens of the text by the excess; and again, should the seam have made new ones.
                 keep = min(keep - 1, len(self.tokenizer.encode([text])[0]) - (len(ids) - room))
                 text = self.tokenizer.head(text, keep)
@@ -289,12 +340,16 @@ class Chat:
         prompts, cut = self.prompts(texts)
         return [ids + self.think for ids in prompts], cut
 
-    def training_rows(self, texts: Sequence[str], labels: Sequence[int]) -> tuple[list[list[int]], int]:
+    def training_rows(
+        self, texts: Sequence[str], labels: Sequence[int]
+    ) -> tuple[list[list[int]], int]:
         """Prompts with their answers, up to the last token that is trained on; and the number of texts that were cut."""
         questions, cut = self.questions(texts)
         ending = [] if self.train_on == "letter" else self.ending
         options = self.options
-        return [ids + options[label] + ending for ids, label in zip(questions, labels, strict=True)], cut
+        return [
+            ids + options[label] + ending for ids, label in zip(questions, labels, strict=True)
+        ], cut
 
     def target_counts(self, label: int) -> tuple[int, int, int]:
         """The targets at the end of a training row of this class: (format tokens, letter tokens, format tokens)."""
@@ -325,5 +380,7 @@ def make_chat(
     try:
         form = ChatFormat(**saved["chat"]) if saved.get("chat") else None
     except TypeError as error:
-        raise UserError(f"{place}: its chat format is none ({error}); copy the whole model directory again") from None
+        raise UserError(
+            f"{place}: its chat format is none ({error}); copy the whole model directory again"
+        ) from None
     return Chat(tokenizer, tuple(template), len(label_names), max_length, format=form, **settings)

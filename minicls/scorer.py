@@ -23,7 +23,11 @@ MAX_TOKENS = 1536, 16_384
 
 @torch.inference_mode()
 def score_brute_force(
-    model: nn.Module, questions: Sequence[list[int]], options: Sequence[list[int]], device: torch.device, normalize: str = "mean"
+    model: nn.Module,
+    questions: Sequence[list[int]],
+    options: Sequence[list[int]],
+    device: torch.device,
+    normalize: str = "mean",
 ) -> torch.Tensor:
     """What scoring means, one forward pass for every question and option; `score` must equal it. Returns (n, O) fp32."""
     scores = torch.zeros(len(questions), len(options))
@@ -40,7 +44,10 @@ def score_brute_force(
 
 def common_prefix(rows: Sequence[list[int]]) -> list[int]:
     """The ids that all rows begin with; of each row at least the last one is left over."""
-    first, last = min(rows), max(rows)  # in the order of a dictionary: what these two share, all rows share
+    first, last = (
+        min(rows),
+        max(rows),
+    )  # in the order of a dictionary: what these two share, all rows share
     shortest = min(map(len, rows))
     same = 0
     while same < shortest - 1 and first[same] == last[same]:
@@ -56,11 +63,15 @@ class Prefix(NamedTuple):
 
     def begins(self, questions: Sequence[list[int]]) -> bool:
         """Whether all questions begin so, and go on."""
-        return all(len(ids) > len(self.ids) and ids[: len(self.ids)] == self.ids for ids in questions)
+        return all(
+            len(ids) > len(self.ids) and ids[: len(self.ids)] == self.ids for ids in questions
+        )
 
 
 @torch.inference_mode()
-def read_prefix(model: nn.Module, questions: Sequence[list[int]], device: torch.device) -> Prefix | None:
+def read_prefix(
+    model: nn.Module, questions: Sequence[list[int]], device: torch.device
+) -> Prefix | None:
     """One forward pass over what all questions begin with; None where that is nothing, or there is only one question."""
     ids = common_prefix(questions) if len(questions) > 1 else []
     if not ids:
@@ -97,22 +108,30 @@ def score(
     rests = [question[start:] for question in questions]
     first_tokens = torch.tensor([option[0] for option in options], device=device)
     longest_option = max(map(len, options))
-    batches = length_batches(rests, max_tokens or MAX_TOKENS[on_gpu(device)], extra=start + longest_option - 1)
+    batches = length_batches(
+        rests, max_tokens or MAX_TOKENS[on_gpu(device)], extra=start + longest_option - 1
+    )
     for batch in batches[dist.rank() :: dist.world_size()]:
         rows = [rests[row] for row in batch]
         lengths = [len(questions[row]) for row in batch]
         cache = None
         if prefix or longest_option > 1:
-            cache = KVCache(len(rows), max(lengths) + longest_option - 1, prefix.cache if prefix else None)
+            cache = KVCache(
+                len(rows), max(lengths) + longest_option - 1, prefix.cache if prefix else None
+            )
         packed = pack(rows, device, [start] * len(rows))
         logits = model(*packed, packed.last, cache)  # (B, V)
         likelihoods = logits.log_softmax(1)[:, first_tokens]  # (B, O)
         for o, option in enumerate(options):
             if len(option) > 1:
                 packed = pack([option[:-1]] * len(rows), device, lengths)
-                logits = model(*packed, torch.arange(len(packed.input_ids), device=device), cache)  # (B * tokens, V)
+                logits = model(
+                    *packed, torch.arange(len(packed.input_ids), device=device), cache
+                )  # (B * tokens, V)
                 targets = to_device(np.array(option[1:] * len(rows)), device)[:, None]
-                likelihoods[:, o] += logits.log_softmax(1).gather(1, targets).view(len(rows), -1).sum(1)
+                likelihoods[:, o] += (
+                    logits.log_softmax(1).gather(1, targets).view(len(rows), -1).sum(1)
+                )
         scores[to_device(batch, device)] = likelihoods
     if normalize == "mean":
         scores /= torch.tensor([len(option) for option in options], device=device)

@@ -8,12 +8,10 @@ vocabulary, and are matched in a text as transformers matches them.
 """
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from minicls.config import UserError
 
@@ -22,7 +20,13 @@ CHUNK = 10_000  # texts at a time: the library's encodings are some ten times la
 
 # The names that tokenizer_config.json has for control tokens.
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-BERT_TOKENS = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]"}
+BERT_TOKENS = {
+    "unk_token": "[UNK]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
+}
 
 # Fields of tokenizer_config.json that BertTokenizer builds its normalizer from, and their names in tokenizer.json.
 BERT_NORMALIZER = {
@@ -100,7 +104,9 @@ class Tokenizer:
         ids = [self._tokenizer.token_to_id(token) for token in tokens]
         missing = [token for token, i in zip(tokens, ids, strict=True) if i is None]
         if missing:
-            raise UserError(f"--model: its tokenizer lacks {', '.join(missing)}; is it the tokenizer of this kind of model?")
+            raise UserError(
+                f"--model: its tokenizer lacks {', '.join(missing)}; is it the tokenizer of this kind of model?"
+            )
         return ids
 
     def special_token(self, name: str) -> str | None:
@@ -137,10 +143,17 @@ class Tokenizer:
             named |= BERT_TOKENS
         elif pad_token_id is not None:
             named["pad_token"] = self._tokenizer.id_to_token(pad_token_id)
-        named = {name: token for name, token in named.items() if token and self._tokenizer.token_to_id(token) is not None}
+        named = {
+            name: token for name, token in named.items() if token and self._tokenizer.token_to_id(token) is not None
+        }
         inputs = ["input_ids", *(["token_type_ids"] if self.is_bert else []), "attention_mask"]
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": inputs}
-        kept = ("model_max_length", "clean_up_tokenization_spaces", "chat_template", *(() if self.is_bert else ("padding_side",)))
+        kept = (
+            "model_max_length",
+            "clean_up_tokenization_spaces",
+            "chat_template",
+            *(() if self.is_bert else ("padding_side",)),
+        )
         config |= {name: self.config[name] for name in kept if name in self.config} | named
         additional = [token for token in self._additional_tokens() if self._tokenizer.token_to_id(token) is not None]
         config |= {"additional_special_tokens": additional} if additional else {}
@@ -152,7 +165,12 @@ class Tokenizer:
             parts = [{"SpecialToken": {"id": token, "type_id": 0}} for token, _ in before]
             single, second = [*parts, {"Sequence": {"id": "A", "type_id": 0}}], {"Sequence": {"id": "B", "type_id": 0}}
             tokens = {token: {"id": token, "ids": [i], "tokens": [token]} for token, i in before}
-            processor = {"type": "TemplateProcessing", "single": single, "pair": [*single, second], "special_tokens": tokens}
+            processor = {
+                "type": "TemplateProcessing",
+                "single": single,
+                "pair": [*single, second],
+                "special_tokens": tokens,
+            }
             steps = spec.get("post_processor") or {}
             # ByteLevel adds nothing, but has a say in the offsets that a long text is cut at.
             steps = [step for step in steps.get("processors", [steps]) if step.get("type") == "ByteLevel"]
@@ -163,14 +181,18 @@ class Tokenizer:
             for token in spec["added_tokens"]:
                 token["special"] |= not self.is_bert
         for name, values, indent in (("tokenizer.json", spec, None), ("tokenizer_config.json", config, 2)):
-            (directory / name).write_text(json.dumps(values, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+            (directory / name).write_text(
+                json.dumps(values, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer of a model directory; raises UserError where a file is absent or unreadable."""
     path = directory / "tokenizer.json"
     if not path.is_file():
-        raise UserError(f"{directory}: no tokenizer.json; save it with transformers' fast tokenizer (save_pretrained) first")
+        raise UserError(
+            f"{directory}: no tokenizer.json; save it with transformers' fast tokenizer (save_pretrained) first"
+        )
     config_path = directory / "tokenizer_config.json"
     try:
         config = dict(json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {})
@@ -185,7 +207,9 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         raise UserError(f"{path}: not a readable tokenizer ({error}); download or save it again") from None
 
 
-def bert_rows(tokenizer: Tokenizer, texts: Sequence[str], max_length: int, long_text: str = "head") -> tuple[list[list[int]], int]:
+def bert_rows(
+    tokenizer: Tokenizer, texts: Sequence[str], max_length: int, long_text: str = "head"
+) -> tuple[list[list[int]], int]:
     """`[CLS] text [SEP]` for each text, at most `max_length` ids; returns the rows and how many had to be cut.
 
     A long text keeps its head, or, with `head-tail`, a quarter of its room from the start and the rest from the end, the
@@ -212,61 +236,3 @@ def text_rows(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> tu
     empty = tokenizer.control_ids([tokenizer.special_token("eos_token") or "<|im_end|>"])
     rows = [[*before, *ids] or empty for ids in tokenizer.encode(texts)]
     return [ids[:max_length] for ids in rows], sum(len(ids) > max_length for ids in rows)
-
-
-def train_bert_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """A small uncased WordPiece tokenizer in BERT's format, for `--model tiny`: every character, then the commonest words.
-
-    Not the library's WordPieceTrainer: it numbers the pieces in the order of a hash table, another one in every process.
-    """
-    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    counts = Counter(
-        word for text in texts for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))
-    )
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    characters = sorted({character for word in counts for character in word})
-    words = [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
-    pieces = [*special, *characters, *(f"##{character}" for character in characters), *words]
-    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces[: max(vocab_size, len(special))]))}
-    tokenizer.model = models.WordPiece(vocab, unk_token="[UNK]")
-    tokenizer.add_special_tokens(special)
-    # Not for us, who put [CLS] and [SEP] in by id, but for who opens the saved file with transformers.
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"]))
-    names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
-    return Tokenizer(tokenizer.to_str(), {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, **names})
-
-
-QWEN_CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
-
-# How Qwen cuts a text before its byte pairs are merged: a run of letters, single digits, punctuation with line breaks, blanks.
-QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-# Qwen's chat format without tools and thoughts, for who serves a tiny model's directory.
-QWEN_CHAT_TEMPLATE = (
-    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
-    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}{%- endif %}"
-)
-
-
-def train_qwen_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """A small byte-level BPE tokenizer in Qwen's format, for `--model tiny` and models trained from nothing.
-
-    Every byte is a token, then merges by frequency (Sennrich et al., arXiv 1508.07909), so that no text has unknown parts.
-    """
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    size = max(vocab_size - len(QWEN_CONTROL_TOKENS), len(alphabet))
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False))
-    # After the merges, as in Qwen's own file, and like there not all of them called special.
-    tokenizer.add_tokens([AddedToken(token, special=token.startswith("<|"), normalized=False) for token in QWEN_CONTROL_TOKENS])
-    names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": QWEN_CHAT_TEMPLATE}
-    return Tokenizer(tokenizer.to_str(), {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 4096, **names})

@@ -62,9 +62,7 @@ DECODER_LINEAR = dataclasses.replace(DECODER, model=DecoderForSequenceClassifica
 ARCHITECTURES = {"BertForSequenceClassification": BERT}
 ARCHITECTURES |= {f"{family.prefix}ForCausalLM": DECODER for family in FAMILIES.values()}
 ARCHITECTURES |= {f"{family.prefix}ForSequenceClassification": DECODER_LINEAR for family in FAMILIES.values()}
-SUPPORTED = (
-    "train_bert.py takes bert; train_qwen.py takes llama, qwen2 and qwen3, without sliding windows, stretched RoPE and other biases"
-)
+SUPPORTED = "train_bert.py takes bert; train_qwen.py takes llama, qwen2 and qwen3, without sliding windows, stretched RoPE and other biases"
 
 
 def class_name(model: nn.Module) -> str:
@@ -92,7 +90,14 @@ def is_own(model: nn.Module) -> bool:
         names |= {f"bert.embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type")}
     else:
         family, projections = model.config.family, ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
-        parts = ["self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm"]
+        parts = [
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "mlp.down_proj",
+            "input_layernorm",
+            "post_attention_layernorm",
+        ]
         parts += projections + (["self_attn.q_norm", "self_attn.k_norm"] if family.qk_norm else [])
         names = {"model.embed_tokens.weight", "model.norm.weight", *(f"model.layers.N.{part}.weight" for part in parts)}
         names |= {f"model.layers.N.{part}.bias" for part in projections if family.qkv_bias}
@@ -115,7 +120,9 @@ def read_config(directory: Path, kind: Architecture | None = None) -> dict:
         if not isinstance(config, dict):
             raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
-        raise UserError(f"{directory / 'config.json'}: not readable ({error}); pass a directory in Hugging Face layout") from None
+        raise UserError(
+            f"{directory / 'config.json'}: not readable ({error}); pass a directory in Hugging Face layout"
+        ) from None
     if str(config.get("model_type")).startswith(OWN[1]):
         config["model_type"] = config["model_type"].removeprefix(OWN[1])
         config["architectures"] = [name.removeprefix(OWN[0]) for name in config.get("architectures") or []]
@@ -147,7 +154,9 @@ def head_labels(config: dict, directory: Path) -> list[str]:
             f"{file}: num_labels is 1, so its head gives a number or the logit of yes; {needed}: pass such a classifier"
         )
     if not isinstance(labels, dict) or labels.keys() != {str(i) for i in range(len(labels))}:
-        raise UserError(f"{file}: id2label {str(labels)[:80]} does not number the classes 0, 1, 2 and so on; correct it")
+        raise UserError(
+            f"{file}: id2label {str(labels)[:80]} does not number the classes 0, 1, 2 and so on; correct it"
+        )
     names = [str(labels[str(i)]) for i in range(len(labels))]
     if len({*names}) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -224,7 +233,9 @@ def init_weights(model: nn.Module, names: set[str], std: float, seed: int) -> No
     """
     for place, (name, parameter) in enumerate(model.named_parameters()):
         if name in names and parameter.ndim >= 2:
-            generator = torch.Generator().manual_seed(derived_seed(seed, place))  # a CPU's, so that every device starts alike
+            generator = torch.Generator().manual_seed(
+                derived_seed(seed, place)
+            )  # a CPU's, so that every device starts alike
             parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
         elif name in names:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -275,9 +286,13 @@ def load_weights(model: nn.Module, directory: Path, kind: Architecture) -> tuple
     fresh = parameters.keys() - loaded
     missing = sorted(name for name in fresh if not name.startswith(kind.fresh))
     if missing:
-        raise UserError(f"{directory}: {missing[0]} and {len(missing) - 1} other tensors are missing; pass complete weights")
+        raise UserError(
+            f"{directory}: {missing[0]} and {len(missing) - 1} other tensors are missing; pass complete weights"
+        )
     if unknown:
-        raise UserError(f"{directory}: unknown tensor {unknown[0]} and {len(unknown) - 1} others; is it another architecture?")
+        raise UserError(
+            f"{directory}: unknown tensor {unknown[0]} and {len(unknown) - 1} others; is it another architecture?"
+        )
 
     if head:  # the embedding is the head; a head that was trained apart from it must not be lost without a word
         embedding = model.get_parameter("model.embed_tokens.weight")
@@ -307,7 +322,9 @@ def check_fits(config, tokenizer: Tokenizer, max_length: int) -> None:
         )
 
 
-def save_model(model: nn.Module, config: dict, tokenizer: Tokenizer, directory: Path, text_length: int | None = None) -> None:
+def save_model(
+    model: nn.Module, config: dict, tokenizer: Tokenizer, directory: Path, text_length: int | None = None
+) -> None:
     """Writes config.json, model.safetensors and the tokenizer; the weights aside first, so that they are whole or absent.
 
     `text_length`: for a model that reads bare texts, of at most so many ids (see `Tokenizer.save`).
@@ -317,7 +334,15 @@ def save_model(model: nn.Module, config: dict, tokenizer: Tokenizer, directory: 
     (directory / ".model.tmp").replace(directory / "model.safetensors")
     tokenizer.save(directory, text_length, model.config.pad_token_id)
     # What the model's own values below replace, and what is not true of plain weights.
-    stale = ("torch_dtype", "_name_or_path", "num_labels", "_num_labels", "auto_map", "quantization_config", "pruned_heads")
+    stale = (
+        "torch_dtype",
+        "_name_or_path",
+        "num_labels",
+        "_num_labels",
+        "auto_map",
+        "quantization_config",
+        "pruned_heads",
+    )
     config = {name: value for name, value in config.items() if name not in (*stale, "return_dict", "torchscript")}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     config |= {"architectures": [class_name(model)], "dtype": dtype, "vocab_size": model.config.vocab_size}

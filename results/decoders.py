@@ -76,7 +76,14 @@ def flags_of(job: dict, args: argparse.Namespace) -> tuple[str, list[str]]:
         return "minicls.baseline", [*flags, "--features", "tfidf" if job["recipe"] == "tfidf" else args.minilm]
     script, model, more = RECIPES[job["recipe"]]
     flags += [*more, *job.get("flags", []), "--model", getattr(args, model), "--max-steps", str(job["steps"])]
-    flags += ["--global-batch-size", str(BATCH), "--micro-batch-size", str(BATCH), "--learning-rate", f"{job['rate']:g}"]
+    flags += [
+        "--global-batch-size",
+        str(BATCH),
+        "--micro-batch-size",
+        str(BATCH),
+        "--learning-rate",
+        f"{job['rate']:g}",
+    ]
     flags += [
         "--warmup-ratio",
         "0.1",
@@ -98,7 +105,11 @@ def copy_thin(source: Path, target: Path) -> None:
     columns = pq.read_table(source).to_pydict()
     predictions = np.array(columns["prediction"], np.int16)
     probabilities = np.stack([columns[name] for name in columns if name.startswith("probability_")], axis=1)  # (n, C)
-    thin = {"row": np.array(columns["row"], np.int32), "label": np.array(columns["label"], np.int16), "prediction": predictions}
+    thin = {
+        "row": np.array(columns["row"], np.int32),
+        "label": np.array(columns["label"], np.int16),
+        "prediction": predictions,
+    }
     thin["probability"] = probabilities[np.arange(len(predictions)), predictions].astype(np.float32).round(4)
     thin["text_hash"] = np.array(columns["text_hash"]).astype(np.int32)
     if None not in columns["num_tokens"]:
@@ -106,7 +117,9 @@ def copy_thin(source: Path, target: Path) -> None:
     encoding = {"row": "DELTA_BINARY_PACKED", "text_hash": "PLAIN"}
     words = ["label", "prediction", "probability", "num_tokens"]
     words = [name for name in words if name in thin]
-    pq.write_table(pa.table(thin), target, compression="zstd", compression_level=19, use_dictionary=words, column_encoding=encoding)
+    pq.write_table(
+        pa.table(thin), target, compression="zstd", compression_level=19, use_dictionary=words, column_encoding=encoding
+    )
 
 
 def run(job: dict, args: argparse.Namespace) -> str:
@@ -146,9 +159,7 @@ def run(job: dict, args: argparse.Namespace) -> str:
         shutil.rmtree(work)
     results = json.loads((out / "results.json").read_text())
     seconds = time.perf_counter() - begin
-    return (
-        f"{job['name']}: accuracy {results['accuracy']:.4f}, {results['train_seconds']:.0f} s of training, {seconds:.0f} s in all"
-    )
+    return f"{job['name']}: accuracy {results['accuracy']:.4f}, {results['train_seconds']:.0f} s of training, {seconds:.0f} s in all"
 
 
 def worker(queue, lines, args: argparse.Namespace) -> None:
@@ -163,7 +174,8 @@ class Workers:
         self.context = multiprocessing.get_context("spawn")
         self.queue, self.lines = self.context.Queue(), self.context.Queue()
         self.processes = [
-            self.context.Process(target=worker, args=(self.queue, self.lines, args), daemon=True) for _ in range(args.workers)
+            self.context.Process(target=worker, args=(self.queue, self.lines, args), daemon=True)
+            for _ in range(args.workers)
         ]
         for process in self.processes:
             process.start()
@@ -192,7 +204,13 @@ def choose_rates(workers: Workers, args: argparse.Namespace, data: str, recipes:
     grids = {recipe: list(GRIDS[recipe]) for recipe in recipes}
     while True:
         jobs = [job for recipe, rates in grids.items() for job in jobs_of_grid(recipe, rates, data)]
-        workers.do([{**job, "test_rows": 2000} for job in jobs if not (Path(args.out) / job["name"] / "results.json").is_file()])
+        workers.do(
+            [
+                {**job, "test_rows": 2000}
+                for job in jobs
+                if not (Path(args.out) / job["name"] / "results.json").is_file()
+            ]
+        )
         best, grown = {}, False
         for recipe, rates in grids.items():
             scores = {job["rate"]: validation_f1(job["name"], args) for job in jobs_of_grid(recipe, rates, data)}
@@ -217,7 +235,9 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--work", default="runs/decoders")
-    parser.add_argument("--keep", nargs="*", default=[], help="runs whose directories, with their weights, stay in --work")
+    parser.add_argument(
+        "--keep", nargs="*", default=[], help="runs whose directories, with their weights, stay in --work"
+    )
     parser.add_argument("--sizes", nargs="+", type=int, default=[*SEEDS])
     args = parser.parse_args()
     Path(args.work).mkdir(parents=True, exist_ok=True)
@@ -229,7 +249,13 @@ def main() -> None:
         print("learning rates:", rates, flush=True)
         if "rows" in args.parts:
             jobs += [
-                {"name": f"{recipe}-{rows}-{seed}", "recipe": recipe, "data": "data", "rows": rows, "steps": num_steps(rows)}
+                {
+                    "name": f"{recipe}-{rows}-{seed}",
+                    "recipe": recipe,
+                    "data": "data",
+                    "rows": rows,
+                    "steps": num_steps(rows),
+                }
                 | {"rate": rates.get(recipe), "seed": seed, "test_rows": 2000 if rows < 20_000 else None}
                 for rows in args.sizes
                 for recipe in (*RECIPES, *BASELINES)
@@ -240,7 +266,13 @@ def main() -> None:
             extras = {"options-first": ["--prompt", "options-first"], "response": ["--train-on", "response"]}
             jobs += [
                 {"name": f"smollm2-{name}-1000-{seed}", "recipe": "smollm2-options", "data": "data", "rows": 1000}
-                | {"steps": num_steps(1000), "rate": rates["smollm2-options"], "seed": seed, "test_rows": 2000, "flags": flags}
+                | {
+                    "steps": num_steps(1000),
+                    "rate": rates["smollm2-options"],
+                    "seed": seed,
+                    "test_rows": 2000,
+                    "flags": flags,
+                }
                 for name, flags in extras.items()
                 for seed in (42, 43, 44)
             ]

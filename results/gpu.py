@@ -35,7 +35,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import bench
 import train_bert
 import train_qwen
 from minicls import dist, engines, scorer, weights
@@ -45,13 +44,28 @@ from minicls.config import run
 from minicls.generate import generate
 from minicls.optim import make_optimizer
 from minicls.predict import classify_rows
-from minicls.tokenizer import train_bert_tokenizer, train_qwen_tokenizer
+from minicls.tiny import SIZES, train_bert_tokenizer, train_qwen_tokenizer
 
 CPU = torch.device("cpu")
 # Dense bf16 TFLOP/s that the makers state, by a part of the device's name; the first that fits.
-PEAKS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "RTX 4090": 165, "RTX 3090": 71, "L4": 121}
+PEAKS = {
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "A100": 312,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+    "L4": 121,
+}
 MINILM = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "vocab_size": 30522}
-SFT_ROWS, MICRO, BERT_ROWS, BERT_STEPS, LONG = 96, (12, 48, 96), 64, 16, 512  # a step, its micro-batches; the longest rows
+SFT_ROWS, MICRO, BERT_ROWS, BERT_STEPS, LONG = (
+    96,
+    (12, 48, 96),
+    64,
+    16,
+    512,
+)  # a step, its micro-batches; the longest rows
 LETTERS = [[32], [33], [34], [35]]  # Qwen's ids of A, B, C and D
 ENDINGS = np.array([[4, 1, 2]])  # targets of a training row: format, letter, format again
 
@@ -145,7 +159,8 @@ def trace(call: Callable) -> dict:
     on_device = [event for event in profiled.events() if event.device_type.name == "CUDA"]
     return {
         "launches": sum(name.startswith(("cudaLaunchKernel", "cuLaunchKernel")) for name in names),
-        "waits": sum(name in ("cudaStreamSynchronize", "cudaDeviceSynchronize") for name in names) - 1,  # one at the end
+        "waits": sum(name in ("cudaStreamSynchronize", "cudaDeviceSynchronize") for name in names)
+        - 1,  # one at the end
         "gpu_ms": round(sum(event.time_range.elapsed_us() for event in on_device) / 1000, 2),
     }
 
@@ -171,13 +186,19 @@ def news_lengths(n: int, seed: int = 0, mean: float = 51) -> np.ndarray:
 def decoder_config(**changes) -> dict:
     tiny = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     tiny |= {"num_key_value_heads": 2, "head_dim": 32, "vocab_size": 600}
-    return bench.PUBLISHED["qwen3"][1] | (tiny if args.smoke else {}) | {"pad_token_id": 0} | changes
+    return SIZES["Qwen3-0.6B"] | (tiny if args.smoke else {}) | {"pad_token_id": 0} | changes
 
 
 def bert_config(**changes) -> dict:
-    tiny = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 600}
+    tiny = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 600,
+    }
     labels = {"id2label": {str(i): str(i) for i in range(4)}, "pad_token_id": 0}
-    return bench.PUBLISHED["bert"][1] | labels | changes | (tiny if args.smoke else {})
+    return SIZES["bert-base-cased"] | labels | changes | (tiny if args.smoke else {})
 
 
 def build(kind, config: dict, device: torch.device | None = None, dtype: torch.dtype = torch.float32):
@@ -205,10 +226,21 @@ def environment() -> None:
         properties = torch.cuda.get_device_properties(DEVICE)
         driver = Path("/proc/driver/nvidia/version")
         found = re.search(r"\d+\.\d+[.\d]*", driver.read_text()) if driver.is_file() else None
-        about = {"capability": f"{properties.major}.{properties.minor}", "gib": round(properties.total_memory / 2**30, 1)}
-        about |= {"driver": found and found.group(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        about = {
+            "capability": f"{properties.major}.{properties.minor}",
+            "gib": round(properties.total_memory / 2**30, 1),
+        }
+        about |= {
+            "driver": found and found.group(),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
         say("gpu", about | {"allocator": os.environ.get("PYTORCH_ALLOC_CONF")})
-        say("cuDNN attention is off", not torch.backends.cuda.cudnn_sdp_enabled(), not torch.backends.cuda.cudnn_sdp_enabled())
+        say(
+            "cuDNN attention is off",
+            not torch.backends.cuda.cudnn_sdp_enabled(),
+            not torch.backends.cuda.cudnn_sdp_enabled(),
+        )
     name = RESULT["device"]
     say("peak_tflops_assumed", next((peak for part, peak in PEAKS.items() if part in name), None))
     n = 128 if args.smoke else 8192
@@ -220,11 +252,19 @@ def environment() -> None:
 def attention_check() -> None:
     """Both ways, forward and backward, against float64 on the CPU; and the head sizes that flash refuses."""
     worst: dict[str, float] = {}
-    for H, Hkv, Dh, causal in ((12, 12, 64, False), (16, 8, 128, True), (9, 3, 64, True), (12, 12, 32, False), (12, 12, 26, False)):
+    for H, Hkv, Dh, causal in (
+        (12, 12, 64, False),
+        (16, 8, 128, True),
+        (9, 3, 64, True),
+        (12, 12, 32, False),
+        (12, 12, 26, False),
+    ):
         for lengths in ([1, 130, 7, 64, 1, 200], [33], [1, 1, 1]):
             torch.manual_seed(0)
             ends = torch.tensor([0, *lengths]).cumsum(0).int()
-            exact = [torch.randn(sum(lengths), heads, Dh, dtype=torch.float64).requires_grad_() for heads in (H, Hkv, Hkv)]
+            exact = [
+                torch.randn(sum(lengths), heads, Dh, dtype=torch.float64).requires_grad_() for heads in (H, Hkv, Hkv)
+            ]
             upstream = torch.randn(sum(lengths), H, Dh, dtype=torch.float64)
             wanted = padded_attention(*exact, Rows(ends, max(lengths)), causal)
             wanted = wanted, *torch.autograd.grad(wanted, exact, upstream)
@@ -334,7 +374,11 @@ def scoring_check() -> None:
             with bf16():
                 rough = float((scorer.score(ours, rows, options, DEVICE) - wanted).abs().max())
             kind = "one token" if len(options[0]) == 1 else "several tokens"
-            say(f"score, {shape}, {kind}: nats off in fp32, bf16", [f"{gap:.1e}", f"{rough:.1e}"], gap < 1e-3 and rough < 0.15)
+            say(
+                f"score, {shape}, {kind}: nats off in fp32, bf16",
+                [f"{gap:.1e}", f"{rough:.1e}"],
+                gap < 1e-3 and rough < 0.15,
+            )
         same = generate(ours, rows, 6, [], DEVICE) == generate(theirs, rows, 6, [], CPU)
         say(f"generate, {shape}, fp32: as on the CPU", same, same)
 
@@ -359,7 +403,10 @@ def work(config, lengths: list[int], targets: int, training: bool = True) -> flo
 
 def rates(lengths: list[int], seconds: float, operations: float) -> dict:
     tflops, peak = operations / seconds / 1e12, RESULT.get("peak_tflops_assumed")
-    figures = {"samples_per_second": round(len(lengths) / seconds, 1), "tokens_per_second": round(sum(lengths) / seconds)}
+    figures = {
+        "samples_per_second": round(len(lengths) / seconds, 1),
+        "tokens_per_second": round(sum(lengths) / seconds),
+    }
     figures |= {"step_ms": round(1000 * seconds, 2), "tflops": round(tflops, 2)}
     return figures | ({"fraction_of_peak": round(tflops / peak, 3)} if peak else {})
 
@@ -430,7 +477,9 @@ def bert_training() -> None:
     for name, changes in {"BERT-base": {}, "MiniLM-L6": MINILM}.items():
         model = build(weights.BERT, bert_config(**changes)).train()
         optimizer = make_optimizer(model, 1e-5, 1e-6)
-        batches = [random_rows(news_lengths(BERT_ROWS, seed, 54), model.config.vocab_size, seed) for seed in range(BERT_STEPS)]
+        batches = [
+            random_rows(news_lengths(BERT_ROWS, seed, 54), model.config.vocab_size, seed) for seed in range(BERT_STEPS)
+        ]
         loss = functools.partial(bert_loss, model)
 
         def epoch(model=model, optimizer=optimizer, batches=batches, loss=loss) -> None:
@@ -496,7 +545,10 @@ def requests(engine, name: str, role: str, seconds: float) -> None:
     rows = random_rows(news_lengths(64, 7, 54 if role == "bert" else 51), config["vocab_size"], 7, *around)
     calls = {"classify": lambda row: engine.classify([row])}
     if role != "bert":
-        calls = {"score": lambda row: engine.score([row], LETTERS), "generate 8": lambda row: engine.generate([row], 8, [])}
+        calls = {
+            "score": lambda row: engine.score([row], LETTERS),
+            "generate 8": lambda row: engine.generate([row], 8, []),
+        }
     for method, call in calls.items():
         engine.forget()
         for row in rows[:2] if args.smoke else rows[:16]:
@@ -524,12 +576,16 @@ def single_requests() -> None:
         theirs = engines.Transformers(model_directory(role), torch.bfloat16, DEVICE)
         requests(theirs, "transformers", role, 3.0)
         rows = random_rows([9, 60, 113], (bert_config() if role == "bert" else decoder_config())["vocab_size"])
-        answers = [engine.classify(rows) if role == "bert" else engine.score(rows, LETTERS) for engine in (ours, theirs)]
+        answers = [
+            engine.classify(rows) if role == "bert" else engine.score(rows, LETTERS) for engine in (ours, theirs)
+        ]
         gap = float((answers[0] - answers[1]).abs().max())
         say(f"{role}: nats from transformers in bf16", f"{gap:.1e}", gap < 0.1)
 
 
-def train_with_the_trainer(model, rows: list[list[int]], labels: list, micro: int, accumulate: int, steps: int) -> list[float]:
+def train_with_the_trainer(
+    model, rows: list[list[int]], labels: list, micro: int, accumulate: int, steps: int
+) -> list[float]:
     """Seconds of each step of the HF Trainer after the third: padded batches, its default attention, bf16 autocast."""
     from torch.nn.utils.rnn import pad_sequence
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -542,11 +598,18 @@ def train_with_the_trainer(model, rows: list[list[int]], labels: list, micro: in
             moments.append(time.perf_counter())
 
     def collate(items: list[tuple]) -> dict[str, torch.Tensor]:
-        ids, masks = zip(*((torch.tensor(row), torch.ones(len(row), dtype=torch.long)) for row, _ in items), strict=True)
-        batch = {"input_ids": pad_sequence(ids, batch_first=True), "attention_mask": pad_sequence(masks, batch_first=True)}
+        ids, masks = zip(
+            *((torch.tensor(row), torch.ones(len(row), dtype=torch.long)) for row, _ in items), strict=True
+        )
+        batch = {
+            "input_ids": pad_sequence(ids, batch_first=True),
+            "attention_mask": pad_sequence(masks, batch_first=True),
+        }
         values = [torch.tensor(label) for _, label in items]
         many = values[0].dim() > 0
-        return batch | {"labels": pad_sequence(values, batch_first=True, padding_value=-100) if many else torch.stack(values)}
+        return batch | {
+            "labels": pad_sequence(values, batch_first=True, padding_value=-100) if many else torch.stack(values)
+        }
 
     settings = TrainingArguments(
         FOLDER, max_steps=steps, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulate,
@@ -576,9 +639,15 @@ def trainer() -> None:
         if DEVICE.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seconds = float(np.median(train_with_the_trainer(model, rows, labels, micro, SFT_ROWS // micro, steps)))
-        figures = {"samples_per_second": round(SFT_ROWS / seconds, 1), "tokens_per_second": round(sum(lengths) / seconds)}
+        figures = {
+            "samples_per_second": round(SFT_ROWS / seconds, 1),
+            "tokens_per_second": round(sum(lengths) / seconds),
+        }
         memory = round(dist.peak_memory_bytes(DEVICE) / 2**30, 2)
-        say(f"Qwen3-0.6B SFT, HF Trainer, micro-batch {micro}", figures | {"step_ms": round(1000 * seconds, 2), "peak_gib": memory})
+        say(
+            f"Qwen3-0.6B SFT, HF Trainer, micro-batch {micro}",
+            figures | {"step_ms": round(1000 * seconds, 2), "peak_gib": memory},
+        )
         del model
     config = bert_config()
     batches = [random_rows(news_lengths(BERT_ROWS, seed, 54), config["vocab_size"], seed) for seed in range(BERT_STEPS)]
@@ -586,7 +655,9 @@ def trainer() -> None:
         names = {int(key): value for key, value in config["id2label"].items()}
         model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**config | {"id2label": names}))
     rows = [row for batch in batches for row in batch]
-    seconds = float(np.median(train_with_the_trainer(model, rows, [0] * len(rows), BERT_ROWS, 1, steps if args.smoke else 32)))
+    seconds = float(
+        np.median(train_with_the_trainer(model, rows, [0] * len(rows), BERT_ROWS, 1, steps if args.smoke else 32))
+    )
     per_step = sum(map(len, rows)) / len(batches)
     figures = {"samples_per_second": round(BERT_ROWS / seconds, 1), "tokens_per_second": round(per_step / seconds)}
     say(f"BERT-base training, HF Trainer, batch {BERT_ROWS}", figures | {"step_ms": round(1000 * seconds, 2)})
@@ -625,8 +696,13 @@ def compiled_training() -> None:
     forward = torch.compile(model, dynamic=True)
     for micro in MICRO[:2]:
         parts = [rows[i : i + micro] for i in range(0, SFT_ROWS, micro)]
-        seconds = clock(lambda parts=parts: step(model, optimizer, functools.partial(sft_loss, forward), parts), 4.0, warm=2)
-        say(f"Qwen3-0.6B SFT, compiled, micro-batch {micro}", rates(lengths, seconds, work(model.config, lengths, 7 * SFT_ROWS)))
+        seconds = clock(
+            lambda parts=parts: step(model, optimizer, functools.partial(sft_loss, forward), parts), 4.0, warm=2
+        )
+        say(
+            f"Qwen3-0.6B SFT, compiled, micro-batch {micro}",
+            rates(lengths, seconds, work(model.config, lengths, 7 * SFT_ROWS)),
+        )
 
 
 def main(argv: None) -> int:

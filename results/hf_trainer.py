@@ -17,7 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from minicls.data import load_data, stratified_rows
@@ -44,7 +50,10 @@ tokenizer = AutoTokenizer.from_pretrained(args.model)
 
 def examples(split):
     ids = tokenizer(split.texts, truncation=True, max_length=512)["input_ids"]
-    return [{"input_ids": i, "attention_mask": [1] * len(i), "labels": int(y)} for i, y in zip(ids, split.labels, strict=True)]
+    return [
+        {"input_ids": i, "attention_mask": [1] * len(i), "labels": int(y)}
+        for i, y in zip(ids, split.labels, strict=True)
+    ]
 
 
 with tempfile.TemporaryDirectory() as folder:

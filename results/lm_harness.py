@@ -77,11 +77,18 @@ with tempfile.TemporaryDirectory() as folder:
         found = lm_eval.simple_evaluate(model=model, tasks=[task], bootstrap_iters=0, log_samples=True)
         seconds = time.perf_counter() - started
         answers = [
-            max(range(len(row["filtered_resps"])), key=lambda o: row["filtered_resps"][o][0]) for row in found["samples"]["options"]
+            max(range(len(row["filtered_resps"])), key=lambda o: row["filtered_resps"][o][0])
+            for row in found["samples"]["options"]
         ]
         same = sum(a == b for a, b in zip(answers, ours["predictions"], strict=True))
         rounds.append({"minicls_seconds": ours["seconds"][0], "lm_eval_seconds": seconds, "same_answers": same})
         print(rounds[-1], flush=True)
-result = {"rounds": rounds, "num_questions": args.num_questions, "threads": args.threads, "dtype": "bf16", "batch_size": 16}
+result = {
+    "rounds": rounds,
+    "num_questions": args.num_questions,
+    "threads": args.threads,
+    "dtype": "bf16",
+    "batch_size": 16,
+}
 result |= {"lm_eval": lm_eval.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
 args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -29,7 +29,7 @@ from minicls.comparison import (
     grid_tables,
     open_runs,
 )
-from minicls.report import interval, kind, markdown, results_table, speed_table
+from minicls.results import interval, kind, markdown, results_table, speed_table
 
 PAGES = ("README.md", "README.zh-CN.md", "results/README.md")
 DECODERS = ROOT / "results" / "decoders"
@@ -41,7 +41,10 @@ def answer_table() -> str:
     """The published experiment, and runs of this project on the same test rows of AG News; intervals are Wilson's."""
     header = ["run", "model", "head", "training rows", "step", "test accuracy (95 % interval)", "requests/s"]
     rows = []
-    served = {"BERT": "60.3 (transformers)", "Qwen3": "13.2 (transformers), 27.1 (vLLM)"}  # one request at a time, as published
+    served = {
+        "BERT": "60.3 (transformers)",
+        "Qwen3": "13.2 (transformers), 27.1 (vLLM)",
+    }  # one request at a time, as published
     for name, model in (("BERT", ["bert-base-cased", "linear"]), ("Qwen3", ["Qwen3-0.6B", "options"])):
         step, _ = PUBLISHED_BEST[name]
         accuracy = PUBLISHED[name]["accuracy"][PUBLISHED[name]["step"].index(step)]
@@ -72,17 +75,32 @@ def pairs_table() -> str:
 
 def own_data_table() -> str:
     """The README's recipe for one's own data: mean of three samples of 1,000 rows, next to TF-IDF on the same rows."""
-    header = ["data", "classes", "test rows", "recipe, mean accuracy", "each sample", "TF-IDF, mean accuracy", "each sample"]
+    header = [
+        "data",
+        "classes",
+        "test rows",
+        "recipe, mean accuracy",
+        "each sample",
+        "TF-IDF, mean accuracy",
+        "each sample",
+    ]
     rows = []
     for folder in sorted((ROOT / "results/own_data").glob("*/")):
         if folder.name.endswith("-grid"):
             continue
-        runs = {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/results.json"))}
+        runs = {
+            file.parent.name: json.loads(file.read_text(encoding="utf-8"))
+            for file in sorted(folder.glob("*/results.json"))
+        }
         sides = [[r for name, r in runs.items() if name.endswith("tfidf") == tfidf] for tfidf in (False, True)]
         cells = []
         for side in sides:
             scores = [result["accuracy"] for result in side]
-            cells += [f"**{np.mean(scores):.3f}**", ", ".join(f"{score:.3f}" for score in scores)] if scores else [None, None]
+            cells += (
+                [f"**{np.mean(scores):.3f}**", ", ".join(f"{score:.3f}" for score in scores)]
+                if scores
+                else [None, None]
+            )
         rows.append([folder.name, len(sides[0][0]["per_class"]), f"{sides[0][0]['num_test_rows']:,}", *cells])
     return markdown(header, rows)
 
@@ -114,7 +132,15 @@ def gpu_table() -> str:
                 cells = [f"{values['samples_per_second']:,.0f}", f"{values['tokens_per_second']:,.0f}"]
                 lines.append([name, *cells, None if peak is None else f"{peak:.0%}", values.get("peak_gib")])
             elif isinstance(values, dict) and "requests_per_second" in values:
-                lines.append([f"{name} (p50 {values['p50_ms']:.0f} ms)", f"{values['requests_per_second']:,.0f}", None, None, None])
+                lines.append(
+                    [
+                        f"{name} (p50 {values['p50_ms']:.0f} ms)",
+                        f"{values['requests_per_second']:,.0f}",
+                        None,
+                        None,
+                        None,
+                    ]
+                )
     header = ["NVIDIA H100 80 GB, torch 2.11, bf16", "rows or requests/s", "tokens/s", "of 989 TFLOP/s", "peak GiB"]
     return markdown(header, [[cell if cell is None else str(cell) for cell in line] for line in lines])
 
@@ -124,7 +150,9 @@ def requests_table(benches: list[list[dict]]) -> str:
     names = sorted({f"{row['engine']} {row['engine_version']}" for bench in benches for row in bench})
     lines = []
     for bench in benches:
-        found = {(row["model"], row["method"], row["mode"], f"{row['engine']} {row['engine_version']}"): row for row in bench}
+        found = {
+            (row["model"], row["method"], row["mode"], f"{row['engine']} {row['engine_version']}"): row for row in bench
+        }
         for asked in dict.fromkeys(key[:3] for key in found):
             cells = [found.get((*asked, name)) for name in names]
             shown = [row and f"{row['requests_per_second']:.2f} ({row['latency_p50_ms']:,.0f} ms)" for row in cells]
@@ -137,7 +165,9 @@ def tables() -> dict[str, str]:
     """The tables by name."""
     benches = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((ROOT / "results/bench").glob("*.json"))]
     requests = [bench for bench in benches if isinstance(bench, list)]
-    runs, small = (sorted(file.parent for file in (ROOT / "results").glob(f"{place}/results.json")) for place in ("*", "small/*"))
+    runs, small = (
+        sorted(file.parent for file in (ROOT / "results").glob(f"{place}/results.json")) for place in ("*", "small/*")
+    )
     grid = {folder.name: open_run(folder) for folder in small if folder.name.startswith("grid-")}
     decoders = sorted(file.parent for file in DECODERS.glob("*/results.json"))
     rates = {folder.name: open_run(folder) for folder in decoders if folder.name.startswith("grid-")}

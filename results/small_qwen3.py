@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from minicls.data import load_data
 from minicls.prompt import make_template
-from minicls.tokenizer import train_qwen_tokenizer
+from minicls.tiny import train_qwen_tokenizer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("directory", type=Path)

@@ -8,7 +8,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the project is run from its checkout
 VISIBLE_DEVICES = os.environ.get("CUDA_VISIBLE_DEVICES")  # for test_cuda.py; all others keep to the CPU
 # Before torch is imported: many tiny products gain nothing from a second thread, and waiting threads burn the other core.
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "CUDA_VISIBLE_DEVICES": "",
+}
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -43,7 +48,9 @@ def bert_run(tmp_path_factory) -> Path:
     import train_bert
 
     run_dir = tmp_path_factory.mktemp("bert") / "run"
-    train_bert.main([*TINY, "--max-steps", "16", "--dtype", "fp32", "--eval-every", "0.5", "--output-dir", str(run_dir)])
+    train_bert.main(
+        [*TINY, "--max-steps", "16", "--dtype", "fp32", "--eval-every", "0.5", "--output-dir", str(run_dir)]
+    )
     return run_dir
 
 
@@ -53,7 +60,9 @@ def qwen_run(tmp_path_factory) -> Path:
     import train_qwen
 
     run_dir = tmp_path_factory.mktemp("qwen") / "run"
-    train_qwen.main([*TINY, "--max-steps", "16", "--dtype", "fp32", "--eval-every", "0.5", "--output-dir", str(run_dir)])
+    train_qwen.main(
+        [*TINY, "--max-steps", "16", "--dtype", "fp32", "--eval-every", "0.5", "--output-dir", str(run_dir)]
+    )
     return run_dir
 
 

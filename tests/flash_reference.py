@@ -20,12 +20,21 @@ def check_inputs(q, k, v, ends_q, ends_k, max_q, max_k, dropout_p, *others) -> N
         size = x.element_size()
         aligned = x.storage_offset() * size % 16 == 0 and all(stride * size % 16 == 0 for stride in x.stride()[:-1])
         check(aligned, "rows begin at multiples of 16 bytes")
-    check(q.shape[2] % 8 == 0 and q.shape[2] <= 256, f"head_size must be a multiple of 8 and at most 256, got {q.shape[2]}")
+    check(
+        q.shape[2] % 8 == 0 and q.shape[2] <= 256,
+        f"head_size must be a multiple of 8 and at most 256, got {q.shape[2]}",
+    )
     check(q.shape[1] % k.shape[1] == 0, "the number of heads in key/value must divide that in query")
     check(k.shape == v.shape and dropout_p == 0.0, "keys and values of one shape, no dropout")
     for x, ends, longest in ((q, ends_q, max_q), (k, ends_k, max_k)):
-        check(ends.dtype == torch.int32 and ends.is_contiguous() and len(ends) > 1, "ends: int32, contiguous, at least a row")
-        check(int(ends[0]) == 0 and int(ends[-1]) == len(x), "tokens outside all rows: their gradients would be uninitialised")
+        check(
+            ends.dtype == torch.int32 and ends.is_contiguous() and len(ends) > 1,
+            "ends: int32, contiguous, at least a row",
+        )
+        check(
+            int(ends[0]) == 0 and int(ends[-1]) == len(x),
+            "tokens outside all rows: their gradients would be uninitialised",
+        )
         check(longest == int(ends.diff().max()), "the longest row is another one")
 
 
@@ -54,7 +63,11 @@ def forward(
 ):  # fmt: skip
     check_inputs(q, k, v, ends_q, ends_k, max_q, max_k, dropout_p)
     check(all(value is None for value in unused.values()), f"not made for {unused}")
-    causal, group, out = is_causal(causal, window_size_left, window_size_right), q.shape[1] // k.shape[1], torch.empty_like(q)
+    causal, group, out = (
+        is_causal(causal, window_size_left, window_size_right),
+        q.shape[1] // k.shape[1],
+        torch.empty_like(q),
+    )
     for place, q_row, k_row, v_row in rows_of((q, k, v), ends_q):
         k_row, v_row = (x.repeat_interleave(group, 0) for x in (k_row, v_row))
         p = probabilities(q_row, k_row, causal, scale or q.shape[-1] ** -0.5)
@@ -76,7 +89,10 @@ def backward(
         p = probabilities(q_row, k_row, causal, scale)
         dp = grad_row @ v_row.transpose(1, 2)
         ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * scale
-        found = ds @ k_row, *((x.transpose(1, 2) @ y).unflatten(0, (-1, group)).sum(1) for x, y in ((ds, q_row), (p, grad_row)))
+        found = (
+            ds @ k_row,
+            *((x.transpose(1, 2) @ y).unflatten(0, (-1, group)).sum(1) for x, y in ((ds, q_row), (p, grad_row))),
+        )
         for ours, theirs in zip(grads, found, strict=True):
             ours[place] = theirs.transpose(0, 1).to(q.dtype)
     return tuple(grads)

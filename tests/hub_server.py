@@ -63,7 +63,10 @@ def serve(models: dict[str, Path], datasets: dict[str, Path]) -> Iterator[Hub]:
                 return self.answer(200, json.dumps({"id": repo, "sha": COMMIT}).encode())
             if wanted == "tree" and match.re is API_PATH:
                 contents = {name: p.read_bytes() for name, p in files.items()}
-                tree = [{"type": "file", "path": name, "size": len(body), "oid": _git_oid(body)} for name, body in contents.items()]
+                tree = [
+                    {"type": "file", "path": name, "size": len(body), "oid": _git_oid(body)}
+                    for name, body in contents.items()
+                ]
                 return self.answer(200, json.dumps(tree).encode())
             if wanted not in files:  # not folder / wanted, which ".." would lead out of
                 return self.answer(404, x_error_code="EntryNotFound")

@@ -78,7 +78,9 @@ def without_dropout(model_dir: Path, folder: Path) -> Path:
     for name in MODEL_FILES:
         shutil.copy(model_dir / name, folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+    )
     return folder
 
 

@@ -44,7 +44,9 @@ def chosen(fitted_on, chooses, class_weight=None) -> LogisticRegression:
         loss = log_loss(chooses[1], model.predict_proba(chooses[0]), labels=model.classes_)
         return f1_score(chooses[1], model.predict(chooses[0]), average="macro"), -loss
 
-    models = [LogisticRegression(C=10.0**k, max_iter=1000, class_weight=class_weight).fit(*fitted_on) for k in range(-2, 4)]
+    models = [
+        LogisticRegression(C=10.0**k, max_iter=1000, class_weight=class_weight).fit(*fitted_on) for k in range(-2, 4)
+    ]
     return max(models, key=quality)
 
 
@@ -66,13 +68,25 @@ def test_tfidf_equals_scikit_learn(class_weight, news, tmp_path):
     model = LogisticRegression(C=C, max_iter=1000, class_weight=class_weight).fit(whole, data.train.labels)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["C"] == C
     np.testing.assert_allclose(probabilities(frame), model.predict_proba(test), atol=1e-6, rtol=0)
-    assert frame["prediction"].tolist() == model.predict(test).tolist() and frame["label"].tolist() == data.test.labels.tolist()
+    assert (
+        frame["prediction"].tolist() == model.predict(test).tolist()
+        and frame["label"].tolist() == data.test.labels.tolist()
+    )
     assert not (tmp_path / "run" / "validation.parquet").exists()  # these rows were fitted on in the end
 
 
 def test_rows_held_out_as_the_scripts_hold_them_out(news, tmp_path):
     frame = run(
-        tmp_path / "run", news, "--validation-size", "40", "--max-train-rows", "100", "--max-eval-rows", "50", "--seed", "7"
+        tmp_path / "run",
+        news,
+        "--validation-size",
+        "40",
+        "--max-train-rows",
+        "100",
+        "--max-eval-rows",
+        "50",
+        "--seed",
+        "7",
     )
     data, validation = split_data(load_data(str(news)), 40, 100, 50, 7)
     info = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -91,7 +105,16 @@ def test_embeddings_are_the_mean_of_transformers_hidden_states(bert_run, news, t
     from transformers import BertModel
 
     frame = run(
-        tmp_path / "run", news, "--features", str(bert_run), "--dtype", "fp32", "--validation-size", "40", "--max-length", "8"
+        tmp_path / "run",
+        news,
+        "--features",
+        str(bert_run),
+        "--dtype",
+        "fp32",
+        "--validation-size",
+        "40",
+        "--max-length",
+        "8",
     )
     data, validation = split_data(load_data(str(news)), 40)
     model, tokenizer = BertModel.from_pretrained(bert_run).eval(), load_tokenizer(bert_run)
@@ -108,7 +131,9 @@ def test_embeddings_are_the_mean_of_transformers_hidden_states(bert_run, news, t
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6, rtol=0)
     regression = chosen((theirs[0], data.train.labels), (theirs[2], validation.labels))
-    np.testing.assert_allclose(probabilities(frame), regression.predict_proba(theirs[1]), atol=1e-3, rtol=0)  # lbfgs stops early
+    np.testing.assert_allclose(
+        probabilities(frame), regression.predict_proba(theirs[1]), atol=1e-3, rtol=0
+    )  # lbfgs stops early
     assert frame["num_tokens"].tolist() == [len(ids) for ids in tokenizer.encode(data.test.texts)]
 
 
@@ -145,7 +170,10 @@ def test_two_classes_and_one_without_training_rows(tmp_path):
     data = write_csv(tmp_path / "data", rows, [("aa", "x"), ("dd", "y"), ("ee", "z")])
     frame = run(tmp_path / "run", data, "--label-names", "x", "y", "z")
     assert frame["prediction"].tolist()[:2] == [0, 1] and frame["probability_2"].max() < 1e-12
-    assert probabilities(frame, 3).sum(1) == pytest.approx(np.ones(3), abs=1e-6) and 0 < results(tmp_path / "run")["loss"] < 31
+    assert (
+        probabilities(frame, 3).sum(1) == pytest.approx(np.ones(3), abs=1e-6)
+        and 0 < results(tmp_path / "run")["loss"] < 31
+    )
     two = run(tmp_path / "two", write_csv(tmp_path / "more", rows))
     features = vectors([text for text, _ in rows], ["a b", "c d"])
     C = json.loads((tmp_path / "two" / "run.json").read_text())["C"]

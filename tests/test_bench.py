@@ -16,6 +16,7 @@ import torch
 
 import bench
 from minicls import config, engines
+from minicls import tiny as tiny_sizes
 from minicls.config import UserError, parse
 from minicls.data import load_data
 from minicls.predict import Reader
@@ -47,12 +48,25 @@ def run(capsys, tmp_path, *flags):
 def test_training(bert_run, tmp_path, capsys, monkeypatch):
     times = {"minicls": [[1.0, 3.0], [2.0, 2.0]], "transformers": [[8.0, 8.0], [2.0, 4.0]]}
     monkeypatch.setattr(bench, "measure", fake_measure(times))
-    flags = ["--task", "train", "--bert", str(bert_run), "--max-steps", "3", "--rounds", "2", "--global-batch-size", "32"]
+    flags = [
+        "--task",
+        "train",
+        "--bert",
+        str(bert_run),
+        "--max-steps",
+        "3",
+        "--rounds",
+        "2",
+        "--global-batch-size",
+        "32",
+    ]
     result, printed = run(capsys, tmp_path, *flags)
     ours, theirs = result["rows"]
     assert (ours["side"], ours["seconds"], ours["samples_per_second"]) == ("minicls", 2.0, 16.0)
     assert (theirs["side"], theirs["seconds"], theirs["samples_per_second"]) == ("transformers", 6.0, 32 / 6)
-    assert result["speedup_of_each_round"] == {"transformers": [4.0, 1.5]} and result["speedup"] == {"transformers": 2.75}
+    assert result["speedup_of_each_round"] == {"transformers": [4.0, 1.5]} and result["speedup"] == {
+        "transformers": 2.75
+    }
     assert result["memory_ratio"] == {"transformers": 0.5}
     assert "minicls is 2.75 times as fast as transformers (1.50 to 4.00 over 2 rounds)" in printed
 
@@ -71,16 +85,34 @@ def test_scoring_asks_as_the_run_was_trained_and_training_begins_anew(qwen_run, 
 
 def test_scoring(qwen_run, tmp_path, capsys, monkeypatch):
     answers = {"minicls": [0, 1, 2, 3], "transformers": [0, 1, 2, 0], "vllm": [0, 1, 2, 3]}
-    monkeypatch.setattr(bench, "measure", fake_measure({"minicls": [[2.0]], "transformers": [[10.0]], "vllm": [[1.0]]}, answers))
-    flags = ["--task", "score", "--qwen", str(qwen_run), "--num-questions", "4", "--rounds", "1", "--vllm-python", "python"]
+    monkeypatch.setattr(
+        bench, "measure", fake_measure({"minicls": [[2.0]], "transformers": [[10.0]], "vllm": [[1.0]]}, answers)
+    )
+    flags = [
+        "--task",
+        "score",
+        "--qwen",
+        str(qwen_run),
+        "--num-questions",
+        "4",
+        "--rounds",
+        "1",
+        "--vllm-python",
+        "python",
+    ]
     result, _ = run(capsys, tmp_path, *flags)
     assert result["rows"][0]["samples_per_second"] == 2.0
-    assert [row["agreement"] for row in result["rows"]] == [1, 0.75, 1] and result["speedup"] == {"transformers": 5, "vllm": 0.5}
+    assert [row["agreement"] for row in result["rows"]] == [1, 0.75, 1] and result["speedup"] == {
+        "transformers": 5,
+        "vllm": 0.5,
+    }
 
 
 @pytest.mark.parametrize("side", ["minicls", "transformers"])
 def test_a_side_scores(side, qwen_run, capsys):
-    bench.main(["--task", "score", "--qwen", str(qwen_run), "--data", "synthetic", "--num-questions", "4", "--side", side])
+    bench.main(
+        ["--task", "score", "--qwen", str(qwen_run), "--data", "synthetic", "--num-questions", "4", "--side", side]
+    )
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(result["seconds"]) == 1 and len(result["predictions"]) == 4 and result["peak_memory_bytes"] > 0
 
@@ -114,7 +146,8 @@ def test_mistakes(flags, parts, tmp_path):
 
 def test_counts_of_several_rounds_stay_whole():
     rounds = [
-        {"status": "ok", "num_requests": 64, "threads": 2, "requests_per_second": rate, "reason": None} for rate in (2.0, 3.0)
+        {"status": "ok", "num_requests": 64, "threads": 2, "requests_per_second": rate, "reason": None}
+        for rate in (2.0, 3.0)
     ]
     assert json.dumps(bench.median_row(rounds)) == json.dumps(rounds[0] | {"requests_per_second": 2.5})
     failed = {"status": "failed", "num_requests": None, "threads": 2, "requests_per_second": None, "reason": "it broke"}
@@ -200,11 +233,19 @@ def test_trained_weights_are_judged_by_their_answers(predictions, agreement, sta
 def test_random_weights_are_judged_by_their_log_probabilities():
     s = bench.Settings(init="random", dtype="fp32")
     for off, status in ((1e-4, "ok"), (0.01, "invalid"), (float("nan"), "invalid")):
-        row = {"predictions": [0, 1, 0], "log_probabilities": (EXPECTED + np.array([[0, 0], [0, off], [0, 0]])).tolist()}
+        row = {
+            "predictions": [0, 1, 0],
+            "log_probabilities": (EXPECTED + np.array([[0, 0], [0, off], [0, 0]])).tolist(),
+        }
         verdict = bench.judge(row, EXPECTED, np.array([0, 0, 0]), s)
         assert (verdict["accuracy"], verdict["status"]) == (None, status) and "random weights" in verdict["reason"]
     verdict = bench.judge({"predictions": [None] * 3, "log_probabilities": None}, EXPECTED, np.array([0, 0, 0]), s)
-    assert verdict == {"accuracy": None, "agreement": None, "status": "ok", "reason": "random weights: timed, not compared"}
+    assert verdict == {
+        "accuracy": None,
+        "agreement": None,
+        "status": "ok",
+        "reason": "random weights: timed, not compared",
+    }
 
 
 def fake_start(rates, broken=(), interrupt_after=None):
@@ -222,8 +263,16 @@ def fake_start(rates, broken=(), interrupt_after=None):
                 if engine in broken and method != "score":
                     raise UserError(f"{engine} broke")
                 yielded.append(engine)
-                row = {"method": method, "mode": mode, "engine_version": "1", "peak_memory_bytes": 2**30, "num_requests": 4}
-                row |= bench.figures([1 / rate], 1 / rate, 1, 10.0) | ({"slo_attainment": 0.5} if mode == "server" else {})
+                row = {
+                    "method": method,
+                    "mode": mode,
+                    "engine_version": "1",
+                    "peak_memory_bytes": 2**30,
+                    "num_requests": 4,
+                }
+                row |= bench.figures([1 / rate], 1 / rate, 1, 10.0) | (
+                    {"slo_attainment": 0.5} if mode == "server" else {}
+                )
                 yield row | {"predictions": [0] * 4, "log_probabilities": [[0.0, -9.0, -9.0, -9.0]] * 4}
 
     return start
@@ -232,7 +281,17 @@ def fake_start(rates, broken=(), interrupt_after=None):
 def rps(monkeypatch, tmp_path, start, *flags):
     monkeypatch.setattr(bench, "start_side", start)
     monkeypatch.setattr(bench, "reference", lambda *args: np.array([[0.0, -9.0, -9.0, -9.0]] * 4))
-    flags = [*flags, "--data", "synthetic", "--threads", "1", "--num-requests", "4", "--output-dir", str(tmp_path / "out")]
+    flags = [
+        *flags,
+        "--data",
+        "synthetic",
+        "--threads",
+        "1",
+        "--num-requests",
+        "4",
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
     bench.main(flags)
 
 
@@ -241,7 +300,14 @@ def read_rows(tmp_path):
 
 
 KEYS = ["model", "engine", "engine_version", "method", "mode", "dtype", "threads", "device", "requests_per_second"]
-KEYS += ["latency_p50_ms", "latency_p90_ms", "latency_p99_ms", "input_tokens_per_second", "peak_memory_bytes", "accuracy"]
+KEYS += [
+    "latency_p50_ms",
+    "latency_p90_ms",
+    "latency_p99_ms",
+    "input_tokens_per_second",
+    "peak_memory_bytes",
+    "accuracy",
+]
 KEYS += ["agreement", "num_requests", "status", "reason"]
 
 
@@ -250,7 +316,9 @@ def test_table_and_plot(bert_run, qwen_run, tmp_path, capsys, monkeypatch):
     models = ["--bert", str(bert_run), "--qwen", str(qwen_run), "--engines", "minicls", "vllm"]
     rps(monkeypatch, tmp_path, start, *models, "--mode", "single", "server", "--rounds", "3")
     rows, printed = read_rows(tmp_path), capsys.readouterr().out
-    assert printed.endswith(f"{tmp_path / 'out' / 'bench.json'}, {tmp_path / 'out' / 'rps.png'}\n")  # no JSON at a reader
+    assert printed.endswith(
+        f"{tmp_path / 'out' / 'bench.json'}, {tmp_path / 'out' / 'rps.png'}\n"
+    )  # no JSON at a reader
     assert (tmp_path / "out" / "rps.png").stat().st_size > 0
     assert all([*row] == KEYS + ["slo_attainment"] * (row["mode"] == "server") for row in rows)
     assert {(r["model"].split(":")[0], r["engine"], r["method"], r["mode"]) for r in rows} == {
@@ -262,7 +330,11 @@ def test_table_and_plot(bert_run, qwen_run, tmp_path, capsys, monkeypatch):
     }
     assert len(rows) == 12
     ours, *_ = rows
-    assert (ours["requests_per_second"], ours["latency_p99_ms"], ours["status"]) == (20.0, 50.0, "ok")  # the median of 3 rounds
+    assert (ours["requests_per_second"], ours["latency_p99_ms"], ours["status"]) == (
+        20.0,
+        50.0,
+        "ok",
+    )  # the median of 3 rounds
     assert ours["agreement"] == 1 and ours["dtype"] == "bf16" and ours["threads"] == 1
     theirs = next(row for row in rows if row["engine"] == "vllm")
     assert (theirs["status"], theirs["reason"], theirs["requests_per_second"]) == ("failed", "vllm broke", None)
@@ -276,7 +348,10 @@ def test_engines_that_are_not_installed_are_left_out_unless_asked_for(bert_run, 
     named.symlink_to(bert_run)
     start = fake_start({"minicls": [3.0], "transformers": [3.0]})
     rps(monkeypatch, tmp_path, start, "--bert", str(named), "--mode", "offline", "--rounds", "1")
-    assert [(row["model"], row["engine"]) for row in read_rows(tmp_path)] == [("bert", "minicls"), ("bert", "transformers")]
+    assert [(row["model"], row["engine"]) for row in read_rows(tmp_path)] == [
+        ("bert", "minicls"),
+        ("bert", "transformers"),
+    ]
     assert "not installed, so not measured: vllm\n" in capsys.readouterr().out
 
 
@@ -296,7 +371,10 @@ def test_an_engine_that_cannot_start_is_rows_that_say_why(bert_run, tmp_path, ca
     flags = ["--bert", str(bert_run), "--engines", "vllm", "--vllm-python", str(tmp_path / "python"), "--rounds", "1"]
     flags += ["--data", "synthetic", "--num-requests", "4", "--threads", "1"]
     bench.main([*flags, "--output-dir", str(tmp_path / "out")])
-    assert [(row["mode"], row["status"]) for row in read_rows(tmp_path)] == [("single", "failed"), ("offline", "failed")]
+    assert [(row["mode"], row["status"]) for row in read_rows(tmp_path)] == [
+        ("single", "failed"),
+        ("offline", "failed"),
+    ]
     assert all("does not start (No such file" in row["reason"] for row in read_rows(tmp_path))
 
 
@@ -310,18 +388,29 @@ def test_an_engine_that_is_not_installed_says_so(bert_run, monkeypatch):
 def test_a_process_measures_every_method_and_mode(qwen_run, capsys, monkeypatch):
     """What such a process prints, from the real engine: the answers are minicls' own; and it is told what was asked."""
     monkeypatch.setattr(bench.signal, "signal", lambda *args: None)
-    s = bench.Settings(qwen=str(qwen_run), data="synthetic", mode=("single", "offline", "server"), dtype="fp32", threads=1)
+    s = bench.Settings(
+        qwen=str(qwen_run), data="synthetic", mode=("single", "offline", "server"), dtype="fp32", threads=1
+    )
     s = replace(s, num_requests=8, min_seconds=0.0, rate=1e6, global_batch_size=12)
     command, env = bench.side_process(replace(s, threads=2), "vllm")
-    assert parse(bench.Settings, command[2:]) == replace(s, threads=2, side="vllm") and env["VLLM_CPU_OMP_THREADS_BIND"] == "0-1"
+    assert (
+        parse(bench.Settings, command[2:]) == replace(s, threads=2, side="vllm")
+        and env["VLLM_CPU_OMP_THREADS_BIND"] == "0-1"
+    )
     bench.main(bench.side_process(s, "minicls")[0][2:])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(bench.ROW)]
     rows = [json.loads(line.removeprefix(bench.ROW)) for line in lines]
-    assert [(row["mode"], row["method"]) for row in rows] == [(mode, m) for mode in s.mode for m in ("generate", "score")]
+    assert [(row["mode"], row["method"]) for row in rows] == [
+        (mode, m) for mode in s.mode for m in ("generate", "score")
+    ]
     data = bench.read_data(s)
-    expected = bench.reference(s, "qwen", Reader(qwen_run), qwen_run, bench.torch.device("cpu"), bench.question_texts(s, data))
+    expected = bench.reference(
+        s, "qwen", Reader(qwen_run), qwen_run, bench.torch.device("cpu"), bench.question_texts(s, data)
+    )
     for row in rows:
-        assert "failed" not in row and row["num_requests"] == 8 and ("slo_attainment" in row) == (row["mode"] == "server")
+        assert (
+            "failed" not in row and row["num_requests"] == 8 and ("slo_attainment" in row) == (row["mode"] == "server")
+        )
         if row["method"] == "score":
             np.testing.assert_allclose(row["log_probabilities"], expected, atol=1e-4)
             assert row["predictions"] == expected.argmax(1).tolist()
@@ -330,7 +419,18 @@ def test_a_process_measures_every_method_and_mode(qwen_run, capsys, monkeypatch)
 def test_what_an_engine_cannot_do_is_a_failed_row(qwen_run, capsys, monkeypatch):
     monkeypatch.setattr(bench.signal, "signal", lambda *args: None)
     monkeypatch.setattr(bench.engines.Minicls, "generate", lambda *args: 1 / 0)
-    flags = ["--qwen", str(qwen_run), "--data", "synthetic", "--threads", "1", "--num-requests", "2", "--min-seconds", "0"]
+    flags = [
+        "--qwen",
+        str(qwen_run),
+        "--data",
+        "synthetic",
+        "--threads",
+        "1",
+        "--num-requests",
+        "2",
+        "--min-seconds",
+        "0",
+    ]
     bench.main([*flags, "--mode", "single", "--side", "minicls"])
     generated, scored = (json.loads(line.removeprefix(bench.ROW)) for line in capsys.readouterr().out.splitlines())
     assert generated["failed"].startswith("ZeroDivisionError") and "failed" not in scored
@@ -339,9 +439,9 @@ def test_what_an_engine_cannot_do_is_a_failed_row(qwen_run, capsys, monkeypatch)
 def test_real_size_needs_no_files(tmp_path, monkeypatch):
     """Random weights of the published sizes (smaller here), a tokenizer learned from the data, and the classes."""
     tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    sizes = {kind: (name, values | tiny) for kind, (name, values) in bench.PUBLISHED.items()}
-    sizes["qwen3"][1].update(num_key_value_heads=1, head_dim=8)
-    monkeypatch.setattr(bench, "PUBLISHED", sizes)
+    sizes = {name: tiny_sizes.SIZES[name] | tiny for name in ("bert-base-cased", "Qwen3-0.6B")}
+    sizes["Qwen3-0.6B"] |= {"num_key_value_heads": 1, "head_dim": 8}
+    monkeypatch.setattr(bench, "SIZES", sizes)
     s = bench.with_random_weights(bench.Settings(model_size="real", init="random", data="synthetic"), str(tmp_path))
     for role, directory in bench.models(s).items():
         reader = Reader(directory)
@@ -368,7 +468,13 @@ def test_models_that_do_not_fit_their_flag_or_the_data(bert_run, qwen_run, tmp_p
 
 @pytest.mark.parametrize(
     ("device", "visible", "expected"),
-    [(None, None, "0"), ("cuda:1", None, "1"), ("cuda:1", "5,7", "7"), ("cuda", "GPU-a,GPU-b", "GPU-a"), ("cpu", "5,7", "5,7")],
+    [
+        (None, None, "0"),
+        ("cuda:1", None, "1"),
+        ("cuda:1", "5,7", "7"),
+        ("cuda", "GPU-a,GPU-b", "GPU-a"),
+        ("cpu", "5,7", "5,7"),
+    ],
 )
 def test_every_side_sees_the_one_device_alone(device, visible, expected, monkeypatch):
     """Or the HF Trainer spreads its batch over all devices, and vLLM takes the first whatever --device says."""

@@ -18,7 +18,8 @@ from minicls.batch import pack, step_rows
 from minicls.bert import BertConfig, BertForSequenceClassification
 from minicls.data import load_data, split_data
 from minicls.logger import read_metrics
-from minicls.tokenizer import bert_rows, train_bert_tokenizer
+from minicls.tiny import train_bert_tokenizer
+from minicls.tokenizer import bert_rows
 from minicls.weights import BERT, label_config, load_weights
 
 POSITIONS = 64
@@ -75,7 +76,9 @@ def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Ten
     ids=["plain", "one head", "three layers"],
 )
 def test_logits_loss_and_gradients_equal_transformers(values, lengths):
-    theirs = transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES | values, attn_implementation="eager"))
+    theirs = transformers.BertForSequenceClassification(
+        transformers.BertConfig(**SIZES | values, attn_implementation="eager")
+    )
     stir(theirs)
     ours = make_model(**values)
     ours.load_state_dict(theirs.state_dict())  # strict: the names are the same, all of them
@@ -153,7 +156,9 @@ def test_attention_equals_the_naive_one(function, causal, kv_heads, lengths, way
     weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)  # of a loss that tells outputs apart
     found = [output, *torch.autograd.grad((output * weights).sum(), (q, k, v))]
     wanted = [expected, *torch.autograd.grad((expected * weights).sum(), (q, k, v))]
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)  # float64 has 16 digits, so only a mistake is as large
+    torch.testing.assert_close(
+        found, wanted, rtol=1e-9, atol=1e-9
+    )  # float64 has 16 digits, so only a mistake is as large
 
 
 @pytest.mark.parametrize("lengths", [[7], [4, 9], MANY], ids=["one row", "two rows", "40 rows"])
@@ -255,7 +260,9 @@ def test_ten_steps_equal_the_hf_trainer(tmp_path):
     tokenizer = train_bert_tokenizer(data.train.texts, vocab_size=2000)
     values = SIZES | {"vocab_size": len(tokenizer), "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     del values["num_labels"]
-    theirs = transformers.BertForSequenceClassification(transformers.BertConfig(**values, **label_config(data.label_names)))
+    theirs = transformers.BertForSequenceClassification(
+        transformers.BertConfig(**values, **label_config(data.label_names))
+    )
     stir(theirs)
     theirs.save_pretrained(model_dir)
     tokenizer.save(model_dir)
@@ -270,7 +277,8 @@ def test_ten_steps_equal_the_hf_trainer(tmp_path):
     windows = [step_rows(step, len(rows), 32, seed=5) for step in range(steps)]
     assert [len(window) for window in windows] == [32, 32, 32, 32, 16] * 2
     batches = [
-        padded([rows[row] for row in window]) | {"labels": torch.from_numpy(data.train.labels[window])} for window in windows
+        padded([rows[row] for row in window]) | {"labels": torch.from_numpy(data.train.labels[window])}
+        for window in windows
     ]
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path / "hf"),
@@ -300,4 +308,6 @@ def test_ten_steps_equal_the_hf_trainer(tmp_path):
     for name, parameter in theirs.named_parameters():
         # Softmax ignores what a key's bias adds: its gradient is rounding noise, which Adam scales up to a step of the lr.
         if not name.endswith("key.bias"):
-            torch.testing.assert_close(reached.get_parameter(name), parameter, rtol=0, atol=2e-5, msg=f"{name}: {{}}".format)
+            torch.testing.assert_close(
+                reached.get_parameter(name), parameter, rtol=0, atol=2e-5, msg=f"{name}: {{}}".format
+            )

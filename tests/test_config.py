@@ -80,7 +80,9 @@ def test_help_lists_every_flag_with_type_default_and_meaning(cls, capsys, monkey
     assert "What it is,\n    with a command." in out
     if cls is Settings:
         body = out[out.index("\noptions:") :]
-        headings = [body.index(text) for text in ("first things:", "--name ", "--limit ", "last things:", "--fast", "--resume ")]
+        headings = [
+            body.index(text) for text in ("first things:", "--name ", "--limit ", "last things:", "--fast", "--resume ")
+        ]
         assert headings == sorted(headings)
     for field in dataclasses.fields(cls):
         flag = "--" + field.name.replace("_", "-")
@@ -174,7 +176,9 @@ def save(cls, settings, directory) -> None:
     write_run_info(directory, dataclasses.asdict(settings), torch.device("cpu"), {"total_steps": 3})
 
 
-@pytest.mark.parametrize("argv", ["", "--names é y --limit 3 --fast --no-safe --share 0.1", "--name \u2028 --share 1e-300"])
+@pytest.mark.parametrize(
+    "argv", ["", "--names é y --limit 3 --fast --no-safe --share 0.1", "--name \u2028 --share 1e-300"]
+)
 def test_run_json_gives_the_settings_back(argv, tmp_path):
     settings = parse(Settings, argv.split(" ") if argv else [])
     save(Settings, settings, tmp_path)
@@ -232,7 +236,9 @@ def test_a_run_older_than_a_setting_resumes_with_its_default(tmp_path, capsys):
 def test_a_setting_that_is_gone_is_an_error_unless_an_upgrade_knows_it(tmp_path):
     save(Settings, Settings(), tmp_path)
     edit_settings(tmp_path, language="zh")
-    with pytest.raises(UserError, match=r"run\.json: .*has language, which this script has not.*another script or version"):
+    with pytest.raises(
+        UserError, match=r"run\.json: .*has language, which this script has not.*another script or version"
+    ):
         parse(Settings, ["--resume", str(tmp_path)])
 
     def upgrade(values: dict) -> dict:
@@ -257,7 +263,11 @@ def test_settings_of_another_script_are_named(tmp_path):
     [
         (None, None, ""),
         (UserError("--flag: 3 is bad; pass 4"), 2, "error: --flag: 3 is bad; pass 4"),
-        (OSError(28, "No space left on device", "/disk/file"), 2, "error: .*No space left on device.*/disk/file.*; check .*disk"),
+        (
+            OSError(28, "No space left on device", "/disk/file"),
+            2,
+            "error: .*No space left on device.*/disk/file.*; check .*disk",
+        ),
         (KeyboardInterrupt(), 130, "interrupted"),
         (SystemExit(130), 130, ""),
     ],

@@ -18,7 +18,9 @@ from runs import losses
 
 
 def environment() -> dict[str, str]:
-    hidden = {name: value for name, value in os.environ.items() if name not in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
+    hidden = {
+        name: value for name, value in os.environ.items() if name not in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+    }
     return hidden | ({} if VISIBLE_DEVICES is None else {"CUDA_VISIBLE_DEVICES": VISIBLE_DEVICES})
 
 
@@ -59,8 +61,21 @@ def test_two_ranks_under_nccl_train_as_one(name, devices, tmp_path):
         "1",
         "--max-eval-rows",
     ]
-    flags += ["40", "--global-batch-size", "32", "--micro-batch-size", "16", "--learning-rate", "1e-3", "--max-train-rows", "320"]
-    launchers = {1: [sys.executable], 2: [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
+    flags += [
+        "40",
+        "--global-batch-size",
+        "32",
+        "--micro-batch-size",
+        "16",
+        "--learning-rate",
+        "1e-3",
+        "--max-train-rows",
+        "320",
+    ]
+    launchers = {
+        1: [sys.executable],
+        2: [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    }
     for ranks, launcher in launchers.items():
         command = [*launcher, str(ROOT / f"train_{name}.py"), *flags, "--output-dir", str(tmp_path / str(ranks))]
         done = subprocess.run(command, capture_output=True, text=True, env=environment())

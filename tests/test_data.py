@@ -37,7 +37,18 @@ TEXTS = [
     "",
     "NEL\x85 LS\u2028 PS\u2029 VT\x0b FS\x1c.",
 ]
-TEXTS += ["zero\0byte", "中文, 😀 e\u0301", "\\n \\", "text,label", "007", "NaN", "[SEP] <think>", "#36;", "{}", "x" * 200_000]
+TEXTS += [
+    "zero\0byte",
+    "中文, 😀 e\u0301",
+    "\\n \\",
+    "text,label",
+    "007",
+    "NaN",
+    "[SEP] <think>",
+    "#36;",
+    "{}",
+    "x" * 200_000,
+]
 NAMES = ("World", "Sports", "Sci/Tech")
 ROWS = [(text, NAMES[i % 3]) for i, text in enumerate(TEXTS)]
 
@@ -56,7 +67,8 @@ def as_jsonl(rows, end="\n", bom="", **options) -> bytes:
 
 def as_parquet(rows, metadata=None, **types) -> bytes:
     columns = {
-        name: pa.array(values, types.get(name)) for name, values in zip(("text", "label"), zip(*rows, strict=True), strict=True)
+        name: pa.array(values, types.get(name))
+        for name, values in zip(("text", "label"), zip(*rows, strict=True), strict=True)
     }
     pq.write_table(pa.table(columns).replace_schema_metadata(metadata), out := io.BytesIO())
     return out.getvalue()
@@ -114,7 +126,9 @@ def test_every_format_gives_the_same_rows_verbatim(tmp_path, form, place):
         assert split.texts == TEXTS
         assert [NAMES[i] for i in split.labels] == [name for _, name in ROWS]
         assert split.labels.dtype == np.int64
-    assert [text for text, _ in read_rows(tmp_path / place / f"train.{kind}", "text")] == TEXTS  # as `predict` reads the same files
+    assert [
+        text for text, _ in read_rows(tmp_path / place / f"train.{kind}", "text")
+    ] == TEXTS  # as `predict` reads the same files
 
 
 def test_txt_holds_a_text_a_line(tmp_path):
@@ -134,8 +148,19 @@ def test_shards_follow_each_other_by_name(tmp_path, kind):
 
 
 # As the documentation of `datasets` lists them; a keyword ends at one of - . _, a space or a digit.
-KEYWORDS = {"train": ["train", "training"], "validation": ["validation", "valid", "dev", "val"], "test": ["test", "testing"]}
-FILE_NAMES = ["train.csv", "train-00000-of-00002.csv", "train_partial.csv", "train 1.csv", "train1.csv", "train.old.csv"]
+KEYWORDS = {
+    "train": ["train", "training"],
+    "validation": ["validation", "valid", "dev", "val"],
+    "test": ["test", "testing"],
+}
+FILE_NAMES = [
+    "train.csv",
+    "train-00000-of-00002.csv",
+    "train_partial.csv",
+    "train 1.csv",
+    "train1.csv",
+    "train.old.csv",
+]
 FILE_NAMES += [
     "Train.CSV",
     "TRAIN.csv",
@@ -171,12 +196,18 @@ FILE_NAMES += [
 
 @pytest.mark.parametrize("name", FILE_NAMES)
 def test_a_file_is_part_of_the_split_that_its_name_begins_with(tmp_path, name):
-    splits = [s for s, words in KEYWORDS.items() if any(fnmatch.fnmatchcase(name.lower(), f"{w}[-._ 0-9]*") for w in words)]
+    splits = [
+        s for s, words in KEYWORDS.items() if any(fnmatch.fnmatchcase(name.lower(), f"{w}[-._ 0-9]*") for w in words)
+    ]
     for split in {"train", "test"} - {*splits}:
         (tmp_path / f"{split}.csv").write_bytes(as_csv([(f"{split} {x}", x) for x in "ab"]))
     (tmp_path / name).write_bytes(as_csv([(f"{name} {x}", x) for x in "ab"]))
     data = load_data(str(tmp_path))
-    read = {"train": data.train.texts, "test": data.test.texts, "validation": data.validation.texts if data.validation else []}
+    read = {
+        "train": data.train.texts,
+        "test": data.test.texts,
+        "validation": data.validation.texts if data.validation else [],
+    }
     assert [split for split in ("train", "validation", "test") if f"{name} a" in read[split]] == splits
     lines = describe(data, data.validation)
     if splits:
@@ -188,7 +219,16 @@ def test_a_file_is_part_of_the_split_that_its_name_begins_with(tmp_path, name):
 def test_other_files_are_named_with_the_reason(tmp_path):
     write(tmp_path, as_csv([("a", "x"), ("b", "y")]), "csv", as_csv([("c", "x")]))
     (tmp_path / "train").mkdir()
-    for name in ("train.xlsx", "test.txt", "eval.csv", ".hidden.csv", "README.md", "train.parquet.gz", "train.pkl", "labels.txt"):
+    for name in (
+        "train.xlsx",
+        "test.txt",
+        "eval.csv",
+        ".hidden.csv",
+        "README.md",
+        "train.parquet.gz",
+        "train.pkl",
+        "labels.txt",
+    ):
         (tmp_path / name).write_bytes(b"x\ny\n" if name == "labels.txt" else b"x")
     assert [line for line in describe(load_data(str(tmp_path))) if line.startswith("not read")] == [
         "not read: eval.csv (may be test or validation; rename it), test.txt (no columns; write a CSV with a header), train (a folder), "
@@ -209,7 +249,9 @@ def test_copies_of_a_split_are_refused_and_a_few_repeated_texts_are_counted(tmp_
     assert f"train: {first} ({sizes[first]} rows), {second} ({sizes[second]} rows)" in describe(data)
     assert f"warning: 2 of the {sizes[second]} texts in {second} are also in {first}" in describe(data)
     (tmp_path / other).write_bytes(as_csv([(f"text {i + 7}", "a") for i in range(6)]))  # three of six
-    with pytest.raises(UserError, match=rf"3 of the {sizes[second]} texts in {second} are also in {first}.*; .*move it away"):
+    with pytest.raises(
+        UserError, match=rf"3 of the {sizes[second]} texts in {second} are also in {first}.*; .*move it away"
+    ):
         load_data(str(tmp_path))
 
 
@@ -225,7 +267,9 @@ def test_columns_have_the_names_given(tmp_path, kind):
     assert data.train.texts == ["yes", "yes"] and data.label_names == ("a", "b")
 
 
-HUGGINGFACE = {"huggingface": json.dumps({"info": {"features": {"label": {"names": ["M0", "M1"], "_type": "ClassLabel"}}}})}
+HUGGINGFACE = {
+    "huggingface": json.dumps({"info": {"features": {"label": {"names": ["M0", "M1"], "_type": "ClassLabel"}}}})
+}
 CARD = """---
 license: other
 dataset_info:
@@ -261,7 +305,11 @@ dataset_info:
 def test_class_names_come_from_the_first_source_there_is(tmp_path, sources, names):
     metadata = HUGGINGFACE if "metadata" in sources else {"huggingface": "{}"} if "other metadata" in sources else None
     write(tmp_path, as_parquet([("a", 0), ("b", 1), ("c", 1)], metadata), "parquet")
-    cards = {"card": CARD.format(dash=" "), "card with configs": CARD.format(dash="-"), "README": "# Mine\n\n---\nlabel: x\n"}
+    cards = {
+        "card": CARD.format(dash=" "),
+        "card with configs": CARD.format(dash="-"),
+        "README": "# Mine\n\n---\nlabel: x\n",
+    }
     cards |= {"README with half a head": "---\ndataset_info: [\n"}
     for source in cards.keys() & set(sources):
         (tmp_path / "README.md").write_text(cards[source])
@@ -347,7 +395,9 @@ def test_parquet_files_must_agree_about_the_class_names(tmp_path):
     ]
     rows = [("a", 0), ("b", 1)]
     write(tmp_path, as_parquet(rows, metadata[0]), "parquet", as_parquet(rows, metadata[1]))
-    with pytest.raises(UserError, match=r"test.parquet and train.parquet do not have the same class names; .*--label-names"):
+    with pytest.raises(
+        UserError, match=r"test.parquet and train.parquet do not have the same class names; .*--label-names"
+    ):
         load_data(str(tmp_path))
     write(tmp_path, as_parquet(rows, metadata[0]), "parquet", as_parquet(rows))
     assert load_data(str(tmp_path)).label_names == ("neg", "pos")
@@ -451,13 +501,17 @@ def test_a_value_that_is_no_label_is_an_error(tmp_path, value):
 
 def test_a_whole_number_is_the_same_label_however_it_is_written(tmp_path):
     # pandas writes 3 as 3.0 where the column had a hole once: in one file, and not in the other.
-    write(tmp_path, as_jsonl([("a", 1.0), ("b", 3.0), ("c", 10)]), "jsonl", as_jsonl([("d", 3), ("e", "10"), ("f", 1.0)]))
+    write(
+        tmp_path, as_jsonl([("a", 1.0), ("b", 3.0), ("c", 10)]), "jsonl", as_jsonl([("d", 3), ("e", "10"), ("f", 1.0)])
+    )
     data = load_data(str(tmp_path))
     assert data.label_names == ("1", "3", "10") and data.test.labels.tolist() == [1, 2, 0]
 
 
 def test_a_class_without_training_rows_is_a_class_where_names_say_so(tmp_path):
-    data = load_data(str(write(tmp_path, as_csv([("a", 0), ("b", 2)]), "csv", as_csv([("c", 1)]))), label_names=("x", "y", "z"))
+    data = load_data(
+        str(write(tmp_path, as_csv([("a", 0), ("b", 2)]), "csv", as_csv([("c", 1)]))), label_names=("x", "y", "z")
+    )
     assert data.train.labels.tolist() == [0, 2] and data.test.labels.tolist() == [1]
 
 
@@ -484,7 +538,11 @@ def test_synthetic_texts_are_the_same_in_every_process():
 
 def test_synthetic_texts_are_balanced_and_learnable_but_not_perfectly():
     data = synthetic()
-    assert (len(data.train), len(data.test), data.label_names) == (4000, 1000, ("World", "Sports", "Business", "Sci/Tech"))
+    assert (len(data.train), len(data.test), data.label_names) == (
+        4000,
+        1000,
+        ("World", "Sports", "Business", "Sci/Tech"),
+    )
     for split in (data.train, data.test):
         # A class's share is 0.25 with a standard error of 0.014 on 1,000 rows; seeded, so this cannot fail by chance.
         assert np.abs(np.bincount(split.labels) / len(split) - 0.25).max() < 0.05
@@ -500,7 +558,9 @@ def test_synthetic_texts_are_balanced_and_learnable_but_not_perfectly():
 
 def make_split(counts, seed=0) -> Split:
     labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
-    return Split([f"text {i} of class {c}" for i, c in enumerate(labels)], labels.astype(np.int64), np.arange(len(labels)))
+    return Split(
+        [f"text {i} of class {c}" for i, c in enumerate(labels)], labels.astype(np.int64), np.arange(len(labels))
+    )
 
 
 @pytest.mark.parametrize(
@@ -549,7 +609,9 @@ def test_stratified_rows_do_not_depend_on_the_order_of_the_file():
     split.texts[:12] = ["the same text"] * 12  # with duplicates, in several classes
     shuffled = split.select(np.random.default_rng(1).permutation(len(split)))
     for size in (1, 7, 30, 59):
-        first, second = (Counter((s.texts[r], int(s.labels[r])) for r in stratified_rows(s, size)) for s in (split, shuffled))
+        first, second = (
+            Counter((s.texts[r], int(s.labels[r])) for r in stratified_rows(s, size)) for s in (split, shuffled)
+        )
         assert first == second and first.total() == size
 
 
@@ -571,7 +633,9 @@ def test_split_data_holds_out_then_cuts():
     assert split_data(data, max_train_rows=1000, max_eval_rows=1000)[0].fingerprint() == data.fingerprint()
 
 
-@pytest.mark.parametrize(("size", "rows"), [(10, 10), (0.1, 10), (0.07, 7), (0.001, 1), (0.101, 11), (99, 99), (0.985, 99)])
+@pytest.mark.parametrize(
+    ("size", "rows"), [(10, 10), (0.1, 10), (0.07, 7), (0.001, 1), (0.101, 11), (99, 99), (0.985, 99)]
+)
 def test_a_share_below_one_is_rounded_up(size, rows):
     data = Data(make_split([60, 40]), make_split([10, 10], seed=1), ("a", "b"))
     rest, validation = split_data(data, validation_size=size)
@@ -589,7 +653,9 @@ def test_a_test_split_is_held_out_of_the_training_rows(tmp_path, size):
     for split in (data.train, data.test):
         assert split.texts == [f"text {row}" for row in split.rows]  # rows are numbered as in the file
     assert sorted([*data.train.rows, *data.test.rows]) == [*range(100)]
-    assert set(load_data(str(tmp_path / "other"), test_size=size).test.texts) == set(data.test.texts)  # whatever the order
+    assert set(load_data(str(tmp_path / "other"), test_size=size).test.texts) == set(
+        data.test.texts
+    )  # whatever the order
     assert "test: 20 of the training rows, held out by --test-size" in describe(data)
     rest, validation = split_data(data, validation_size=0.25)
     assert (len(rest.train), len(validation), rest.test) == (60, 20, data.test)
@@ -625,7 +691,9 @@ def test_a_fingerprint_matches_the_same_rows_and_classes():
 # What a run says of its data.
 
 
-def described(train: list[tuple[str, str]], test: list[tuple[str, str]], validation: list[tuple[str, str]] = (), names=None):
+def described(
+    train: list[tuple[str, str]], test: list[tuple[str, str]], validation: list[tuple[str, str]] = (), names=None
+):
     names = names or sorted({label for _, label in train})
     splits = [Split([t for t, _ in rows], np.array([names.index(x) for _, x in rows], np.int64), np.arange(len(rows)))
               for rows in (train, test, validation)]  # fmt: skip
@@ -679,7 +747,10 @@ def test_step_rows_walk_through_a_new_permutation_each_epoch(num_rows, batch):
         assert sorted(epochs[-1]) == [*range(num_rows)]
     if num_rows > 4:
         assert epochs[0] != epochs[1] != epochs[2] != epochs[0] != [*range(num_rows)]
-        assert any(step_rows(i, num_rows, batch, 8).tolist() != step_rows(i, num_rows, batch, 7).tolist() for i in range(per_epoch))
+        assert any(
+            step_rows(i, num_rows, batch, 8).tolist() != step_rows(i, num_rows, batch, 7).tolist()
+            for i in range(per_epoch)
+        )
 
 
 # Packing.

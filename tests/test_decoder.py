@@ -26,11 +26,24 @@ from minicls.data import AG_NEWS_LABELS
 from minicls.decoder import FAMILIES, DecoderConfig, DecoderForCausalLM, DecoderForSequenceClassification, KVCache
 from minicls.generate import generate
 from minicls.prompt import Chat, make_template
-from minicls.tokenizer import load_tokenizer, train_qwen_tokenizer
+from minicls.tiny import train_qwen_tokenizer
+from minicls.tokenizer import load_tokenizer
 
 POSITIONS = 64
-SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": POSITIONS}
-SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rope_theta": 10_000.0, "tie_word_embeddings": False}
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": POSITIONS,
+}
+SIZES |= {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": False,
+}
 PAD = SIZES["vocab_size"] - 1  # in no random row
 MANY = [*range(1, 32), *range(POSITIONS, 55, -1)]  # 40 rows: more than two of the attention's groups of 16
 CPU = torch.device("cpu")
@@ -40,7 +53,12 @@ CONFIGS = {
     "plain": {},
     "tied, 4 heads a key": {"tie_word_embeddings": True, "num_key_value_heads": 1, "rope_theta": 100.0},
     "wide heads, as many keys": {"head_dim": 16, "num_key_value_heads": 4, "rms_norm_eps": 0.1},
-    "narrow heads, 3 a key": {"num_attention_heads": 6, "head_dim": 4, "num_hidden_layers": 3, "tie_word_embeddings": True},
+    "narrow heads, 3 a key": {
+        "num_attention_heads": 6,
+        "head_dim": 4,
+        "num_hidden_layers": 3,
+        "tie_word_embeddings": True,
+    },
     "rope_parameters": {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 20.0}},
     "llama": {"model_type": "llama"},
     "llama, tied, no head_dim, 3 heads a key": {
@@ -106,7 +124,9 @@ def random_rows(lengths: list[int], seed: int = 0) -> list[list[int]]:
 
 def padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
     """The batch as transformers wants it, padded on the right."""
-    input_ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=PAD)
+    input_ids = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(row) for row in rows], batch_first=True, padding_value=PAD
+    )
     lengths = torch.tensor([len(row) for row in rows])
     return {"input_ids": input_ids, "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()}
 
@@ -148,7 +168,11 @@ def test_logits_loss_and_gradients_equal_transformers(config, lengths, at):
     ours, theirs = make_pair(config)
     rows = random_rows(LENGTHS[lengths])
     batch, their_batch = pack(rows), padded(rows)
-    asked = everywhere(batch) if at == "all" else torch.randperm(len(batch.input_ids), generator=torch.Generator().manual_seed(1))
+    asked = (
+        everywhere(batch)
+        if at == "all"
+        else torch.randperm(len(batch.input_ids), generator=torch.Generator().manual_seed(1))
+    )
     asked = asked[: max(1, len(asked) // 3)] if at == "some" else asked
     targets = torch.from_numpy(np.random.default_rng(2).integers(SIZES["vocab_size"], size=len(asked)))
     real = their_batch["attention_mask"].bool()  # (B, S); its True places in their order are our packed tokens
@@ -226,7 +250,13 @@ def test_what_a_layer_keeps_for_the_backward_pass():
     token: scales, indices, the mask.
     """
     D, H, Hkv, Dh, wide = 64, 4, 2, 32, 96
-    sizes = {"hidden_size": D, "num_attention_heads": H, "num_key_value_heads": Hkv, "head_dim": Dh, "intermediate_size": wide}
+    sizes = {
+        "hidden_size": D,
+        "num_attention_heads": H,
+        "num_key_value_heads": Hkv,
+        "head_dim": Dh,
+        "intermediate_size": wide,
+    }
     S = 12
     rows = random_rows([S] * 16)
     kept = []
@@ -245,7 +275,9 @@ def test_what_a_layer_keeps_for_the_backward_pass():
             model(*batch, batch.last).sum()
         kept.append(sum(storages.values()))
     in_bf16 = 2 * sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim == 2)  # the weights' copies
-    activations = 2 * 4 * D + 2 * 2 * D + 2 * (H + Hkv) * Dh + 2 * ((H + 2 * Hkv) * Dh + H * S) + 2 * H * Dh + 4 * 2 * wide
+    activations = (
+        2 * 4 * D + 2 * 2 * D + 2 * (H + Hkv) * Dh + 2 * ((H + 2 * Hkv) * Dh + H * S) + 2 * H * Dh + 4 * 2 * wide
+    )
     a_few = 4 * (2 + 2 * H + Hkv) + 64
     found = (kept[1] - kept[0] - in_bf16) / len(batch.input_ids)
     assert activations <= found <= activations + a_few
@@ -350,7 +382,11 @@ def test_a_row_does_not_depend_on_its_batch(cached, way):
     alone = [all_logits(model, [row])[0] for row in rows]
     for order in ([*range(40)], [*range(39, -1, -1)], [*range(0, 40, 3)], [39, 0], [5, 5, 5]):
         batch = [rows[row] for row in order]
-        together = feed(model, KVCache(len(batch), POSITIONS + 3), batch, [0] * len(batch)) if cached else all_logits(model, batch)
+        together = (
+            feed(model, KVCache(len(batch), POSITIONS + 3), batch, [0] * len(batch))
+            if cached
+            else all_logits(model, batch)
+        )
         assert_logits_close(together, [alone[row] for row in order])
 
 
@@ -363,7 +399,9 @@ def test_bf16_autocast_keeps_the_head_in_fp32():
             with torch.autocast("cpu", torch.bfloat16):
                 logits = model(*batch, *last)
         assert logits.dtype == torch.float32
-        assert not torch.equal(logits, logits.bfloat16().float())  # the head ran in fp32, it was not only cast at the end
+        assert not torch.equal(
+            logits, logits.bfloat16().float()
+        )  # the head ran in fp32, it was not only cast at the end
         # bf16 has 8 bits, an error of 0.4 % an operation; a few of them in a row stay within a tenth of the logits' spread.
         error = (logits - exact).square().mean().sqrt() / exact.std()
         assert 1e-4 < error < 0.1
@@ -471,7 +509,11 @@ def test_layouts_load_with_a_report(layout, tmp_path):
 
 
 REFUSED_FILES = {  # the config, what is written, and what the message has to name
-    "untied without its head": (UNTIED, lambda t: {name: t[name] for name in t if name != "lm_head.weight"}, "lm_head.weight"),
+    "untied without its head": (
+        UNTIED,
+        lambda t: {name: t[name] for name in t if name != "lm_head.weight"},
+        "lm_head.weight",
+    ),
     "untied, no prefix": (UNTIED, headless, "lm_head.weight"),
     "missing": (
         UNTIED,
@@ -483,7 +525,11 @@ REFUSED_FILES = {  # the config, what is written, and what the message has to na
         lambda t: t | {"model.layers.2.mlp.up_proj.weight": torch.zeros(48, 32)},
         "model.layers.2.mlp.up_proj.weight",
     ),
-    "a bias": (UNTIED, lambda t: t | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}, "layers.0.self_attn.q_proj.bias"),
+    "a bias": (
+        UNTIED,
+        lambda t: t | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)},
+        "layers.0.self_attn.q_proj.bias",
+    ),
     "another head size": (UNTIED | {"head_dim": 16}, lambda t: t, r"self_attn.*shape.*model wants"),
 }
 
@@ -515,7 +561,13 @@ def test_a_config_of_another_model_is_a_user_error(reason, kind):
     changes, named = REFUSED_CONFIGS[reason]
     with pytest.raises(UserError, match=named):
         weights.build_model(kind, {"model_type": "qwen3"} | SIZES | changes, None, 0, CPU)
-    harmless = {"rope_scaling": None, "sliding_window": 4096, "max_window_layers": 28, "use_cache": True, "bos_token_id": 1}
+    harmless = {
+        "rope_scaling": None,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "use_cache": True,
+        "bos_token_id": 1,
+    }
     weights.build_model(kind, {"model_type": "qwen3"} | SIZES | harmless, None, 0, CPU)
 
 
@@ -525,7 +577,10 @@ UNSUPPORTED = {  # of a config.json, and how the message begins
     "ModernBERT": ({"model_type": "modernbert"}, "is a modernbert model"),
     "no type": ({"model_type": None}, "is a nameless model"),
     "Llama 3.2": ({"model_type": "llama", "rope_scaling": LLAMA3_ROPE}, "rope_type 'llama3' is not supported"),
-    "Llama 3.2, saved anew": ({"model_type": "llama", "rope_parameters": LLAMA3_ROPE | {"rope_theta": 5e5}}, "rope_type 'llama3'"),
+    "Llama 3.2, saved anew": (
+        {"model_type": "llama", "rope_parameters": LLAMA3_ROPE | {"rope_theta": 5e5}},
+        "rope_type 'llama3'",
+    ),
 }
 
 
@@ -541,7 +596,9 @@ def test_an_unsupported_model_is_one_line_that_lists_those_that_are(name, tmp_pa
 
 
 def test_a_bert_directory_is_refused_by_its_name(tmp_path):
-    bert = BertForSequenceClassification(BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
+    bert = BertForSequenceClassification(
+        BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    )
     directory = write(tmp_path, {"model_type": "bert", "vocab_size": 10, "hidden_size": 8}, tensors_of(bert))
     with pytest.raises(UserError, match=rf"{directory} is a bert model; pass another: .*llama, qwen2 and qwen3"):
         build(directory)
@@ -575,7 +632,17 @@ def test_bf16_weights_give_logits_near_those_of_fp32(tmp_path):
         ("ForCausalLM", "qwen2, tied, 4 heads a key", {}),
         ("ForSequenceClassification", "qwen2", LABELLED),
     ],
-    ids=["tied", "untied", "base model", "classes", "llama, tied", "llama", "llama, classes", "qwen2, tied", "qwen2, classes"],
+    ids=[
+        "tied",
+        "untied",
+        "base model",
+        "classes",
+        "llama, tied",
+        "llama",
+        "llama, classes",
+        "qwen2, tied",
+        "qwen2, classes",
+    ],
 )
 def test_what_transformers_saves_opens_here(kind, config, others, max_shard_size, dtype, tmp_path):
     values, family = values_of(config, **others), family_of(config)
@@ -676,16 +743,25 @@ def test_the_real_size_equals_transformers(shared):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("MINICLS_SMOLLM2" not in os.environ, reason="MINICLS_SMOLLM2 names no directory with SmolLM2-135M-Instruct")
+@pytest.mark.skipif(
+    "MINICLS_SMOLLM2" not in os.environ, reason="MINICLS_SMOLLM2 names no directory with SmolLM2-135M-Instruct"
+)
 def test_the_real_smollm2_equals_transformers():
     """Its published weights: the ids of a chat, the logits in fp32, and what it writes."""
     folder = Path(os.environ["MINICLS_SMOLLM2"])
     theirs_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     ours, fresh, _ = build(folder)
     assert not fresh
     chat = Chat(load_tokenizer(folder), make_template(AG_NEWS_LABELS), 4, 512)
-    texts = ["Stocks fell on Monday.", "The cup final went to penalties, 4-3.", "", "caf\u00e9, \u4e2d\u6587 and \U0001f600 \n"]
+    texts = [
+        "Stocks fell on Monday.",
+        "The cup final went to penalties, 4-3.",
+        "",
+        "caf\u00e9, \u4e2d\u6587 and \U0001f600 \n",
+    ]
     messages = [[{"role": "user", "content": text.join(chat.template)}] for text in texts]
     rows = [theirs_tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in messages]
     assert chat.questions(texts) == (rows, 0)

@@ -61,11 +61,16 @@ def test_classify(name, texts, request):
 def test_compiled(bert_run, texts):
     """One row alone and several together are two graphs, and the second is asked twice: neither may fall back or remember."""
     rows = Reader(bert_run).rows(texts)
-    compiled, plain = engines.Minicls(bert_run, torch.float32, CPU, compile=True), engines.Minicls(bert_run, torch.float32, CPU)
+    compiled, plain = (
+        engines.Minicls(bert_run, torch.float32, CPU, compile=True),
+        engines.Minicls(bert_run, torch.float32, CPU),
+    )
     assert compiled.version == f"{plain.version}, compiled"
     for asked in (rows[:1], rows, rows[5:], rows[2:3]):
         torch.testing.assert_close(compiled.classify(asked), plain.classify(asked), rtol=0, atol=1e-4)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] < 10  # of few graphs: not one a layer, or one a request
+    assert (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] < 10
+    )  # of few graphs: not one a layer, or one a request
 
 
 def test_score_and_generate(qwen_run, texts):
@@ -153,7 +158,12 @@ def test_a_calm_engine_takes_its_service_time():
 def test_batches_keep_to_the_budget_and_lose_nothing():
     rows = [[1] * n for n in (3, 4, 4, 9, 1, 2, 2)]
     latencies, answers, batches = serve(FakeFeed([0.0] * 7, rows), lambda call: 1.0, max_tokens=8)
-    assert [[len(row) for row in batch] for batch in batches] == [[3, 4], [4], [9], [1, 2, 2]]  # one row may be too long alone
+    assert [[len(row) for row in batch] for batch in batches] == [
+        [3, 4],
+        [4],
+        [9],
+        [1, 2, 2],
+    ]  # one row may be too long alone
     assert answers == [3, 4, 4, 9, 1, 2, 2] and latencies == [1, 1, 2, 3, 4, 4, 4]
 
 

@@ -25,11 +25,17 @@ import train_bert
 from minicls import weights
 from minicls.config import UserError
 from minicls.data import load_data
-from minicls.tokenizer import train_bert_tokenizer
+from minicls.tiny import train_bert_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 CSV = "text,label\n" + "".join(f"text {i},{'good' if i % 2 else 'bad'}\n" for i in range(8))  # rows in lines 2 to 9
-SIZES = {"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+SIZES = {
+    "model_type": "bert",
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+}
 TRAIN = [
     "--max-steps",
     "2",
@@ -54,7 +60,9 @@ def files(tmp_path_factory) -> Path:
     for split in ("train", "test"):
         (folder / "data" / f"{split}.csv").write_text(CSV)
     tokenizer = train_bert_tokenizer([CSV], 100)
-    config = SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 32} | weights.label_config(["bad", "good"])
+    config = (
+        SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 32} | weights.label_config(["bad", "good"])
+    )
     model, _, _ = weights.build_model(weights.BERT, config, None, 0, torch.device("cpu"))
     weights.save_model(model, config, tokenizer, folder / "model")
     flags = ["--model", str(folder / "model"), "--data", str(folder / "data"), "--save-every", "1"]
@@ -126,7 +134,9 @@ def test_a_file_without_a_test_split_and_shares(here):
 def test_a_batch_of_more_rows_than_there_are_takes_them_all_at_no_cost(here, monkeypatch):
     micro_batches = []
     seed = train_bert.checkpoint.seed_everything
-    monkeypatch.setattr(train_bert.checkpoint, "seed_everything", lambda *args: micro_batches.append(args) or seed(*args))
+    monkeypatch.setattr(
+        train_bert.checkpoint, "seed_everything", lambda *args: micro_batches.append(args) or seed(*args)
+    )
     weights = {}
     for size in ("8", "3000"):
         micro_batches.clear()
@@ -213,7 +223,11 @@ def test_endless_epochs(here):
 
 def test_a_file_is_no_directory(here):
     check(here, call("--model", str(here / "data" / "train.csv")), ["--model", "train.csv", "existing directory"])
-    check(here, call("--data", "data/train.csv"), ["--data: data/train.csv is a file", "pass the directory", "--data data"])
+    check(
+        here,
+        call("--data", "data/train.csv"),
+        ["--data: data/train.csv is a file", "pass the directory", "--data data"],
+    )
 
 
 def test_a_run_on_resume_takes_no_other_settings(here):
@@ -376,7 +390,8 @@ def test_an_encoding_that_nothing_tells_is_not_guessed(here):
 
 
 @pytest.mark.parametrize(
-    "other", ["Train.csv", "training.csv", "train.tsv", "train.csv.gz", "train.jsonl", "train-more.parquet", "data/train.csv"]
+    "other",
+    ["Train.csv", "training.csv", "train.tsv", "train.csv.gz", "train.jsonl", "train-more.parquet", "data/train.csv"],
 )
 def test_two_kinds_of_one_split(other, here):
     (here / "data" / "data").mkdir()
@@ -432,7 +447,8 @@ def shards(index: bytes) -> Callable[[], None]:
 
 def tokenizer_without(token: str) -> Callable[[], None]:
     return lambda: (
-        Path("model/tokenizer.json").write_text(Path("model/tokenizer.json").read_text().replace(token, "[OTHER]")) and None
+        Path("model/tokenizer.json").write_text(Path("model/tokenizer.json").read_text().replace(token, "[OTHER]"))
+        and None
     )
 
 
@@ -531,7 +547,10 @@ RUN = {
 @pytest.mark.parametrize("case", RUN)
 def test_resume(case, here):
     spoil, parts = RUN[case]
-    change("run/run.json", settings=json.loads(Path("run/run.json").read_text())["settings"] | {"data": "data", "model": "model"})()
+    change(
+        "run/run.json",
+        settings=json.loads(Path("run/run.json").read_text())["settings"] | {"data": "data", "model": "model"},
+    )()
     spoil()
     check(here, ["--resume", "run"], parts)
 

@@ -20,7 +20,7 @@ import train_bert
 import train_qwen
 from minicls import weights
 from minicls.prompt import make_template
-from minicls.tokenizer import train_qwen_tokenizer
+from minicls.tiny import train_qwen_tokenizer
 
 LENGTH = 180  # tokens: enough for the question, whose words the tokenizer below has merged
 
@@ -29,13 +29,27 @@ LENGTH = 180  # tokens: enough for the question, whose words the tokenizer below
 def files(tmp_path_factory) -> Path:
     """What a working call needs: `data/` of two classes and `model/`; and, to be refused, `bert/` and `linear/`."""
     folder = tmp_path_factory.mktemp("files")
-    for name, csv in (("data", CSV), ("classes", "text,label\n" + "".join(f"a text,class {i:02}\n" for i in range(27)))):
+    for name, csv in (
+        ("data", CSV),
+        ("classes", "text,label\n" + "".join(f"a text,class {i:02}\n" for i in range(27))),
+    ):
         (folder / name).mkdir()
         for split in ("train", "test"):
             (folder / name / f"{split}.csv").write_text(csv)
     tokenizer = train_qwen_tokenizer(["".join(make_template(["bad", "good"]))] * 2, 600)
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
-    sizes |= {"intermediate_size": 8, "vocab_size": len(tokenizer), "max_position_embeddings": 200, "rope_theta": 10_000.0}
+    sizes = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 4,
+    }
+    sizes |= {
+        "intermediate_size": 8,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 200,
+        "rope_theta": 10_000.0,
+    }
     config = {"model_type": "qwen3", "tie_word_embeddings": True} | sizes
     model, _, _ = weights.build_model(weights.DECODER, config, None, 0, torch.device("cpu"))
     weights.save_model(model, config, tokenizer, folder / "model")
@@ -80,8 +94,20 @@ def test_the_calls_that_the_cases_spoil_work(head, here):
 
 FLAGS = {  # flags -> parts of the message
     "--model bert": ["--model", "bert", "is a bert model", "takes llama, qwen2 and qwen3", "pass another"],
-    "--model bert --init random": ["--model", "bert", "is a bert model", "takes llama, qwen2 and qwen3", "pass another"],
-    "--model bert --head linear": ["--model", "bert", "is a bert model", "takes llama, qwen2 and qwen3", "pass another"],
+    "--model bert --init random": [
+        "--model",
+        "bert",
+        "is a bert model",
+        "takes llama, qwen2 and qwen3",
+        "pass another",
+    ],
+    "--model bert --head linear": [
+        "--model",
+        "bert",
+        "is a bert model",
+        "takes llama, qwen2 and qwen3",
+        "pass another",
+    ],
     "--max-length 201": ["--max-length", "201", "200", "pass less"],
     "--max-length 10": ["--max-length", "10", "leaves no room", "the prompt alone takes"],
     "--max-length 10 --eval-only": ["--max-length", "10", "leaves no room", "the prompt alone takes"],
@@ -91,7 +117,12 @@ FLAGS = {  # flags -> parts of the message
     "--prompt nowhere.txt": ["--prompt", "nowhere.txt", "not readable", "pass a UTF-8 text file"],
     "--prompt data": ["--prompt", "data", "not readable", "pass a UTF-8 text file"],
     "--prompt data/train.csv": ["--prompt", "data/train.csv", "{text} 0 times", "put it in once"],
-    "--prompt model/model.safetensors": ["--prompt", "model/model.safetensors", "not readable", "pass a UTF-8 text file"],
+    "--prompt model/model.safetensors": [
+        "--prompt",
+        "model/model.safetensors",
+        "not readable",
+        "pass a UTF-8 text file",
+    ],
     "--head lines": ["--head", "'lines'", "options", "linear"],
     "--long-text head": ["unknown flag --long-text"],
     "--think-on prompt": ["unknown flag --think-on", "--think-in"],
@@ -131,7 +162,10 @@ MODEL = {  # what is wrong: (how to bring it about, parts of the message)
     ),
     "odd heads": (change("model/config.json", num_key_value_heads=3), ["--model", "config.json", "3", "pass another"]),
     "a tensor missing": (tensors(lambda t: t.pop(LAYER)), ["model", LAYER, "missing", "complete weights"]),
-    "tokenizer without <|im_end|>": (tokenizer_without("<|im_end|>"), ["--model", "lacks <|im_end|>;", "this kind of model"]),
+    "tokenizer without <|im_end|>": (
+        tokenizer_without("<|im_end|>"),
+        ["--model", "lacks <|im_end|>;", "this kind of model"],
+    ),
     "BERT's tokenizer": (
         lambda: shutil.copy("bert/tokenizer.json", "model/tokenizer.json") and None,
         ["--model", "lacks <|im_end|>", "this kind of model"],

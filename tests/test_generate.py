@@ -16,7 +16,8 @@ from minicls.batch import pack
 from minicls.data import AG_NEWS_LABELS
 from minicls.generate import generate, read_answer, read_answers
 from minicls.prompt import Chat, make_template
-from minicls.tokenizer import load_tokenizer, train_qwen_tokenizer
+from minicls.tiny import train_qwen_tokenizer
+from minicls.tokenizer import load_tokenizer
 
 PROMPTS = random_rows([5, 1, 12, 30, 5, 2])
 CONFIGS = ["plain", "narrow heads, 3 a key"]
@@ -66,7 +67,9 @@ def test_generate_equals_transformers_and_plain_argmax(config):
     assert [theirs_generate(theirs, prompt, 12, stop_ids) for prompt in PROMPTS] == expected
 
 
-@pytest.mark.parametrize(("config", "template", "stop"), [("qwen2", "Qwen2.5", "<|im_end|>"), ("llama", "Llama 3", "<|eot_id|>")])
+@pytest.mark.parametrize(
+    ("config", "template", "stop"), [("qwen2", "Qwen2.5", "<|im_end|>"), ("llama", "Llama 3", "<|eot_id|>")]
+)
 def test_an_answer_ends_where_the_chat_format_ends_it(config, template, stop, tmp_path):
     """At the end of a turn, as transformers' generate ends it with these ids."""
     tiny = train_qwen_tokenizer(["".join(make_template(AG_NEWS_LABELS))] * 2, 500)

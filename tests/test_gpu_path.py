@@ -128,7 +128,9 @@ def card(monkeypatch):
     torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-@pytest.mark.parametrize(("capability", "dtype", "told"), [((7, 5), "bf16", 1), ((7, 5), "fp32", 0), ((8, 6), "bf16", 0)])
+@pytest.mark.parametrize(
+    ("capability", "dtype", "told"), [((7, 5), "bf16", 1), ((7, 5), "fp32", 0), ((8, 6), "bf16", 0)]
+)
 def test_setting_up_a_card(capability, dtype, told, card, monkeypatch, capsys):
     torch.backends.cuda.enable_cudnn_sdp(True)
     assert card(capability, dtype) == "expandable_segments:True"
@@ -151,7 +153,9 @@ def test_setting_up_a_card(capability, dtype, told, card, monkeypatch, capsys):
 def test_a_driver_that_torch_cannot_use_is_told_in_one_line(built_for, visible, words, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(dist, "DRIVER", tmp_path / "version")
     monkeypatch.setattr(torch.version, "cuda", built_for)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES") if visible is None else monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES") if visible is None else monkeypatch.setenv(
+        "CUDA_VISIBLE_DEVICES", visible
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert dist.start(None) == CPU and not capsys.readouterr().err  # no driver: nothing to tell
     (tmp_path / "version").write_text(
@@ -159,7 +163,9 @@ def test_a_driver_that_torch_cannot_use_is_told_in_one_line(built_for, visible, 
     )
     assert dist.start(None) == CPU
     notes = capsys.readouterr().err.splitlines()
-    assert len(notes) == (words is not None) and all(word in note for note in notes for word in ["RUNS ON THE CPU", *words])
+    assert len(notes) == (words is not None) and all(
+        word in note for note in notes for word in ["RUNS ON THE CPU", *words]
+    )
     with pytest.raises(UserError, match=words[-1] if words else "torch sees no CUDA device"):
         dist.start("cuda")
 
@@ -235,7 +241,12 @@ def test_a_decoder_trains_in_one_graph_for_all_lengths(checkpointing, graphs):
         pytest.param(2, [[1, 2, 3], [4], [5, 6]], marks=pytest.mark.slow),
         pytest.param(30, [[1, 2, 3], [4], [5, 6]], marks=pytest.mark.slow),
     ],
-    ids=["rests longer", "prefix longer", "rests longer, options of several tokens", "prefix longer, options of several tokens"],
+    ids=[
+        "rests longer",
+        "prefix longer",
+        "rests longer, options of several tokens",
+        "prefix longer, options of several tokens",
+    ],
 )
 def test_scoring_breaks_no_graph(beginning, options):
     model = make_model(num_hidden_layers=1).bfloat16()
@@ -286,7 +297,19 @@ def test_attention_with_a_cache_is_one_that_a_fused_kernel_takes(dtype, monkeypa
 class Operations(TorchDispatchMode):
     """Counts what is dispatched, views aside: on a GPU about a kernel's launch each."""
 
-    VIEWS = ("view", "_unsafe_view", "transpose", "expand", "slice", "select", "unsqueeze", "t", "detach", "alias", "split")
+    VIEWS = (
+        "view",
+        "_unsafe_view",
+        "transpose",
+        "expand",
+        "slice",
+        "select",
+        "unsqueeze",
+        "t",
+        "detach",
+        "alias",
+        "split",
+    )
 
     def __init__(self):
         super().__init__()
@@ -393,7 +416,13 @@ def test_bytes_that_a_layer_keeps_a_token(monkeypatch):
     """
     monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: _FusedNorm.apply(x, weight, eps))
     D, H, Hkv, Dh, wide = 64, 4, 2, 32, 96
-    sizes = {"hidden_size": D, "num_attention_heads": H, "num_key_value_heads": Hkv, "head_dim": Dh, "intermediate_size": wide}
+    sizes = {
+        "hidden_size": D,
+        "num_attention_heads": H,
+        "num_key_value_heads": Hkv,
+        "head_dim": Dh,
+        "intermediate_size": wide,
+    }
     kept, batch = [], pack(random_rows([12] * 16))
     for layers in (1, 2):
         model, storages, alive = make_model(num_hidden_layers=layers, **sizes).train(), {}, []

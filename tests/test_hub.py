@@ -19,7 +19,12 @@ import pyarrow.parquet as pq
 import pytest
 
 FLAGS = ["--max-steps", "2", "--global-batch-size", "8", "--device", "cpu", "--threads", "1"]
-MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")  # runs.py would set HF_HUB_OFFLINE
+MODEL_FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)  # runs.py would set HF_HUB_OFFLINE
 NAMES = ["ant", "bee", "cat", "dog"]
 CARD = """---
 license: mit
@@ -72,7 +77,9 @@ def script(argv: list[str]) -> tuple[int, str]:
 def write_dataset(folder: Path, metadata: dict | None = None) -> Path:
     (folder / "data").mkdir(parents=True)
     for split, size in (("train", 32), ("test", 8), ("unsupervised", 8)):
-        table = pa.table({"text": [f"number {i} of {size}" for i in range(size)], "label": [i % 4 for i in range(size)]})
+        table = pa.table(
+            {"text": [f"number {i} of {size}" for i in range(size)], "label": [i % 4 for i in range(size)]}
+        )
         pq.write_table(table.replace_schema_metadata(metadata), folder / "data" / f"{split}-00000-of-00001.parquet")
     return folder
 
@@ -95,10 +102,18 @@ class Client:
         configs = write_dataset(folder / "configs", metadata)  # the hub's default config is another one
         shutil.copytree(card / "data", configs / "animals")
         (configs / "README.md").write_text(CONFIGS + CARD.removeprefix("---\n"))
-        datasets = {"org/configs": configs, "org/card": card, "org/parquet": write_dataset(folder / "parquet", metadata)}
+        datasets = {
+            "org/configs": configs,
+            "org/card": card,
+            "org/parquet": write_dataset(folder / "parquet", metadata),
+        }
         self.hub = self.down.enter_context(hub_server.serve({"org/bert": model}, datasets))
         with pytest.MonkeyPatch.context() as env:
-            for name, value in {"ENDPOINT": self.hub.endpoint, "HOME": str(folder / "cache"), "HUB_OFFLINE": "0"}.items():
+            for name, value in {
+                "ENDPOINT": self.hub.endpoint,
+                "HOME": str(folder / "cache"),
+                "HUB_OFFLINE": "0",
+            }.items():
                 env.setenv(f"HF_{name}", value)
             env.setenv("NO_PROXY", "127.0.0.1")
             self.process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
@@ -140,7 +155,11 @@ def test_class_names_come_from_the_parquet_metadata_or_the_card(data, names, dow
 def test_run_names_its_commits(downloaded):
     info = json.loads((downloaded["parquet"] / "run.json").read_text())
     assert info["revision"] == info["data_revision"] == hub_server.COMMIT
-    assert (info["settings"]["model"], info["settings"]["data"], info["num_train_rows"]) == ("org/bert", "org/parquet", 32)
+    assert (info["settings"]["model"], info["settings"]["data"], info["num_train_rows"]) == (
+        "org/bert",
+        "org/parquet",
+        32,
+    )
 
 
 def test_only_what_is_needed_is_fetched_and_only_once(client, downloaded):
@@ -148,7 +167,9 @@ def test_only_what_is_needed_is_fetched_and_only_once(client, downloaded):
     data = ["test-00000-of-00001.parquet", "train-00000-of-00001.parquet"]
     assert sorted(fetched) == sorted([*MODEL_FILES, *data, *data, *data, "README.md", "README.md"])
     assert not [
-        path for path in client.hub.requests if path.startswith("GET") and "org/configs/resolve" in path and "/data/" in path
+        path
+        for path in client.hub.requests
+        if path.startswith("GET") and "org/configs/resolve" in path and "/data/" in path
     ]
 
 

@@ -29,6 +29,7 @@ ORDER = [
     "dist",
     "batch",
     "tokenizer",
+    "tiny",
     "data",
     "prompt",
     "weights",
@@ -38,7 +39,7 @@ ORDER = [
     "generate",
     "predict",
     "engines",
-    "report",
+    "results",
     "plots",
     "comparison",
     "baseline",
@@ -48,7 +49,16 @@ ORDER = [
     "bench",
 ]
 MODELS = ["bert", "decoder"]
-OPTIONAL = {"transformers", "sklearn", "threadpoolctl", "vllm", "matplotlib", "tensorboard", "accelerate", "onnxruntime"}
+OPTIONAL = {
+    "transformers",
+    "sklearn",
+    "threadpoolctl",
+    "vllm",
+    "matplotlib",
+    "tensorboard",
+    "accelerate",
+    "onnxruntime",
+}
 
 SOURCES = {f"minicls.{path.stem}": path for path in sorted((ROOT / "minicls").rglob("*.py"))}
 SOURCES |= {path.stem: path for path in sorted(ROOT.glob("*.py"))}

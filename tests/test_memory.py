@@ -13,7 +13,7 @@ from runs import events
 
 import bench
 from minicls import dist
-from minicls.tokenizer import train_bert_tokenizer
+from minicls.tiny import train_bert_tokenizer
 
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 # Two rounds over more shapes than the cache of compiled operations is to hold: of the second, it has forgotten the first's.
@@ -25,7 +25,13 @@ for rows in [*range(1, 101)] * 2:
     torch.nn.functional.gelu(torch.zeros(rows, 1024))
 """
 # Wide for its depth: products of megabytes, as in a real model, at a third of a second a step.
-CONFIG = {"model_type": "bert", "hidden_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 1536}
+CONFIG = {
+    "model_type": "bert",
+    "hidden_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 1536,
+}
 
 
 @pytest.mark.slow
@@ -43,7 +49,20 @@ def test_peak_memory_is_flat_after_100_steps(tmp_path):
     (model / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": len(tokenizer)}))
     # Where a CPU has no products in bf16, one step takes as long as ten.
     dtype = "bf16" if "avx512_bf16" in Path("/proc/cpuinfo").read_text() else "fp32"
-    flags = ["--model", model, "--init", "random", "--data", tmp_path, "--device", "cpu", "--threads", "1", "--dtype", dtype]
+    flags = [
+        "--model",
+        model,
+        "--init",
+        "random",
+        "--data",
+        tmp_path,
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--dtype",
+        dtype,
+    ]
     flags += ["--max-steps", "400", "--eval-every", "50", "--save-every", "0", "--output-dir", tmp_path / "run"]
     done = subprocess.run([sys.executable, ROOT / "train_bert.py", *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -55,7 +55,9 @@ def cases():
     yield "one row", 2, labels[:1] * 0, labels[:1] * 0 + 1
 
 
-@pytest.mark.parametrize(("C", "labels", "predictions"), [case[1:] for case in cases()], ids=[case[0] for case in cases()])
+@pytest.mark.parametrize(
+    ("C", "labels", "predictions"), [case[1:] for case in cases()], ids=[case[0] for case in cases()]
+)
 def test_metrics_equal_scikit_learn(C, labels, predictions):
     confusion = confusion_matrix(labels, predictions, C)
     classes = {"labels": range(C)}
@@ -112,7 +114,8 @@ def test_a_thousand_classes_need_no_table_of_a_million_cells_a_draw():
     tracemalloc.stop()
     assert peak < 200e6 and 0 < low < high < 1
     assert found["f1"][0] == pytest.approx(
-        sklearn_metrics.f1_score(labels, a, average="macro") - sklearn_metrics.f1_score(labels, b, average="macro"), abs=0.02
+        sklearn_metrics.f1_score(labels, a, average="macro") - sklearn_metrics.f1_score(labels, b, average="macro"),
+        abs=0.02,
     )  # each over the classes that it predicts or that have rows
 
 
@@ -190,7 +193,9 @@ def test_mcnemar_counted_by_hand():
     assert mcnemar(np.array([0, 0]), np.array([1, 2]), np.array([2, 1])) == (0, 0, 1.0)  # both wrong, each in its way
 
 
-@pytest.mark.parametrize(("n", "right_a", "right_b"), [(30, 0.5, 0.5), (200, 0.6, 0.9), (7600, 0.94, 0.935), (7600, 0.2, 0.9)])
+@pytest.mark.parametrize(
+    ("n", "right_a", "right_b"), [(30, 0.5, 0.5), (200, 0.6, 0.9), (7600, 0.94, 0.935), (7600, 0.2, 0.9)]
+)
 def test_mcnemar_equals_the_binomial_test(n, right_a, right_b):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 4, n)
@@ -222,7 +227,9 @@ def test_temperature_is_the_minimum_that_scipy_finds(sharpness, C):
     logits = sharpness * logits + 700  # a constant moves no softmax, and must not overflow
     nll = lambda T: -log_softmax(logits / T, axis=1)[np.arange(2000), labels].mean()  # noqa: E731
     found = fit_temperature(logits, labels)
-    assert found == pytest.approx(minimize_scalar(nll, bounds=(0.01, 100), method="bounded", options={"xatol": 1e-9}).x, rel=1e-6)
+    assert found == pytest.approx(
+        minimize_scalar(nll, bounds=(0.01, 100), method="bounded", options={"xatol": 1e-9}).x, rel=1e-6
+    )
     assert found == pytest.approx(sharpness, rel=0.1)  # 2,000 rows tell it to about three percent
 
 
@@ -332,7 +339,9 @@ def test_replicates_over_seeds_and_rows_equal_brute_force():
     for values in (replicates, brute):
         assert values.mean(0) == pytest.approx(means, abs=5 * brute.std(0).max() / 63)
     np.testing.assert_allclose(replicates.std(0), brute.std(0), rtol=5 / 89)
-    assert np.corrcoef(replicates.T)[0, 1] == pytest.approx(np.corrcoef(brute.T)[0, 1], abs=5 / 63)  # the rows are the same
+    assert np.corrcoef(replicates.T)[0, 1] == pytest.approx(
+        np.corrcoef(brute.T)[0, 1], abs=5 / 63
+    )  # the rows are the same
     assert replicates.std(0)[1] < np.sqrt(0.75 * 0.25 / 60) * 1.05  # one seed: rows alone
 
 
@@ -350,7 +359,9 @@ def test_published_predictions_reproduce_their_authors_figures(shared):
 def test_published_predictions_side_by_side(shared):
     """The 8B model beats DistilBERT by 1.21 points, and both beat the linear one, far outside the error bar."""
     table = pq.read_table(shared / "data" / "ag_news" / "published_test_predictions.parquet")
-    labels, bert, svc, llama = (table[name].to_numpy() for name in ("label", "distilbert", "linear_svc", "llama31_8b_sft"))
+    labels, bert, svc, llama = (
+        table[name].to_numpy() for name in ("label", "distilbert", "linear_svc", "llama31_8b_sft")
+    )
     for a, b, points in ((llama, bert, 0.0121), (bert, svc, 0.0188), (llama, svc, 0.0309)):
         only_a, only_b, p = mcnemar(labels, a, b)
         difference, low, high = paired_bootstrap(labels, a, b, 4)["accuracy"]
@@ -360,4 +371,6 @@ def test_published_predictions_side_by_side(shared):
         assert (low, high) == pytest.approx((difference - half, difference + half), abs=3e-4)  # 0.1 standard errors
         assert p < 1e-4 and p == pytest.approx(binomtest(only_a, only_a + only_b).pvalue, rel=1e-9) and low > 0
         _, f1_low, f1_high = paired_bootstrap(labels, a, b, 4)["f1"]
-        assert (f1_low, f1_high) == pytest.approx((low, high), abs=1e-3)  # balanced classes: F1 and accuracy hardly differ
+        assert (f1_low, f1_high) == pytest.approx(
+            (low, high), abs=1e-3
+        )  # balanced classes: F1 and accuracy hardly differ

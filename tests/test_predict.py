@@ -109,7 +109,9 @@ def test_text_files_of_other_systems(bert_run, tmp_path, capsys):
 @pytest.mark.parametrize("argument", [True, False])
 def test_texts_that_are_no_text(argument, bert_run, monkeypatch):
     """Python hands bytes that are not UTF-8 on as halves of characters, or refuses them."""
-    with pytest.raises(UserError, match=r"FILE\|TEXT: the text is no valid Unicode" if argument else "standard input: not utf-8"):
+    with pytest.raises(
+        UserError, match=r"FILE\|TEXT: the text is no valid Unicode" if argument else "standard input: not utf-8"
+    ):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"abc \xff\n"), "utf-8"))
         main(["predict", str(bert_run), *(["abc \udcff"] if argument else [])])
 
@@ -209,7 +211,9 @@ def test_a_minicls_json_with_no_chat_format(chat, qwen_run, tmp_path):
     copy = shutil.copytree(qwen_run, tmp_path / "run")
     asked = json.loads((copy / "minicls.json").read_text())
     (copy / "minicls.json").write_text(json.dumps(asked | {"chat": chat}))
-    with pytest.raises(UserError, match=r"^[^\n]*run: its chat format is none .*; copy the whole model directory again$"):
+    with pytest.raises(
+        UserError, match=r"^[^\n]*run: its chat format is none .*; copy the whole model directory again$"
+    ):
         minicls.Classifier(copy, "cpu")
 
 
@@ -217,7 +221,9 @@ def test_a_minicls_json_of_other_classes(bert_run, tmp_path):
     copy = shutil.copytree(bert_run, tmp_path / "run")
     asked = json.loads((copy / "minicls.json").read_text())
     (copy / "minicls.json").write_text(json.dumps(asked | {"label_names": asked["label_names"][::-1]}))
-    with pytest.raises(UserError, match=r"^[^\n]*run: minicls.json and config.json name other classes; copy the whole .* again$"):
+    with pytest.raises(
+        UserError, match=r"^[^\n]*run: minicls.json and config.json name other classes; copy the whole .* again$"
+    ):
         minicls.Classifier(copy, "cpu")
 
 
@@ -285,7 +291,10 @@ def test_flags_stand_in_any_place(bert_run, tmp_path, capsys):
 def test_report_s_runs_stand_on_both_sides_of_a_flag(bert_run, qwen_run, tmp_path, capsys):
     main(["report", str(bert_run), "--out", str(tmp_path / "report"), str(qwen_run)])
     out = capsys.readouterr().out
-    assert all(run.parent.name.rstrip("0123456789") in out for run in (bert_run, qwen_run)) and (tmp_path / "report").is_dir()
+    assert (
+        all(run.parent.name.rstrip("0123456789") in out for run in (bert_run, qwen_run))
+        and (tmp_path / "report").is_dir()
+    )
 
 
 @pytest.mark.parametrize(
@@ -339,7 +348,17 @@ def test_a_file_of_another_format_is_refused(name, bert_run, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    "name", ["missing.CSV", "my missing.csv", "missing.csv.gz", "missing.tsv", "news/missing", "./missing", "/no/where", "~x/y"]
+    "name",
+    [
+        "missing.CSV",
+        "my missing.csv",
+        "missing.csv.gz",
+        "missing.tsv",
+        "news/missing",
+        "./missing",
+        "/no/where",
+        "~x/y",
+    ],
 )
 def test_what_has_the_name_of_a_file_has_to_exist(name, bert_run):
     with pytest.raises(UserError, match=rf"^{name}: no such file"):
@@ -347,7 +366,16 @@ def test_what_has_the_name_of_a_file_has_to_exist(name, bert_run):
 
 
 @pytest.mark.parametrize(
-    "text", ["win/loss for the team", "苹果/华为发布新手机", "the end.", "x" * 5000, "a\nb.csv", "profit (and/or loss)", "a\0b"]
+    "text",
+    [
+        "win/loss for the team",
+        "苹果/华为发布新手机",
+        "the end.",
+        "x" * 5000,
+        "a\nb.csv",
+        "profit (and/or loss)",
+        "a\0b",
+    ],
 )
 def test_any_other_argument_is_a_text(text, bert_run, capsys):
     (row,) = map(json.loads, lines(capsys, bert_run, text, "--format", "jsonl"))
@@ -367,7 +395,10 @@ def test_standard_input_has_a_place_among_the_inputs(bert_run, capsys, monkeypat
 def table_file(tmp_path_factory) -> Path:
     """Rows whose columns have names that the output has too."""
     file = tmp_path_factory.mktemp("inputs") / "news.csv"
-    rows = [("id", "text", "label"), *((i, text, "gold") for i, text in enumerate(load_data("synthetic").test.texts[:20]))]
+    rows = [
+        ("id", "text", "label"),
+        *((i, text, "gold") for i, text in enumerate(load_data("synthetic").test.texts[:20])),
+    ]
     with file.open("w", newline="") as stream:
         csv.writer(stream).writerows(rows)
     return file
@@ -391,7 +422,9 @@ def test_a_table_s_columns_and_the_predictions_are_written(form, top_k, bert_run
         ranked = sorted(row["probabilities"].items(), key=lambda item: -item[1])
         values = [row["label"], ranked[0][1]]
         assert row["label"] == ranked[0][0] and row["input_label"] == "gold"
-        values += [x for pair in ranked[1:top_k] for x in pair] if top_k else [row["probabilities"][name] for name in names]
+        values += (
+            [x for pair in ranked[1:top_k] for x in pair] if top_k else [row["probabilities"][name] for name in names]
+        )
         expected.append([row["id"], row["text"], "gold", *values])
     out = tmp_path / f"out.{form}"
     assert lines(capsys, bert_run, table_file, "--out", out, *flags) == [f"predictions: {out}"]
@@ -419,18 +452,25 @@ def test_top_k_limits_the_other_formats(bert_run, table_file, capsys):
 def test_files_of_several_kinds_in_one_csv(bert_run, table_file, tmp_path, capsys):
     more = tmp_path / "more.jsonl"
     more.write_text(json.dumps({"text": "one\ntwo", "tags": ["a", "b"]}) + "\n")
-    rows = [*csv.DictReader(io.StringIO("\n".join(lines(capsys, bert_run, table_file, more, "a text", "--format", "csv"))))]
+    rows = [
+        *csv.DictReader(io.StringIO("\n".join(lines(capsys, bert_run, table_file, more, "a text", "--format", "csv"))))
+    ]
     assert len(rows) == 22 and [*rows[0]][:4] == ["id", "text", "input_label", "tags"]
     assert (rows[20]["id"], rows[20]["text"], json.loads(rows[20]["tags"])) == ("", "one\ntwo", ["a", "b"])
     assert rows[21]["text"] == "a text" and rows[21]["label"] in ("World", "Sports", "Business", "Sci/Tech")
 
 
 def test_a_parquet_file_keeps_its_types(bert_run, tmp_path, capsys):
-    table = pa.table({"text": ["Shares fell.", "They won."], "size": [1, 2], "when": pa.array([0, 1], pa.timestamp("s"))})
+    table = pa.table(
+        {"text": ["Shares fell.", "They won."], "size": [1, 2], "when": pa.array([0, 1], pa.timestamp("s"))}
+    )
     pq.write_table(table, tmp_path / "a.parquet")
     lines(capsys, bert_run, tmp_path / "a.parquet", "--out", tmp_path / "b.parquet")
     written = pq.read_table(tmp_path / "b.parquet")
-    assert written.column("size").to_pylist() == [1, 2] and written.column("when").to_pylist() == table.column("when").to_pylist()
+    assert (
+        written.column("size").to_pylist() == [1, 2]
+        and written.column("when").to_pylist() == table.column("when").to_pylist()
+    )
     assert "1970-01-01 00:00:01" in lines(capsys, bert_run, tmp_path / "a.parquet", "--format", "jsonl")[1]
 
 
@@ -530,7 +570,15 @@ def test_pip_installs_minicls_for_programs_elsewhere(tmp_path):
     shutil.copytree(ROOT / "minicls", copy / "minicls", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "requirements.txt", "train_bert.py"):
         shutil.copy(ROOT / name, copy)
-    offline = ["--quiet", "--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check", "--prefix", prefix]
+    offline = [
+        "--quiet",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-index",
+        "--disable-pip-version-check",
+        "--prefix",
+        prefix,
+    ]
     subprocess.run([sys.executable, "-m", "pip", "install", *offline, "-e", copy], check=True)
     (packages,) = prefix.glob("lib/python*/site-packages")
     code = "import site, sys; site.addsitedir(sys.argv[1]); import minicls, importlib.metadata as m; print(minicls.__file__)"
@@ -557,5 +605,7 @@ def test_an_unfinished_run_names_its_newest_checkpoint(tmp_path, capsys):
 
 
 def test_a_mistake_is_one_line_and_exit_code_2():
-    done = subprocess.run([sys.executable, "-m", "minicls", "predict", "nowhere", "x"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "minicls", "predict", "nowhere", "x"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2 and done.stderr == "error: nowhere: no such run directory; check the path\n"

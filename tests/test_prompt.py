@@ -16,7 +16,8 @@ import tokenizers
 from minicls.config import UserError
 from minicls.data import AG_NEWS_LABELS, synthetic
 from minicls.prompt import Chat, ChatFormat, make_template, render_chat_format, thinks
-from minicls.tokenizer import Tokenizer, load_tokenizer, train_qwen_tokenizer
+from minicls.tiny import train_qwen_tokenizer
+from minicls.tokenizer import Tokenizer, load_tokenizer
 
 PUBLISHED = """\
 Please read the following news article and determine its category from the options below.
@@ -126,7 +127,10 @@ def test_a_prompt_file(start, ending, tmp_path):
     file = tmp_path / "prompt.txt"
     file.write_text(f"{start}哪一个？\n{{options}}\n{{braces}} {{text}}\nEnd.\n{ending}", encoding="utf-8")
     # Of the line breaks at the end, one is the file's own.
-    assert make_template(["x", "y"], str(file), True) == ("哪一个？\nA. x\nB. y\n{braces} ", "\nEnd." + ("\n" if ending else ""))
+    assert make_template(["x", "y"], str(file), True) == (
+        "哪一个？\nA. x\nB. y\n{braces} ",
+        "\nEnd." + ("\n" if ending else ""),
+    )
 
 
 @pytest.mark.parametrize(
@@ -160,7 +164,9 @@ def test_a_prompt_file_that_is_a_directory(tmp_path):
 def test_classes_may_be_called_anything(prompt):
     template = make_template(["{text}", "{options}", "{noun}", "%s {0}"], prompt)
     assert "\nA. {text}\nB. {options}\nC. {noun}\nD. %s {0}\n" in turn(template, "article")
-    assert turn(template, "article").count("article") == 1 and turn(template, "article").count("\nText:\narticle\n\n") == 1
+    assert (
+        turn(template, "article").count("article") == 1 and turn(template, "article").count("\nText:\narticle\n\n") == 1
+    )
 
 
 # Rows of ids, with the tokenizer of `--model tiny` and the published one, whose control tokens and letters are alike.
@@ -215,7 +221,9 @@ def assert_rows_are_transformers(chat: Chat, theirs, texts: list[str], labels: l
     def rendered(text: str, label: int | None = None) -> list[int]:
         messages = [{"role": "user", "content": turn(chat.template, text)}]
         if label is None:
-            return theirs.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False, return_dict=False)
+            return theirs.apply_chat_template(
+                messages, add_generation_prompt=True, enable_thinking=False, return_dict=False
+            )
         messages.append({"role": "assistant", "content": ANSWER + "ABCD"[label]})
         return theirs.apply_chat_template(messages, return_dict=False)
 
@@ -240,7 +248,10 @@ def test_the_published_response(qwen):
     """Design: seven tokens follow `assistant` and its newline, and all of them are trained on."""
     chat = make_chat(qwen)
     (prompt,), _ = chat.prompts(["Stocks fell."])
-    assert qwen.decode(prompt) == f"<|im_start|>user\n{turn(chat.template, 'Stocks fell.')}<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        qwen.decode(prompt)
+        == f"<|im_start|>user\n{turn(chat.template, 'Stocks fell.')}<|im_end|>\n<|im_start|>assistant\n"
+    )
     for label, letter in enumerate([32, 33, 34, 35]):
         (row,), _ = chat.training_rows(["Stocks fell."], [label])
         assert row == [*prompt, 151667, 271, 151668, 271, letter, 151645, 198]
@@ -276,7 +287,10 @@ def test_what_is_trained_on(train_on, think_in, targets, qwen, texts):
     rows, cut = chat.training_rows(texts[:8], labels)
     ending = [] if train_on == "letter" else [151645, 198]
     assert questions == [[*prompt, 151667, 271, 151668, 271] for prompt in prompts]
-    assert rows == [[*question, 32 + label, *ending] for question, label in zip(questions, labels, strict=True)] and cut == 0
+    assert (
+        rows == [[*question, 32 + label, *ending] for question, label in zip(questions, labels, strict=True)]
+        and cut == 0
+    )
     assert {chat.target_counts(label) for label in range(4)} == {targets}
     trained = {"response": ANSWER * (think_in == "response") + "B<|im_end|>\n", "letter": "B"}[train_on]
     before, letter, _ = targets
@@ -310,7 +324,9 @@ def test_letters_of_several_tokens(tiny):
     assert chat.target_counts(1) == (len(chat.think), 4, 2)
     assert chat.response_length == len(chat.think) + 4 + 2
     (a, b), cut = chat.training_rows(["long " * 99] * 2, [0, 1])
-    assert len(b) == len(a) + 3 <= 100 and b[-6:] == [*long, *chat.ending] and cut == 2  # the same question for all classes
+    assert (
+        len(b) == len(a) + 3 <= 100 and b[-6:] == [*long, *chat.ending] and cut == 2
+    )  # the same question for all classes
 
 
 def test_a_tokenizer_that_joins_a_blank_line_and_a_letter(tiny):
@@ -329,7 +345,10 @@ def test_no_text_becomes_a_control_token_or_another_question(tokenizer):
     for text, row in zip(texts, chat.training_rows(texts, [0] * len(texts))[0], strict=True):
         assert [control[i] for i in row if i in control] == wanted
         question = turn(chat.template, text)
-        assert tokenizer.decode(row) == f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{ANSWER}A<|im_end|>\n"
+        assert (
+            tokenizer.decode(row)
+            == f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{ANSWER}A<|im_end|>\n"
+        )
 
 
 def test_no_class_becomes_a_control_token(tokenizer):
@@ -425,7 +444,9 @@ def test_no_text_fits_at_all(tokenizer):
     needed = len(chat.training_rows([""], [0])[0][0])
     rows, cut = make_chat(tokenizer, needed).training_rows(["", "中文。" * 9], [0, 0])
     assert rows == [chat.training_rows([""], [0])[0][0]] * 2 and cut == 1
-    with pytest.raises(UserError, match=rf"--max-length: {needed - 1} leaves no room for a text; the prompt alone takes {needed}$"):
+    with pytest.raises(
+        UserError, match=rf"--max-length: {needed - 1} leaves no room for a text; the prompt alone takes {needed}$"
+    ):
         make_chat(tokenizer, needed - 1).prompts(["A long text. " * 9])
     with pytest.raises(UserError, match=f"--max-length: 1 leaves no room for a text; the prompt alone takes {needed}"):
         make_chat(tokenizer, 1).training_rows([""], [0])
@@ -512,7 +533,11 @@ TEMPLATES = {  # name: (template, control tokens, their names)
     "Llama 3": (LLAMA3, LLAMA3_TOKENS, LLAMA3_NAMES),
     "TinyLlama": (ZEPHYR, S_TOKENS, S_NAMES),
     "Mistral": (MISTRAL, S_TOKENS, S_NAMES),
-    "named": ([{"name": "tool_use", "template": "{{ no }}"}, {"name": "default", "template": CHATML}], QWEN, QWEN_NAMES),
+    "named": (
+        [{"name": "tool_use", "template": "{{ no }}"}, {"name": "default", "template": CHATML}],
+        QWEN,
+        QWEN_NAMES,
+    ),
     "generation": (GENERATION, QWEN, QWEN_NAMES),
     "generation, plain": (GENERATION_PLAIN, QWEN, QWEN_NAMES),
 }
@@ -525,7 +550,8 @@ def tokenizer_dir(folder, tiny: Tokenizer, template, tokens, names, begins: bool
     first = min(token["id"] for token in spec["added_tokens"])
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     spec["added_tokens"] = [
-        {"id": first + i, "content": token} | flags | {"special": "think" not in token} for i, token in enumerate(tokens)
+        {"id": first + i, "content": token} | flags | {"special": "think" not in token}
+        for i, token in enumerate(tokens)
     ]
     if begins:
         bos = names["bos_token"]
@@ -541,12 +567,24 @@ def tokenizer_dir(folder, tiny: Tokenizer, template, tokens, names, begins: bool
     return folder
 
 
-ODD = ["", " ", "\n", "No full stop", "cafe\u0301, 中文 and 😀", "ends in blanks \n", " \n begins so", "{{ 1 + 1 }} {% if %}"]
+ODD = [
+    "",
+    " ",
+    "\n",
+    "No full stop",
+    "cafe\u0301, 中文 and 😀",
+    "ends in blanks \n",
+    " \n begins so",
+    "{{ 1 + 1 }} {% if %}",
+]
 
 
 def test_the_templates_say_what_their_models_were_trained_on(tiny, tmp_path):
     """Spelled out for two, so that not only transformers is asked."""
-    turns = {"SmolLM2": "You are a helpful AI assistant named SmolLM, trained by Hugging Face", "Qwen2.5": QWEN25_SYSTEM}
+    turns = {
+        "SmolLM2": "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+        "Qwen2.5": QWEN25_SYSTEM,
+    }
     for name, system in turns.items():
         tokenizer = load_tokenizer(tokenizer_dir(tmp_path / name, tiny, *TEMPLATES[name]))
         assert render_chat_format(tokenizer) == ChatFormat(
@@ -639,7 +677,10 @@ def test_no_text_becomes_a_control_token_of_another_format(tiny, tmp_path):
         assert "".join(f" {token}" for token in tokens) in tokenizer.decode(hostile)
 
 
-USER, ANSWERED = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}", "drops or repeats"
+USER, ANSWERED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+    "drops or repeats",
+)
 RENDER = "cannot render a user's turn"
 BROKEN = {  # template: parts of the message
     "drops the turn": ("{% for m in messages %}<|im_start|>{{ m.role }}\n<|im_end|>\n{% endfor %}", [ANSWERED]),
@@ -676,7 +717,9 @@ def test_an_option_that_merges_with_the_text_before_or_after_it(tiny, tmp_path):
     spec = json.loads((folder / "tokenizer.json").read_text())
     spec["normalizer"] = {"type": "Replace", "pattern": {"String": "C."}, "content": "Ω"}
     (folder / "tokenizer.json").write_text(json.dumps(spec))
-    with pytest.raises(UserError, match=r"^--model: its tokenizer merges the option C with the text around it, 'assistant\\n'; "):
+    with pytest.raises(
+        UserError, match=r"^--model: its tokenizer merges the option C with the text around it, 'assistant\\n'; "
+    ):
         _ = make_chat(load_tokenizer(folder)).options
 
 

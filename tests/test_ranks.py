@@ -20,7 +20,18 @@ from safetensors.torch import load_file
 from minicls.checkpoint import checkpoints
 
 # Three epochs of windows of 32, 32 and 1 row: of the last one the second rank gets nothing. Four rows at a time.
-FLAGS = ["--max-train-rows", "65", "--epochs", "3", "--micro-batch-size", "4", "--dtype", "fp32", "--validation-size", "20"]
+FLAGS = [
+    "--max-train-rows",
+    "65",
+    "--epochs",
+    "3",
+    "--micro-batch-size",
+    "4",
+    "--dtype",
+    "fp32",
+    "--validation-size",
+    "20",
+]
 FLAGS += ["--log-every", "1", "--eval-every", "3", "--save-every", "4", "--learning-rate", "3e-3"]
 
 # The Ctrl-C reaches the rank that neither logs nor saves: both must stop, and at the same step.
@@ -38,7 +49,16 @@ with interrupt_at(5 if os.environ["RANK"] == "1" else 0):
 
 def torchrun(*command: str) -> subprocess.CompletedProcess:
     with tempfile.TemporaryDirectory() as logs:  # by default they stay in /tmp
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--log-dir", logs]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "--log-dir",
+            logs,
+        ]
         return subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=900)
 
 
@@ -74,7 +94,9 @@ def test_two_ranks_train_as_one_process(name, flags, ranked, tmp_path):
     weights, expected = load_file(ranked / "model.safetensors"), load_file(single / "model.safetensors")
     torch.testing.assert_close(weights, expected, rtol=0, atol=1e-4)
     for split in ("validation", "test"):
-        found, wanted = ([[e["step"], e["loss"], e["f1"]] for e in events(run, "eval", split)] for run in (ranked, single))
+        found, wanted = (
+            [[e["step"], e["loss"], e["f1"]] for e in events(run, "eval", split)] for run in (ranked, single)
+        )
         assert np.array(found) == pytest.approx(np.array(wanted), rel=1e-5)
     for name in ("headline_step", "final_step", "num_test_rows", "confusion"):
         assert results(ranked)[name] == results(single)[name], name

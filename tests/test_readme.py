@@ -45,7 +45,9 @@ SKIPPED = ("# needs", "# downloads")
 
 def commands(block: str) -> str:
     return "\n".join(
-        line for line in block.splitlines() if not any(mark in line for mark in SKIPPED) and not line.startswith("make ")
+        line
+        for line in block.splitlines()
+        if not any(mark in line for mark in SKIPPED) and not line.startswith("make ")
     )
 
 
@@ -74,7 +76,10 @@ def test_commands_run_in_their_order(tmp_path):
     assert script.count("python ") > 6  # the marks did not skip everything
     # A link to an environment's python is outside the environment: PYTHONPATH brings its packages back.
     packages = [p for p in sys.path if p.endswith("site-packages")]
-    env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": ":".join([str(tmp_path), *packages])}
+    env = os.environ | {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "PYTHONPATH": ":".join([str(tmp_path), *packages]),
+    }
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "is finished" in done.stdout and '"probabilities": {"bad"' in done.stdout
@@ -87,7 +92,9 @@ def test_demo(tmp_path):
     """`make demo`'s own recipe, with this interpreter: it trains, gives an interval, and says where the curves are."""
     recipe = subprocess.run(["make", "-n", "-B", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     commands = [
-        line for line in recipe.replace("\\\n", " ").splitlines() if line.startswith(".venv/bin/python") and " -m pip " not in line
+        line
+        for line in recipe.replace("\\\n", " ").splitlines()
+        if line.startswith(".venv/bin/python") and " -m pip " not in line
     ]
     demo = re.search(r"--output-dir (\S+)/bert", recipe).group(1)
     printed = ""
@@ -102,7 +109,10 @@ def test_demo(tmp_path):
         assert 0.6 < results["f1"] < 1.0  # learnable by tiny, and not to perfection
         assert f"{results['f1']:.4f} ({results['f1_low']:.4f} to {results['f1_high']:.4f})" in printed
     ours = [row for row in json.loads((tmp_path / "bench" / "bench.json").read_text()) if row["engine"] == "minicls"]
-    assert printed.endswith(f"report: {tmp_path / 'report' / 'report.md'}\n") and (tmp_path / "report" / "deploy.png").is_file()
+    assert (
+        printed.endswith(f"report: {tmp_path / 'report' / 'report.md'}\n")
+        and (tmp_path / "report" / "deploy.png").is_file()
+    )
     assert len(ours) == 6 and {row["status"] for row in ours} == {"ok"}  # classify, generate, score; single and offline
 
 

@@ -24,7 +24,7 @@ from minicls.comparison import PUBLISHED
 from minicls.config import UserError
 from minicls.data import AG_NEWS_LABELS, Data, Split
 from minicls.logger import read_metrics
-from minicls.report import advice, results_table, steps_table, summary, write_results
+from minicls.results import advice, results_table, steps_table, summary, write_results
 
 
 def cells(line: str) -> list[str]:
@@ -57,7 +57,9 @@ def columns(run: Path) -> dict[str, np.ndarray]:
     return {name: table[name].to_numpy().copy() for name in table.column_names}  # ours to change
 
 
-def copy_run(run: Path, folder: Path, results: dict | None = None, num_train_rows: int | None = None, **settings) -> Path:
+def copy_run(
+    run: Path, folder: Path, results: dict | None = None, num_train_rows: int | None = None, **settings
+) -> Path:
     """What is kept of a run, under other settings and with other results."""
     folder.mkdir(parents=True)
     for name in ("run.json", "results.json", "metrics.jsonl", "predictions.parquet"):
@@ -82,12 +84,18 @@ class Words:
         return [text.split() for text in texts]
 
 
-def write_three(run_dir: Path, labels: list[int], predictions: list[int], names=("x", "y", "z"), train=(1, 1, 0)) -> dict:
+def write_three(
+    run_dir: Path, labels: list[int], predictions: list[int], names=("x", "y", "z"), train=(1, 1, 0)
+) -> dict:
     """results.json of a run on these test rows."""
-    train, test = (Split([f"text {row}" for row in range(len(of))], np.array(of), 7 + np.arange(len(of))) for of in (train, labels))
+    train, test = (
+        Split([f"text {row}" for row in range(len(of))], np.array(of), 7 + np.arange(len(of))) for of in (train, labels)
+    )
     logits = torch.from_numpy(4.0 * np.eye(len(names))[predictions]).float()
     data = Data(train, test, names)
-    return write_results(run_dir, data, train, Words(), {"test": logits, "validation": logits[:3]}, STATE, 4, torch.device("cpu"))
+    return write_results(
+        run_dir, data, train, Words(), {"test": logits, "validation": logits[:3]}, STATE, 4, torch.device("cpu")
+    )
 
 
 def test_predictions_of_both_splits_name_their_rows_and_classes(tmp_path):
@@ -103,7 +111,9 @@ def test_predictions_of_both_splits_name_their_rows_and_classes(tmp_path):
             "text_hash",
             *(f"probability_{c}" for c in range(3)),
         ]
-        assert table["row"].to_pylist() == [7 + row for row in range(len(labels))] and table["label"].to_pylist() == labels
+        assert (
+            table["row"].to_pylist() == [7 + row for row in range(len(labels))] and table["label"].to_pylist() == labels
+        )
         digests = [hashlib.sha256(f"text {row}".encode()).digest() for row in range(len(labels))]
         assert table["text_hash"].to_pylist() == [struct.unpack("<i", digest[:4])[0] for digest in digests]
         features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
@@ -135,12 +145,18 @@ def test_a_run_that_learned_nothing_says_which_flags_to_change(tmp_path):
     learned = write_three(tmp_path, labels, labels, ("a", "b"))
     assert advice(learned) == []
     guessed = write_three(tmp_path, labels, [1] * 100, ("a", "b"))
-    assert advice(guessed) == ["note: no better than always answering b (accuracy 0.5000, macro F1 0.3333), within the interval"]
-    (tmp_path / "metrics.jsonl").write_text("".join(TRAIN % pair for pair in enumerate((9, 0.7, 0.68, 0.7, 0.68, 0.69))))
+    assert advice(guessed) == [
+        "note: no better than always answering b (accuracy 0.5000, macro F1 0.3333), within the interval"
+    ]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(TRAIN % pair for pair in enumerate((9, 0.7, 0.68, 0.7, 0.68, 0.69)))
+    )
     trained = write_three(tmp_path, labels, labels, ("a", "b"))
     note, flags = advice(trained)
     assert note == "note: the last training loss, 0.690, is near ln 2 = 0.693, that of a guess"
-    assert all(flag in flags for flag in ("--learning-rate", "--epochs", "--warmup-ratio", "python -m minicls baseline"))
+    assert all(
+        flag in flags for flag in ("--learning-rate", "--epochs", "--warmup-ratio", "python -m minicls baseline")
+    )
     assert summary(trained).endswith(f"{note}\n{flags}")
 
 
@@ -153,7 +169,11 @@ def test_a_rare_class_that_is_often_right_is_no_constant_answer(tmp_path):
 
 
 def test_the_best_step_on_test_is_told_where_a_published_table_has_one(tmp_path):
-    results = write_three(tmp_path, [0, 1, 2], [0, 1, 2]) | {"best_step_on_test": 2, "best_f1_on_test": 0.9, "evaluations": 3}
+    results = write_three(tmp_path, [0, 1, 2], [0, 1, 2]) | {
+        "best_step_on_test": 2,
+        "best_f1_on_test": 0.9,
+        "evaluations": 3,
+    }
     assert "best step" not in summary(results)
     scores = results["per_class"]["x"]
     results |= {"per_class": dict.fromkeys(AG_NEWS_LABELS, scores)}
@@ -216,7 +236,10 @@ def test_two_runs_and_all_their_figures(bert_run, qwen_run, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.endswith(f"report: {tmp_path / 'out' / 'report.md'}\n")
     assert read_table(printed) == read_table(sections["Headlines"])
-    runs, tables = (bert_run, qwen_run), {title: read_table(body) for title, body in sections.items() if "| --- |" in body}
+    runs, tables = (
+        (bert_run, qwen_run),
+        {title: read_table(body) for title, body in sections.items() if "| --- |" in body},
+    )
     for i, (run, head) in enumerate(zip(runs, ("linear", "options"), strict=True)):
         row, of_run = tables["Headlines"][i], found(run)
         assert (row["run"], row["model"], row["head"], row["steps"]) == (str(run), "tiny", head, "16 of 16")
@@ -224,14 +247,21 @@ def test_two_runs_and_all_their_figures(bert_run, qwen_run, tmp_path, capsys):
         assert row["macro F1 (95 % interval)"] == interval
         assert row["accuracy"] == f"{of_run['accuracy']:.4f}"
         assert (row["test rows"], row["constant answer"]) == ("100", f"{of_run['majority_accuracy']:.4f}")
-        assert [row["training, s"], row["evaluation, s"]] == [f"{of_run[f'{what}_seconds']:.0f}" for what in ("train", "eval")]
+        assert [row["training, s"], row["evaluation, s"]] == [
+            f"{of_run[f'{what}_seconds']:.0f}" for what in ("train", "eval")
+        ]
         row = tables["How the step was chosen"][i]
         assert (row["headline"], row["step"], row["macro F1 (95 % interval)"]) == ("last step", "16", interval)
         wilson = binomtest(round(100 * of_run["accuracy"]), 100).proportion_ci(method="wilson")
         assert row["accuracy (95 % interval)"] == f"{of_run['accuracy']:.4f} ({wilson.low:.4f} to {wilson.high:.4f})"
         assert "best on test: step" not in row  # the published protocol, where nothing was published
         row = tables["What was run"][i]
-        assert (row["data"], row["training rows"], row["test rows"], row["dtype"]) == ("synthetic", "256", "100", "fp32")
+        assert (row["data"], row["training rows"], row["test rows"], row["dtype"]) == (
+            "synthetic",
+            "256",
+            "100",
+            "fp32",
+        )
         name = row["run"]
         assert str(run).endswith(name)
         scores = [f"{c['f1']:.4f} ({c['precision']:.4f}, {c['recall']:.4f})" for c in of_run["per_class"].values()]
@@ -241,7 +271,12 @@ def test_two_runs_and_all_their_figures(bert_run, qwen_run, tmp_path, capsys):
         confusion = read_table(sections["Confusion"].split(f"### {name}\n")[1])
         assert [[int(row[c]) for c in AG_NEWS_LABELS] for row in confusion] == of_run["confusion"]
         row = tables["Calibration"][i]
-        assert [*row.values()] == [name, f"{of_run['calibration_error']:.4f}", "-", "-"]  # no validation rows were held out
+        assert [*row.values()] == [
+            name,
+            f"{of_run['calibration_error']:.4f}",
+            "-",
+            "-",
+        ]  # no validation rows were held out
         row = tables["Cost"][i]
         assert float(row["s each"]) == pytest.approx(of_run["eval_seconds"] / 2, abs=0.06)
     ratio = cells(sections["Cost"].strip().splitlines()[-1])[3]
@@ -290,7 +325,9 @@ def test_real_predictions_beside_the_published_tables(bert_run, qwen_run, shared
             data="fancyzhx/ag_news",
             model="Qwen3-0.6B" if like is qwen_run else name,
         )
-        pq.write_table(pa.table({"row": range(7600), "label": labels, "prediction": table[name]}), run / "predictions.parquet")
+        pq.write_table(
+            pa.table({"row": range(7600), "label": labels, "prediction": table[name]}), run / "predictions.parquet"
+        )
     names = ("distilbert", "linear_svc", "llama31_8b_sft")
     sections = report(tmp_path / "out", *(tmp_path / name for name in names))
     assert [row["accuracy"] for row in read_table(sections["Headlines"])] == ["0.9422", "0.9234", "0.9543"]
@@ -302,7 +339,10 @@ def test_real_predictions_beside_the_published_tables(bert_run, qwen_run, shared
     chosen = read_table(sections["How the step was chosen"])
     assert [row["run"] for row in chosen] == [*names, "published BERT", "published Qwen3"]
     assert [row["best on test: step"] for row in chosen[:2]] == [str(found(bert_run)["best_step_on_test"])] * 2
-    assert (chosen[3]["accuracy (95 % interval)"], chosen[3]["best on test: step"]) == ("0.9442 (0.9388 to 0.9491)", "3752")
+    assert (chosen[3]["accuracy (95 % interval)"], chosen[3]["best on test: step"]) == (
+        "0.9442 (0.9388 to 0.9491)",
+        "3752",
+    )
     for name, kind in zip(names, ("BERT", "BERT", "Qwen3"), strict=True):
         rows = read_table(sections["Against the published tables"].split(f"### {name}\n")[1])
         published = [row for row in rows if row["published step"] != "-"]
@@ -321,7 +361,11 @@ def test_equal_and_hardly_different_predictions_have_no_winner(bert_run, tmp_pat
     table["prediction"][wrong] = table["label"][wrong]
     pq.write_table(pa.table(table), near / "predictions.parquet")
     rows = read_table(report(tmp_path / "out", bert_run, twin, near)["Two by two"])
-    assert [(row["McNemar's p"], row["better"]) for row in rows] == [("1", "neither"), ("0.25", "neither"), ("0.25", "neither")]
+    assert [(row["McNemar's p"], row["better"]) for row in rows] == [
+        ("1", "neither"),
+        ("0.25", "neither"),
+        ("0.25", "neither"),
+    ]
 
 
 def test_seeds_are_folded_and_every_cell_is_told(bert_run, tmp_path):
@@ -331,7 +375,9 @@ def test_seeds_are_folded_and_every_cell_is_told(bert_run, tmp_path):
     for rate, values in f1.items():
         for seed, value in enumerate(values):
             scores = {"f1": value, "accuracy": value, "f1_low": value - 0.01, "f1_high": value + 0.02}
-            run = copy_run(bert_run, tmp_path / "grid" / f"lr{rate}-seed{seed}", scores, learning_rate=float(rate), seed=seed)
+            run = copy_run(
+                bert_run, tmp_path / "grid" / f"lr{rate}-seed{seed}", scores, learning_rate=float(rate), seed=seed
+            )
             event = {"event": "eval", "split": "validation", "step": 16, "f1": validation[rate][seed]}
             with (run / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(event) + "\n")
@@ -347,7 +393,10 @@ def test_seeds_are_folded_and_every_cell_is_told(bert_run, tmp_path):
     for row, rate in zip(grid, f1, strict=True):
         cells_of_row = [row[f"seed {seed}: validation / test"] for seed in range(3)]
         assert cells_of_row == [f"{v:.4f} / {t:.4f}" for v, t in zip(validation[rate], f1[rate], strict=True)]
-    assert [(row["validation"], row["test"]) for row in grid] == [("0.7000 ± 0.1000", spread[0]), ("0.8000 ± 0.1000", spread[1])]
+    assert [(row["validation"], row["test"]) for row in grid] == [
+        ("0.7000 ± 0.1000", spread[0]),
+        ("0.8000 ± 0.1000", spread[1]),
+    ]
     assert [row[""] for row in grid] == ["", "chosen"]
     assert len(read_table(sections["Two by two"])) == 15
     _, _, *lines = results_table(runs).splitlines()
@@ -355,13 +404,20 @@ def test_seeds_are_folded_and_every_cell_is_told(bert_run, tmp_path):
     assert not (tmp_path / "out" / "rows.png").exists()
 
 
-def curve_run(like: Path, folder: Path, right: np.ndarray, num_train_rows: int, seed: int = 1, rows=None, **settings) -> Path:
+def curve_run(
+    like: Path, folder: Path, right: np.ndarray, num_train_rows: int, seed: int = 1, rows=None, **settings
+) -> Path:
     """A run trained on so many rows whose predictions are right where `right` is; `rows`: which of the file's rows it
     tested."""
     run = copy_run(like, folder, num_train_rows=num_train_rows, max_train_rows=num_train_rows, seed=seed, **settings)
     rows = np.arange(len(right)) if rows is None else rows
     labels = rows % 4
-    columns = {"row": rows, "label": labels, "prediction": np.where(right[rows], labels, (labels + 1) % 4), "text_hash": rows * 7}
+    columns = {
+        "row": rows,
+        "label": labels,
+        "prediction": np.where(right[rows], labels, (labels + 1) % 4),
+        "text_hash": rows * 7,
+    }
     pq.write_table(pa.table(columns), run / "predictions.parquet")
     info = json.loads((run / "run.json").read_text())
     info["data_fingerprint"] = {"train": f"{num_train_rows} {seed}", "test": f"{len(rows)}"}
@@ -392,7 +448,9 @@ def test_learning_curves_and_where_they_cross(bert_run, qwen_run, tmp_path):
     body = sections["Training rows"]
     points = read_table(body)
     assert [(row["model"], row["training rows"], row["seeds"]) for row in points] == [
-        (model, size, "3") for model in ("BERT (tiny), linear", "Qwen3 (tiny), options") for size in ("100", "1,000", "10,000")
+        (model, size, "3")
+        for model in ("BERT (tiny), linear", "Qwen3 (tiny), options")
+        for size in ("100", "1,000", "10,000")
     ]
     assert [row["accuracy (95 % interval)"][:6] for row in points] == ["0.8000"] * 3 + ["0.6000", "0.7500", "0.9000"]
     assert {(row["test rows"], row["the interval covers"]) for row in points} == {("2,000", "seeds and test rows")}
@@ -410,7 +468,9 @@ def test_learning_curves_and_where_they_cross(bert_run, qwen_run, tmp_path):
 
 def test_curves_that_do_not_cross_say_so(bert_run, qwen_run, tmp_path):
     runs = [curve_run(bert_run, tmp_path / f"b{size}", first(0.9), size) for size in (100, 1000)]
-    runs += [curve_run(qwen_run, tmp_path / f"q{size}", first(share), size) for size, share in ((100, 0.5), (1000, 0.895))]
+    runs += [
+        curve_run(qwen_run, tmp_path / f"q{size}", first(share), size) for size, share in ((100, 0.5), (1000, 0.895))
+    ]
     body = report(tmp_path / "out", *runs)["Training rows"]
     assert {row["the interval covers"] for row in read_table(body)} == {"test rows only"}
     (cross,) = read_table(body.split("| the interval covers |")[1].split("\n\n", 1)[1])
@@ -426,7 +486,9 @@ def test_a_crossing_that_may_be_beyond_the_sizes_is_open(bert_run, qwen_run, tmp
     qwen[np.flatnonzero(bert)[:10]] = False
     qwen[np.flatnonzero(~bert)[:12]] = True
     runs = [curve_run(bert_run, tmp_path / f"b{size}", bert, size) for size in (100, 1000)]
-    runs += [curve_run(qwen_run, tmp_path / f"q{size}", right, size) for size, right in ((100, first(0.5)), (1000, qwen))]
+    runs += [
+        curve_run(qwen_run, tmp_path / f"q{size}", right, size) for size, right in ((100, first(0.5)), (1000, qwen))
+    ]
     body = report(tmp_path / "out", *runs)["Training rows"]
     (cross,) = read_table(body.split("| the interval covers |")[1].split("\n\n", 1)[1])
     assert cross["they cross at, rows"].endswith("from there on Qwen3 (tiny), options is ahead")
@@ -469,15 +531,23 @@ def test_runs_with_parts_of_the_test_rows_are_compared_on_those_all_have(bert_ru
     runs += [curve_run(qwen_run, tmp_path / f"q{size}", first(0.7), size, rows=part[::-1]) for size in (100, 1000)]
     sections = report(tmp_path / "out", *runs)
     note = "The runs have different parts of the same test rows: row by row and over training rows, the 667 that all have count."
-    assert note in sections["Two by two"] and note in sections["Training rows"] and note in capsys.readouterr().out.splitlines()
+    assert (
+        note in sections["Two by two"]
+        and note in sections["Training rows"]
+        and note in capsys.readouterr().out.splitlines()
+    )
     assert [row["test rows"] for row in read_table(sections["Headlines"])] == ["2,000", "2,000", "667", "667"]
     pair = read_table(sections["Two by two"])[1]
     assert (pair["only a right"], pair["only b right"]) == (str((first(0.8) & ~first(0.7))[part].sum()), "0")
     points = read_table(sections["Training rows"])
-    assert [row["accuracy (95 % interval)"][:6] for row in points] == [f"{first(x)[part].mean():.4f}" for x in (0.8, 0.8, 0.7, 0.7)]
+    assert [row["accuracy (95 % interval)"][:6] for row in points] == [
+        f"{first(x)[part].mean():.4f}" for x in (0.8, 0.8, 0.7, 0.7)
+    ]
 
 
-@pytest.mark.parametrize("change", ["a row of another text", "another label", "a row that the larger has not", "no hashes"])
+@pytest.mark.parametrize(
+    "change", ["a row of another text", "another label", "a row that the larger has not", "no hashes"]
+)
 def test_other_rows_are_refused(change, bert_run, qwen_run, tmp_path):
     large = curve_run(bert_run, tmp_path / "large", first(0.8), 100)
     small = curve_run(qwen_run, tmp_path / "small", first(0.8), 100, rows=np.arange(50))
@@ -494,17 +564,39 @@ def test_other_rows_are_refused(change, bert_run, qwen_run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-BENCH = {"model": "bert", "engine": "minicls", "engine_version": "0.1.0", "method": "classify", "mode": "offline", "dtype": "fp32"}
+BENCH = {
+    "model": "bert",
+    "engine": "minicls",
+    "engine_version": "0.1.0",
+    "method": "classify",
+    "mode": "offline",
+    "dtype": "fp32",
+}
 BENCH |= {"device": "cpu", "requests_per_second": 61.234, "latency_p50_ms": 15.5, "num_requests": 100, "accuracy": 0.9}
 BENCH |= {"agreement": 1.0, "status": "ok", "reason": None}
-LACKING = {"requests_per_second": None, "latency_p50_ms": None, "accuracy": None, "status": "not run", "reason": "no vllm"}
+LACKING = {
+    "requests_per_second": None,
+    "latency_p50_ms": None,
+    "accuracy": None,
+    "status": "not run",
+    "reason": "no vllm",
+}
 
 
-@pytest.mark.parametrize("bench", [[BENCH, BENCH | LACKING], {"rows": [BENCH, BENCH | LACKING]}], ids=["list", "dictionary"])
+@pytest.mark.parametrize(
+    "bench", [[BENCH, BENCH | LACKING], {"rows": [BENCH, BENCH | LACKING]}], ids=["list", "dictionary"]
+)
 def test_requests_beside_accuracy(bench, bert_run, tmp_path):
     (tmp_path / "bench.json").write_text(json.dumps(bench))
-    first, second = read_table(report(tmp_path / "out", bert_run, "--bench", tmp_path / "bench.json")["Which one to deploy"])
-    assert (first["engine"], first["requests/s"], first["accuracy"], first["status"]) == ("minicls 0.1.0", "61.23", "0.9000", "ok")
+    first, second = read_table(
+        report(tmp_path / "out", bert_run, "--bench", tmp_path / "bench.json")["Which one to deploy"]
+    )
+    assert (first["engine"], first["requests/s"], first["accuracy"], first["status"]) == (
+        "minicls 0.1.0",
+        "61.23",
+        "0.9000",
+        "ok",
+    )
     assert (second["requests/s"], second["status"]) == ("-", "not run: no vllm")
     assert (tmp_path / "out" / "deploy.png").stat().st_size > 5000
 
@@ -584,7 +676,9 @@ def test_files_in_the_way_or_broken(bert_run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-DAMAGED = [(name, text) for name in ("run", "results") for text in ("{", "[]", "5", "{}", '{"final_step": 3}', "\ufeff")]
+DAMAGED = [
+    (name, text) for name in ("run", "results") for text in ("{", "[]", "5", "{}", '{"final_step": 3}', "\ufeff")
+]
 
 
 @pytest.mark.parametrize(("name", "text"), DAMAGED)
@@ -614,7 +708,9 @@ def test_a_p_value_below_all_floats_is_no_zero(bert_run, qwen_run, tmp_path):
 def test_names_with_line_breaks_and_blanks_stand_on_one_line(bert_run, tmp_path):
     names = ["good\nnews", "good ", "a | b", "体育"]
     of_class = dict(zip(names, found(bert_run)["per_class"].values(), strict=True))
-    table = read_table(report(tmp_path / "out", copy_run(bert_run, tmp_path / "run", {"per_class": of_class}))["Classes"])
+    table = read_table(
+        report(tmp_path / "out", copy_run(bert_run, tmp_path / "run", {"per_class": of_class}))["Classes"]
+    )
     assert [row["class"] for row in table] == [r"'good\nnews'", "'good '", "a | b", "体育"]
 
 
@@ -694,9 +790,7 @@ def test_chinese_class_names_are_drawn_or_numbered(installed, figures, tmp_path,
     labels = [text.get_text() for text in figures[0].axes[0].get_xticklabels()]
     printed = capsys.readouterr().out
     assert labels == (names if installed else ["0", "1"])
-    said = (
-        "no installed font has the characters of all class names, so confusion.png shows their indices: 0 \U0002a6d6育, 1 finance\n"
-    )
+    said = "no installed font has the characters of all class names, so confusion.png shows their indices: 0 \U0002a6d6育, 1 finance\n"
     assert printed == ("" if installed else said)
 
 
@@ -706,7 +800,9 @@ def served(**values) -> dict:
 
 def test_rates_are_plain_numbers_inside_their_axes(figures, tmp_path):
     rates = (1138.4, 99.96, 0.1234, 61_234.5)
-    plots.plot_rps([served(requests_per_second=rate, mode=mode) for rate in rates for mode in ("single", "offline")], tmp_path)
+    plots.plot_rps(
+        [served(requests_per_second=rate, mode=mode) for rate in rates for mode in ("single", "offline")], tmp_path
+    )
     for axes in figures[0].axes:
         assert [text.get_text() for text in axes.texts] == ["61,234", "0.123", "100", "1,138"]
         assert (boxes(figures[0], axes.texts)[:, 2] < axes.get_window_extent().x1).all()
@@ -735,11 +831,22 @@ def test_committed_results_with_a_peer_beside_them(bert_run, tmp_path):
     (folder / "hf_trainer.json").write_text(json.dumps(peer))
     _, _, ours, theirs = results_table([folder]).splitlines()
     assert cells(ours)[:5] == ["some-run", "tiny", "linear", "256", "100"]
-    assert cells(theirs) == ["some-run, HF Trainer", "tiny", "linear", "256", "100", "0.5000", "0.4000 (0.3000 to 0.4500)", "7"]
+    assert cells(theirs) == [
+        "some-run, HF Trainer",
+        "tiny",
+        "linear",
+        "256",
+        "100",
+        "0.5000",
+        "0.4000 (0.3000 to 0.4500)",
+        "7",
+    ]
 
 
 def test_committed_results_in_groups(bert_run, qwen_run, tmp_path):
-    seeds = [copy_run(bert_run, tmp_path / "grid" / f"seed{seed}", {"f1": 0.5 + seed / 10}, seed=seed) for seed in (1, 2)]
+    seeds = [
+        copy_run(bert_run, tmp_path / "grid" / f"seed{seed}", {"f1": 0.5 + seed / 10}, seed=seed) for seed in (1, 2)
+    ]
     rows = read_table(results_table([copy_run(qwen_run, tmp_path / "alone"), *seeds]))
     assert [row["result"] for row in rows] == ["alone", "grid/seed* (2 runs)"]
     assert rows[1]["macro F1 (95 % interval)"].startswith("0.6500 ± 0.0707 (")

@@ -35,7 +35,9 @@ def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     name, dtype = request.param.split()
     # Accumulating, and few rows to score: Qwen's are five times as long.
-    flags = [*FLAGS, "--dtype", dtype] + (["--micro-batch-size", "16", "--max-eval-rows", "20"] if name == "qwen" else [])
+    flags = [*FLAGS, "--dtype", dtype] + (
+        ["--micro-batch-size", "16", "--max-eval-rows", "20"] if name == "qwen" else []
+    )
     whole = train(folder / "whole", *flags, script=SCRIPTS[name])
     with interrupt_at(5), pytest.raises(SystemExit):
         train(folder / "stopped", *flags, script=SCRIPTS[name])
@@ -60,7 +62,12 @@ def hidden(run_dir):
 
 
 def assert_same_run(resumed, whole):
-    for name in ("model.safetensors", "checkpoints/step-000010/optimizer.safetensors", "predictions.parquet", "config.json"):
+    for name in (
+        "model.safetensors",
+        "checkpoints/step-000010/optimizer.safetensors",
+        "predictions.parquet",
+        "config.json",
+    ):
         assert (resumed / name).read_bytes() == (whole / name).read_bytes(), name
     assert losses(resumed) == losses(whole) and [step for step, *_ in losses(whole)] == [*range(1, 11)]
     assert events(resumed, "eval", "test") == events(whole, "eval", "test")
@@ -108,11 +115,18 @@ class TestStopped:
     def test_eval_only_scores_the_checkpoints_and_leaves_the_run_resumable(self, stopped, whole):
         steps = len(losses(stopped))
         resume(stopped, "--eval-only")
-        assert [e["step"] for e in events(stopped, "eval", "test")] == [3, 4, 5]  # 3 while training, then both checkpoints
+        assert [e["step"] for e in events(stopped, "eval", "test")] == [
+            3,
+            4,
+            5,
+        ]  # 3 while training, then both checkpoints
         assert results(stopped)["final_step"] == 5 and len(losses(stopped)) == steps
         assert results(stopped)["evaluations"] == 2  # what the seconds are of
         resume(stopped)
-        assert losses(stopped) == losses(whole) and results(stopped)["best_step_on_test"] == results(whole)["best_step_on_test"]
+        assert (
+            losses(stopped) == losses(whole)
+            and results(stopped)["best_step_on_test"] == results(whole)["best_step_on_test"]
+        )
         assert (stopped / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
     @pytest.mark.parametrize("limit", [300_000, 900_000], ids=["in the model", "in the optimizer"])
@@ -153,12 +167,16 @@ class TestStopped:
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train_bert.py", *TINY, "--max-steps", "4", "--output-dir", str(tmp_path / "run")])
+    monkeypatch.setattr(
+        sys, "argv", ["train_bert.py", *TINY, "--max-steps", "4", "--output-dir", str(tmp_path / "run")]
+    )
     before = signal.getsignal(signal.SIGINT)  # a shell may have started the tests with it ignored
     with interrupt_at(2), pytest.raises(SystemExit) as stop:
         run(train_bert.main)
     assert stop.value.code == 130
-    assert f"stopped at step 2 of 4; go on: python train_bert.py --resume {tmp_path / 'run'}\n" in capsys.readouterr().out
+    assert (
+        f"stopped at step 2 of 4; go on: python train_bert.py --resume {tmp_path / 'run'}\n" in capsys.readouterr().out
+    )
     assert [*checkpoints(tmp_path / "run")] == [1, 2]
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -177,7 +195,7 @@ def test_changed_data_is_an_error(tmp_path):
 
 def test_best_on_validation_is_remembered(tmp_path, monkeypatch):
     """A resumed run knows the best step of its first part: F1 is scripted to fall with every evaluation."""
-    original, script = train_bert.report.evaluate_logits, iter([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
+    original, script = train_bert.results.evaluate_logits, iter([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
 
     def evaluate_logits(logits, labels):
         scores, confusion = original(logits, labels)
@@ -185,7 +203,17 @@ def test_best_on_validation_is_remembered(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_bert.report, "evaluate_logits", evaluate_logits)
     with interrupt_at(3), pytest.raises(SystemExit):
-        train(tmp_path / "run", "--validation-size", "40", "--max-steps", "6", "--eval-every", "1", "--keep-checkpoints", "1")
+        train(
+            tmp_path / "run",
+            "--validation-size",
+            "40",
+            "--max-steps",
+            "6",
+            "--eval-every",
+            "1",
+            "--keep-checkpoints",
+            "1",
+        )
     best = checkpoints(tmp_path / "run")[1].rename(tmp_path / "aside")
     with pytest.raises(UserError, match="step 1, the best on validation, has no checkpoint any more"):
         resume(tmp_path / "run")
@@ -235,7 +263,9 @@ def test_a_run_that_another_process_has_is_refused(flags, one_step, tmp_path, mo
         before = contents(copy)
         with pytest.raises(SystemExit) as stop:
             run(train_bert.main)
-        message = f"error: {copy}: process {process.pid} is training or testing this run; wait for it or stop it first\n"
+        message = (
+            f"error: {copy}: process {process.pid} is training or testing this run; wait for it or stop it first\n"
+        )
         assert (stop.value.code, capsys.readouterr().err, contents(copy)) == (2, message, before)
     # The process was killed: what it had is free.
     with pytest.raises(SystemExit) as stop:
@@ -286,7 +316,10 @@ def test_killed_at_any_moment(name, tmp_path):
     while True:
         command = ["--resume", str(killed)] if reached else [*flags, "--output-dir", str(killed)]
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / f"train_{name}.py"), *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [sys.executable, str(ROOT / f"train_{name}.py"), *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         if len(reached) < 6:
             # Up to a second after a checkpoint of its own; every third one earlier, perhaps while it still starts.

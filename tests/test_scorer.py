@@ -15,7 +15,8 @@ from test_prompt import BEGINS, TEMPLATES, tokenizer_dir
 from minicls.data import AG_NEWS_LABELS
 from minicls.prompt import Chat, make_template
 from minicls.scorer import common_prefix, read_prefix, score, score_brute_force
-from minicls.tokenizer import load_tokenizer, train_qwen_tokenizer
+from minicls.tiny import train_qwen_tokenizer
+from minicls.tokenizer import load_tokenizer
 
 SAME = [7, 8, 9, 10, 11, 12]  # what the questions of a prompt begin with
 QUESTIONS = {
@@ -28,7 +29,9 @@ QUESTIONS = {
     "identical": [SAME] * 5,
     "one a prefix of another": [SAME, SAME[:3], [*SAME, 3], SAME[:4], SAME[:3]],
     "the shortest is what they share": [[*SAME, 1, 2], [*SAME, 4], SAME],
-    "many": [SAME + row for row in random_rows([*range(35, 0, -1)], seed=1)],  # the longest first; more than two groups of 16
+    "many": [
+        SAME + row for row in random_rows([*range(35, 0, -1)], seed=1)
+    ],  # the longest first; more than two groups of 16
 }
 OPTIONS = {
     "one token": [[1], [2], [3], [4]],
@@ -85,7 +88,9 @@ def test_score_equals_the_brute_force_in_other_chat_formats(config, template, tm
     questions, cut = chat.questions(texts)
     start, _, _ = tokenizer.decode(questions[0]).partition("Stocks")
     shared = tokenizer.decode(common_prefix(questions))
-    assert cut == 0 and start.startswith(shared) and shared.endswith("Article")  # its line break may be one token with a text's
+    assert (
+        cut == 0 and start.startswith(shared) and shared.endswith("Article")
+    )  # its line break may be one token with a text's
     assert ("assistant" in start) == (template != "Llama 3")  # a system turn
     model = make_model(config=config, vocab_size=len(tokenizer), max_position_embeddings=400)
     expected = score_brute_force(model, questions, chat.options, CPU)
@@ -98,7 +103,12 @@ def test_a_prefix_read_before_serves_later_questions(options, model):
     """As one request after another has it: the prefix of two earlier questions, for a third that begins so."""
     first, second, third = QUESTIONS["a prefix in common"][:3]
     prefix = read_prefix(model, [first, second], CPU)
-    assert prefix.ids == SAME and prefix.begins([third, first]) and not prefix.begins([third, SAME]) and not prefix.begins([[5, 6]])
+    assert (
+        prefix.ids == SAME
+        and prefix.begins([third, first])
+        and not prefix.begins([third, SAME])
+        and not prefix.begins([[5, 6]])
+    )
     assert read_prefix(model, [first], CPU) is None and read_prefix(model, [[1, 2], [3, 4]], CPU) is None
     keys = prefix.cache.layers[0][0].clone()
     found = score(model, [third], OPTIONS[options], CPU, "sum", prefix=prefix)

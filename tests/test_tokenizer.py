@@ -21,15 +21,8 @@ from tokenizers import AddedToken
 
 from minicls.config import UserError
 from minicls.data import synthetic
-from minicls.tokenizer import (
-    QWEN_CONTROL_TOKENS,
-    Tokenizer,
-    bert_rows,
-    load_tokenizer,
-    text_rows,
-    train_bert_tokenizer,
-    train_qwen_tokenizer,
-)
+from minicls.tiny import QWEN_CONTROL_TOKENS, train_bert_tokenizer, train_qwen_tokenizer
+from minicls.tokenizer import Tokenizer, bert_rows, load_tokenizer, text_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTROL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -115,7 +108,14 @@ def cut_oracle(ids: list[int], max_length: int, head: int) -> list[int]:
 
 @pytest.mark.parametrize(
     ("max_length", "long_text", "head"),
-    [(512, "head", 510), (512, "head-tail", 128), (12, "head", 10), (12, "head-tail", 3), (3, "head", 1), (3, "head-tail", 0)],
+    [
+        (512, "head", 510),
+        (512, "head-tail", 128),
+        (12, "head", 10),
+        (12, "head-tail", 3),
+        (3, "head", 1),
+        (3, "head-tail", 0),
+    ],
 )
 def test_a_long_text_keeps_its_head_or_head_and_tail(tiny, max_length, long_text, head):
     (long,) = tiny.encode([LINES[0]])
@@ -190,7 +190,7 @@ def test_the_head_of_a_text_that_starts_in_blanks(tiny):
 @pytest.mark.parametrize("kind", ["bert", "qwen"])
 def test_training_gives_the_same_bytes_in_every_process(kind):
     code = (
-        f"import hashlib; from minicls.tokenizer import train_{kind}_tokenizer as train;"
+        f"import hashlib; from minicls.tiny import train_{kind}_tokenizer as train;"
         "texts = [f'Text {i % 7} on {i * i} caf\\u00e9s, \\u4e2d\\u6587 {chr(97 + i % 26) * 3}' for i in range(200)];"
         "print(hashlib.sha256(train(texts, 350).json_text.encode()).hexdigest())"
     )
@@ -261,7 +261,12 @@ def test_transformers_reads_what_is_saved(tiny, tmp_path):
     tiny.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert [theirs.convert_tokens_to_ids(t) for t in CONTROL] == [0, 1, 2, 3, 4]
-    assert (theirs.cls_token, theirs.sep_token, theirs.pad_token, theirs.model_max_length) == ("[CLS]", "[SEP]", "[PAD]", 512)
+    assert (theirs.cls_token, theirs.sep_token, theirs.pad_token, theirs.model_max_length) == (
+        "[CLS]",
+        "[SEP]",
+        "[PAD]",
+        512,
+    )
     assert theirs("the dog sat", add_special_tokens=False)["input_ids"] == tiny.encode(["the dog sat"])[0]
 
 
@@ -330,7 +335,15 @@ def test_a_missing_control_token_is_named(tiny):
 # transformers builds a tokenizer from. `change(tokenizer.json, tokenizer_config.json)` edits a directory like a published one.
 
 PARTS = [
-    *("Ünïcödé Café", "cafe\u0301 n\u0303", "中文、日本語", "한국어", "😀👩\u200d👧", "ﬁ ℌ İstanbul straße", "\u00a0\ufffd\x00a"),
+    *(
+        "Ünïcödé Café",
+        "cafe\u0301 n\u0303",
+        "中文、日本語",
+        "한국어",
+        "😀👩\u200d👧",
+        "ﬁ ℌ İstanbul straße",
+        "\u00a0\ufffd\x00a",
+    ),
     *("[SEP]", "[CLS]", "[MASK]", "[PAD]", "[UNK]", "<|im_end|>", "<think>", "</think>\n\n", "<|endoftext|>", "<s>"),
     *("", " ", "  ", "\n\n", "\t", "12345 3.14", "it's", "The Cat SAT", "the dog", "word7 Word8"),
     *("covidword", "CovidWord", " COVIDWORD.", "xcovidwordx", "super" * 30),
@@ -394,7 +407,10 @@ BERT_FILES = {
     "lower case against it": lambda spec, config: config.update(do_lower_case=not config["do_lower_case"]),
     "strips accents": set_config(strip_accents=True),
     "keeps accents": set_config(strip_accents=False),
-    "accents against it": lambda spec, config: (spec["normalizer"].update(strip_accents=False), config.update(strip_accents=None)),
+    "accents against it": lambda spec, config: (
+        spec["normalizer"].update(strip_accents=False),
+        config.update(strip_accents=None),
+    ),
     "Chinese as words": set_config(tokenize_chinese_chars=False),
     "accents in tokenizer.json alone": lambda spec, config: (
         set_normalizer(strip_accents=True)(spec, config),
@@ -422,7 +438,14 @@ BERT_FILES = {
     "tokens as objects": set_config(cls_token={"content": "[CLS]", "special": True}, extra_special_tokens=["[SEP]"]),
     "v4": set_config(
         added_tokens_decoder={
-            "5": {"content": "!", "special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+            "5": {
+                "content": "!",
+                "special": True,
+                "normalized": False,
+                "lstrip": False,
+                "rstrip": False,
+                "single_word": False,
+            }
         }
     ),
 }
@@ -447,7 +470,14 @@ def test_transformers_reads_a_bert_export_as_training_did(case, vocabulary, tmp_
     if vocabulary == "words":
         assert {*ours.control_ids(["covidword", "中文", "dog"])} <= {i for row in rows for i in row}
     # The source, too, is read as transformers reads it, wherever it says how.
-    if case in ("as it is", "lower case against it", "strips accents", "keeps accents", "accents against it", "Chinese as words"):
+    if case in (
+        "as it is",
+        "lower case against it",
+        "strips accents",
+        "keeps accents",
+        "accents against it",
+        "Chinese as words",
+    ):
         source_tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         assert source_tokenizer(texts, truncation=True, max_length=200, split_special_tokens=True)["input_ids"] == rows
 
@@ -469,10 +499,16 @@ def surround(*parts: str, byte_level: bool = False) -> Callable:
     def change(spec: dict, config: dict) -> None:
         ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
         single = [
-            {"Sequence": {"id": "A", "type_id": 0}} if p == "$A" else {"SpecialToken": {"id": p, "type_id": 0}} for p in parts
+            {"Sequence": {"id": "A", "type_id": 0}} if p == "$A" else {"SpecialToken": {"id": p, "type_id": 0}}
+            for p in parts
         ]
         special = {p: {"id": p, "ids": [ids[p]], "tokens": [p]} for p in parts if p != "$A"}
-        processor = {"type": "TemplateProcessing", "single": single, "pair": [*single, *single], "special_tokens": special}
+        processor = {
+            "type": "TemplateProcessing",
+            "single": single,
+            "pair": [*single, *single],
+            "special_tokens": special,
+        }
         both = {"type": "Sequence", "processors": [BYTE_LEVEL, processor]}
         spec["post_processor"] = both if byte_level else processor
 
@@ -504,7 +540,10 @@ DECODER_FILES = {
         set_config(add_bos_token=True, add_eos_token=True, bos_token="<think>", tokenizer_class="LlamaTokenizer"),
     ),
     "left": ("qwen3", set_config(truncation_side="left", padding_side="left")),
-    "a token that is not there": ("llama", set_config(unk_token="<unk>", additional_special_tokens=["<pad>", "<|im_end|>"])),
+    "a token that is not there": (
+        "llama",
+        set_config(unk_token="<unk>", additional_special_tokens=["<pad>", "<|im_end|>"]),
+    ),
 }
 
 
@@ -537,4 +576,13 @@ def test_transformers_reads_a_decoder_s_export_as_training_did(case, tiny_qwen, 
     chat = "<|im_start|>user\nthe cat 12\n<|im_end|>\n<think>\n\n</think>\n\n"
     start, end, think, no_think = ours.control_ids(["<|im_start|>", "<|im_end|>", "<think>", "</think>"])
     turn, newline, blank = ours.encode(["user\nthe cat 12\n", "\n", "\n\n"])
-    assert theirs(chat, add_special_tokens=False)["input_ids"] == [start, *turn, end, *newline, think, *blank, no_think, *blank]
+    assert theirs(chat, add_special_tokens=False)["input_ids"] == [
+        start,
+        *turn,
+        end,
+        *newline,
+        think,
+        *blank,
+        no_think,
+        *blank,
+    ]

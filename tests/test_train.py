@@ -36,12 +36,14 @@ from safetensors.torch import load_file
 
 import train_bert
 import train_qwen
-from minicls import checkpoint, report, weights
+from minicls import checkpoint, weights
+from minicls import results as result_files
 from minicls.batch import pack, step_rows
 from minicls.checkpoint import checkpoints
 from minicls.config import UserError
 from minicls.data import Data, Split, load_data, split_data
 from minicls.optim import class_weights, cosine_lr, every_steps, make_optimizer, warmup_steps
+from minicls.tiny import SIZES
 from minicls.tokenizer import bert_rows, load_tokenizer, text_rows
 
 
@@ -53,7 +55,18 @@ def news(tmp_path_factory):
 @pytest.fixture(scope="module")
 def learned(news, tmp_path_factory):
     """A run long enough to learn: 40 steps, though an epoch has 19 and one was asked for."""
-    flags = ["--learning-rate", "5e-3", "--warmup-ratio", "0.2", "--epochs", "1", "--max-steps", "40", "--eval-every", "0.3"]
+    flags = [
+        "--learning-rate",
+        "5e-3",
+        "--warmup-ratio",
+        "0.2",
+        "--epochs",
+        "1",
+        "--max-steps",
+        "40",
+        "--eval-every",
+        "0.3",
+    ]
     flags += ["--max-train-rows", "600", "--max-eval-rows", "200", "--log-every", "4", "--save-every", "0.2"]
     return train(tmp_path_factory.mktemp("learned") / "run", "--data", str(news), *flags)
 
@@ -64,7 +77,18 @@ def calm(bert_run, tmp_path_factory):
 
 
 # Two epochs of windows of 64, 64 and 22 rows, every step logged.
-UNEVEN = ["--max-train-rows", "150", "--global-batch-size", "64", "--micro-batch-size", "64", "--epochs", "2", "--log-every", "1"]
+UNEVEN = [
+    "--max-train-rows",
+    "150",
+    "--global-batch-size",
+    "64",
+    "--micro-batch-size",
+    "64",
+    "--epochs",
+    "2",
+    "--log-every",
+    "1",
+]
 UNEVEN += ["--dtype", "fp32", "--eval-every", "0", "--save-every", "0"]
 
 
@@ -91,7 +115,9 @@ def test_the_defaults_are_the_published_steps(tmp_path, monkeypatch):
     assert [*range(every, 9376, every)] == [938, 1876, 2814, 3752, 4690, 5628, 6566, 7504, 8442]
 
 
-@pytest.mark.parametrize(("steps", "peak", "ratio", "warmup"), [(9375, 1e-5, 0.0, 0), (120_000 // (12 * 8), 1.2e-5, 0.01, 13)])
+@pytest.mark.parametrize(
+    ("steps", "peak", "ratio", "warmup"), [(9375, 1e-5, 0.0, 0), (120_000 // (12 * 8), 1.2e-5, 0.01, 13)]
+)
 def test_schedule_is_that_of_transformers(steps, peak, ratio, warmup):
     from transformers import get_cosine_schedule_with_warmup
 
@@ -107,7 +133,7 @@ def test_schedule_is_that_of_transformers(steps, peak, ratio, warmup):
 def test_optimizer_groups_are_those_of_the_trainer():
     from transformers import BertConfig, BertForSequenceClassification, Trainer
 
-    values = train_bert.TINY | {"vocab_size": 50}
+    values = SIZES["tiny-bert"] | {"vocab_size": 50}
     hugging_face = BertForSequenceClassification(BertConfig(**values))
     decaying = set(Trainer.get_decay_parameter_names(None, hugging_face))
     model, _, _ = weights.build_model(weights.BERT, values, None, 0, torch.device("cpu"))
@@ -122,7 +148,10 @@ def test_optimizer_groups_are_those_of_the_trainer():
 @pytest.mark.parametrize(("num_rows", "batch"), [(150, 64), (128, 64), (10, 64), (65, 1)])
 def test_step_rows_cover_each_epoch_once(num_rows, batch):
     steps = math.ceil(num_rows / batch)
-    epochs = [np.concatenate([step_rows(epoch * steps + i, num_rows, batch, seed=42) for i in range(steps)]) for epoch in range(3)]
+    epochs = [
+        np.concatenate([step_rows(epoch * steps + i, num_rows, batch, seed=42) for i in range(steps)])
+        for epoch in range(3)
+    ]
     assert all(sorted(epoch) == [*range(num_rows)] for epoch in epochs)
     other_seed = np.concatenate([step_rows(i, num_rows, batch, seed=43) for i in range(steps)])
     orders = {tuple(order) for order in (*epochs, other_seed)}
@@ -141,17 +170,25 @@ def test_loss_is_the_mean_over_the_rows_of_the_step(calm, tmp_path):
     rows, _ = bert_rows(load_tokenizer(run), data.train.texts, max_length=512)
     with torch.no_grad():
         logits = torch.cat([model.eval()(*pack([row])) for row in rows])
-    row_losses = torch.nn.functional.cross_entropy(logits, torch.from_numpy(data.train.labels), reduction="none").numpy()
+    row_losses = torch.nn.functional.cross_entropy(
+        logits, torch.from_numpy(data.train.labels), reduction="none"
+    ).numpy()
     expected = [row_losses[step_rows(step, 150, 64, seed=42)].mean() for step in range(6)]
     assert [loss for _, loss, _ in losses(run)] == pytest.approx(expected, rel=1e-5)
-    assert [e["epoch"] for e in events(run, "train")] == pytest.approx([64 / 150, 128 / 150, 1, 214 / 150, 278 / 150, 2])
-    assert all(torch.equal(tensor, load_file(run / "model.safetensors")[name]) for name, tensor in model.state_dict().items())
+    assert [e["epoch"] for e in events(run, "train")] == pytest.approx(
+        [64 / 150, 128 / 150, 1, 214 / 150, 278 / 150, 2]
+    )
+    assert all(
+        torch.equal(tensor, load_file(run / "model.safetensors")[name]) for name, tensor in model.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("labels", [[0, 0, 0, 1, 2, 2, 3], [1] * 9 + [0, 2, 3] * 2, [3, 2, 1, 0]])
 def test_balanced_class_weights_are_those_of_scikit_learn(labels):
     labels = np.array(labels)
-    assert class_weights(labels, 4, "balanced").numpy() == pytest.approx(their_class_weights("balanced", labels), rel=1e-6)
+    assert class_weights(labels, 4, "balanced").numpy() == pytest.approx(
+        their_class_weights("balanced", labels), rel=1e-6
+    )
     assert class_weights(labels, 4, "none").tolist() == [1.0] * 4
 
 
@@ -174,7 +211,9 @@ def test_loss_with_class_weights_and_smoothing(flags, head, tmp_path):
     given = ["--data", str(news), *UNEVEN, "--max-eval-rows", "4", "--micro-batch-size", "16", "--learning-rate", "0"]
     given += ["--max-steps", "3", *flags.split()]
     if head == "bert":  # without dropout
-        start = train(tmp_path / "start", "--data", str(news), "--max-steps", "1", "--max-eval-rows", "4", "--dtype", "fp32")
+        start = train(
+            tmp_path / "start", "--data", str(news), "--max-steps", "1", "--max-eval-rows", "4", "--dtype", "fp32"
+        )
         run = train(tmp_path / "run", "--model", str(without_dropout(start, tmp_path / "calm")), *given)
     else:
         run = train(tmp_path / "run", "--head", "linear", *given, script=train_qwen)
@@ -226,7 +265,9 @@ def test_metrics(learned):
     assert [e["step"] for e in evaluated] == [12, 24, 36, 40]  # 0.3 of 40 steps, and the last
     needed = {"event", "step", "epoch", "loss", "learning_rate", "grad_norm", "samples_per_second", "tokens_per_second"}
     assert all(e.keys() >= needed for e in trained)
-    assert all(e.keys() == {"event", "split", "step", "loss", "accuracy", "precision", "recall", "f1"} for e in evaluated)
+    assert all(
+        e.keys() == {"event", "split", "step", "loss", "accuracy", "precision", "recall", "f1"} for e in evaluated
+    )
     assert [e["learning_rate"] for e in trained] == [cosine_lr(step, 40, 5e-3, 0.2) for step in range(3, 40, 4)]
     assert trained[-1]["epoch"] == (2 * 600 + 2 * 32) / 600  # data repeats: 19 + 19 + 2 steps
 
@@ -234,11 +275,23 @@ def test_metrics(learned):
 def test_results(learned):
     found, evaluated = results(learned), events(learned, "eval", "test")
     assert found.keys() >= {
-        *("accuracy", "precision", "recall", "f1", "f1_low", "f1_high", "num_test_rows", "final_step", "best_step_on_test"),
+        *(
+            "accuracy",
+            "precision",
+            "recall",
+            "f1",
+            "f1_low",
+            "f1_high",
+            "num_test_rows",
+            "final_step",
+            "best_step_on_test",
+        ),
         *("best_f1_on_test", "train_seconds", "eval_seconds", "evaluations", "tokens_per_second", "samples_per_second"),
         *("peak_memory_bytes", "device"),
     }
-    assert {name: found[name] for name in ("loss", "accuracy", "f1")}.items() <= evaluated[-1].items()  # the last step, unselected
+    assert {name: found[name] for name in ("loss", "accuracy", "f1")}.items() <= evaluated[
+        -1
+    ].items()  # the last step, unselected
     assert (found["num_test_rows"], found["final_step"], found["headline_step"]) == (200, 40, 40)
     best = max(evaluated, key=lambda e: e["f1"])  # the earliest of equals
     assert (found["best_step_on_test"], found["best_f1_on_test"]) == (best["step"], best["f1"])
@@ -250,7 +303,14 @@ def test_results(learned):
 def test_predictions(learned, news):
     found, labels = predictions(learned), load_data(str(news)).test.labels
     probabilities = np.array([found[f"probability_{c}"] for c in range(4)])
-    assert [*found] == ["row", "label", "prediction", "num_tokens", "text_hash", *(f"probability_{c}" for c in range(4))]
+    assert [*found] == [
+        "row",
+        "label",
+        "prediction",
+        "num_tokens",
+        "text_hash",
+        *(f"probability_{c}" for c in range(4)),
+    ]
     assert found["row"] == [*range(200)] and found["label"] == labels.tolist()
     assert found["prediction"] == probabilities.argmax(0).tolist()
     assert probabilities.sum(0) == pytest.approx(np.ones(200), abs=1e-6)
@@ -293,7 +353,7 @@ def test_eval_only_of_an_untrained_head_is_an_error(model, learned, tmp_path):
 
 def test_headline_is_the_step_best_on_validation(news, tmp_path, monkeypatch):
     """The F1 on the 40 validation rows is scripted, for the best step to be neither the last nor by chance."""
-    original, script = report.evaluate_logits, iter([0.1, 0.5, 0.3, 0.5, 0.2])
+    original, script = result_files.evaluate_logits, iter([0.1, 0.5, 0.3, 0.5, 0.2])
 
     def evaluate_logits(logits, labels):
         scores, confusion = original(logits, labels)
@@ -303,10 +363,21 @@ def test_headline_is_the_step_best_on_validation(news, tmp_path, monkeypatch):
         handed.extend(original(logits[name], validation.labels)[0]["loss"] for name in logits if name == "validation")
         return write(run_dir, data, validation, tokenizer, logits, *rest)
 
-    write, handed = report.write_results, []
-    monkeypatch.setattr(report, "evaluate_logits", evaluate_logits)
-    monkeypatch.setattr(report, "write_results", write_results)
-    flags = ["--data", str(news), "--validation-size", "40", "--max-steps", "10", "--dtype", "fp32", "--learning-rate", "3e-3"]
+    write, handed = result_files.write_results, []
+    monkeypatch.setattr(result_files, "evaluate_logits", evaluate_logits)
+    monkeypatch.setattr(result_files, "write_results", write_results)
+    flags = [
+        "--data",
+        str(news),
+        "--validation-size",
+        "40",
+        "--max-steps",
+        "10",
+        "--dtype",
+        "fp32",
+        "--learning-rate",
+        "3e-3",
+    ]
     run = train(tmp_path / "run", *flags, "--eval-every", "2", "--save-every", "3", "--keep-checkpoints", "1")
     found = results(run)
     assert [e["step"] for e in events(run, "eval", "validation")] == [e["step"] for e in events(run, "eval", "test")]
@@ -316,7 +387,9 @@ def test_headline_is_the_step_best_on_validation(news, tmp_path, monkeypatch):
     assert (run / "model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
     on_test = next(e for e in events(run, "eval", "test") if e["step"] == 4)
     assert {name: found[name] for name in ("loss", "accuracy", "f1")}.items() <= on_test.items()
-    assert handed == [e["loss"] for e in events(run, "eval", "validation") if e["step"] == 4]  # for the temperature: not the last's
+    assert handed == [
+        e["loss"] for e in events(run, "eval", "validation") if e["step"] == 4
+    ]  # for the temperature: not the last's
     assert 0.01 <= found["temperature"] <= 100 and 0 <= found["calibration_error_scaled"] <= 1
     again = train(tmp_path / "again", "--model", str(best), "--data", str(news), "--dtype", "fp32", "--eval-only")
     assert predictions(again) == predictions(run)
@@ -325,13 +398,13 @@ def test_headline_is_the_step_best_on_validation(news, tmp_path, monkeypatch):
 @pytest.fixture
 def scripted_f1(monkeypatch):
     """The F1 on 40 validation rows: best at the second evaluation, then two that are no better."""
-    original, script = report.evaluate_logits, iter([0.5, 0.6, 0.4, 0.6])
+    original, script = result_files.evaluate_logits, iter([0.5, 0.6, 0.4, 0.6])
 
     def evaluate_logits(logits, labels):
         scores, confusion = original(logits, labels)
         return scores | ({"f1": next(script, scores["f1"])} if len(labels) == 40 else {}), confusion
 
-    monkeypatch.setattr(report, "evaluate_logits", evaluate_logits)
+    monkeypatch.setattr(result_files, "evaluate_logits", evaluate_logits)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -356,12 +429,16 @@ def test_patience(name, news, scripted_f1, tmp_path, capsys):
     for path in (run / "predictions.parquet", run / "model.safetensors", *checkpoints(run)[4].iterdir()):
         assert before[path] == after[path], path
     clocks = {name for name in found if name.endswith(("_seconds", "_per_second", "_bytes"))} | {"evaluations"}
-    assert {k: v for k, v in results(run).items() if k not in clocks} == {k: v for k, v in found.items() if k not in clocks}
+    assert {k: v for k, v in results(run).items() if k not in clocks} == {
+        k: v for k, v in found.items() if k not in clocks
+    }
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_patience_without_validation_rows_is_refused(name, tmp_path):
-    with pytest.raises(UserError, match=r"--patience: 2 needs validation rows to watch; hold some out with --validation-size"):
+    with pytest.raises(
+        UserError, match=r"--patience: 2 needs validation rows to watch; hold some out with --validation-size"
+    ):
         train(tmp_path / "run", "--patience", "2", script=SCRIPTS[name])
     assert not (tmp_path / "run").exists()
 
@@ -415,7 +492,18 @@ def test_head_tail_keeps_both_ends(tmp_path, capsys):
 
 def test_diverging_run_stops_and_leaves_the_checkpoint_before(tmp_path):
     """Warm-up makes the first step one of 0, the second one of 5e29."""
-    flags = ["--learning-rate", "1e30", "--warmup-ratio", "0.2", "--max-steps", "10", "--save-every", "1", "--eval-every", "1"]
+    flags = [
+        "--learning-rate",
+        "1e30",
+        "--warmup-ratio",
+        "0.2",
+        "--max-steps",
+        "10",
+        "--save-every",
+        "1",
+        "--eval-every",
+        "1",
+    ]
     with pytest.raises(UserError, match=r"--learning-rate: .* became nan.*; lower 1e\+30"):
         train(tmp_path / "run", *flags)
     assert [*checkpoints(tmp_path / "run")] == [1]

@@ -38,13 +38,25 @@ from minicls.config import UserError
 from minicls.data import Data, Split, load_data, split_data
 from minicls.optim import every_steps
 from minicls.prompt import Chat, make_template
-from minicls.report import steps_table
+from minicls.results import steps_table
 from minicls.scorer import score_brute_force
-from minicls.tokenizer import load_tokenizer, train_qwen_tokenizer
+from minicls.tiny import SIZES, train_qwen_tokenizer
+from minicls.tokenizer import load_tokenizer
 from train_qwen import answer_loss, make_targets
 
 # Two epochs of windows of 64, 64 and 22 rows, every step logged, few rows scored.
-UNEVEN = ["--max-train-rows", "150", "--global-batch-size", "64", "--micro-batch-size", "64", "--epochs", "2", "--log-every", "1"]
+UNEVEN = [
+    "--max-train-rows",
+    "150",
+    "--global-batch-size",
+    "64",
+    "--micro-batch-size",
+    "64",
+    "--epochs",
+    "2",
+    "--log-every",
+    "1",
+]
 UNEVEN += ["--max-eval-rows", "20", "--dtype", "fp32", "--eval-every", "0", "--save-every", "0"]
 
 
@@ -53,7 +65,9 @@ def run_qwen(run_dir, *flags):
 
 
 def answers(run):
-    return [(e["step"], e["loss"], e.get("answer_loss"), e.get("format_loss"), e["grad_norm"]) for e in events(run, "train")]
+    return [
+        (e["step"], e["loss"], e.get("answer_loss"), e.get("format_loss"), e["grad_norm"]) for e in events(run, "train")
+    ]
 
 
 def predictions(run):
@@ -97,7 +111,9 @@ def test_losses_and_gradient_against_transformers(flags, trained, letter, tmp_pa
     from transformers import AutoModelForCausalLM
 
     steps = ["--max-steps", "1", "--log-every", "1", "--learning-rate", "0", "--max-eval-rows", "4", "--dtype", "fp32"]
-    run = run_qwen(tmp_path / "run", *steps, "--micro-batch-size", "8", *flags)  # lr 0: the weights saved are those of the start
+    run = run_qwen(
+        tmp_path / "run", *steps, "--micro-batch-size", "8", *flags
+    )  # lr 0: the weights saved are those of the start
     model = AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32)
     tokenizer = load_tokenizer(run)
     data, _ = split_data(load_data("synthetic"), max_train_rows=256, seed=42)
@@ -105,12 +121,17 @@ def test_losses_and_gradient_against_transformers(flags, trained, letter, tmp_pa
     window = step_rows(0, 256, 32, seed=42)
     questions, _ = Chat(tokenizer, template, 4, 512).questions([data.train.texts[row] for row in window])
     ending = [*tokenizer.control_ids(["<|im_end|>"]), *tokenizer.encode(["\n"])[0]]
-    rows = [ids + tokenizer.encode(["ABCD"[y]])[0] + ending for ids, y in zip(questions, data.train.labels[window], strict=True)]
+    rows = [
+        ids + tokenizer.encode(["ABCD"[y]])[0] + ending
+        for ids, y in zip(questions, data.train.labels[window], strict=True)
+    ]
     ends = [len(ids) - 2 * (trained == 1) for ids in rows]
     labels = [[-100] * (end - trained) + ids[end - trained : end] for ids, end in zip(rows, ends, strict=True)]
     rows = [ids[:end] for ids, end in zip(rows, ends, strict=True)]
     pad = torch.nn.utils.rnn.pad_sequence
-    input_ids, targets = (pad([*map(torch.tensor, x)], batch_first=True, padding_value=p) for x, p in ((rows, 0), (labels, -100)))
+    input_ids, targets = (
+        pad([*map(torch.tensor, x)], batch_first=True, padding_value=p) for x, p in ((rows, 0), (labels, -100))
+    )
     mask = pad([torch.ones(len(ids), dtype=torch.int64) for ids in rows], batch_first=True)
     output = model.train()(input_ids=input_ids, attention_mask=mask, labels=targets)
     each = F.cross_entropy(output.logits[:, :-1].transpose(1, 2), targets[:, 1:], reduction="none", ignore_index=-100)
@@ -144,7 +165,9 @@ def family_dir(family: str, folder: Path) -> Path:
     data, _ = split_data(load_data("synthetic"), max_train_rows=150, seed=42)
     tokenizer = train_qwen_tokenizer(["".join(make_template(data.label_names)), *data.train.texts], 2000)
     tokenizer_dir(folder, tokenizer, *TEMPLATES[template], begins=template in BEGINS)
-    values = {name: value for name, value in (train_qwen.TINY | sizes).items() if name not in ("model_type", "head_dim")}
+    values = {
+        name: value for name, value in (SIZES["tiny-qwen3"] | sizes).items() if name not in ("model_type", "head_dim")
+    }
     values |= {"head_dim": sizes["head_dim"]} if "head_dim" in sizes else {}
     prefix = family.capitalize()
     torch.manual_seed(0)
@@ -158,7 +181,18 @@ def test_ten_steps_equal_those_of_transformers(family, tmp_path, capsys):
     """The same weights, rows, targets, schedule and AdamW around transformers' model: each step's loss to 1e-4."""
     from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
-    shared = ["--max-train-rows", "150", "--log-every", "1", "--max-eval-rows", "4", "--dtype", "fp32", "--warmup-ratio", "0.2"]
+    shared = [
+        "--max-train-rows",
+        "150",
+        "--log-every",
+        "1",
+        "--max-eval-rows",
+        "4",
+        "--dtype",
+        "fp32",
+        "--warmup-ratio",
+        "0.2",
+    ]
     shared += ["--weight-decay", "0.1", "--eval-every", "0"]
     if family == "qwen3":
         start = run_qwen(tmp_path / "start", *shared, "--max-steps", "2")
@@ -173,9 +207,11 @@ def test_ten_steps_equal_those_of_transformers(family, tmp_path, capsys):
     chat = Chat(load_tokenizer(start), template, 4, 512)
     rows, _ = chat.training_rows(data.train.texts, data.train.labels)
     trained = sum(chat.target_counts(0))
-    assert {sum(chat.target_counts(label)) for label in range(4)} == {trained} and trained == {"qwen3": 7, "llama": 2, "qwen2": 3}[
-        family
-    ]
+    assert {sum(chat.target_counts(label)) for label in range(4)} == {trained} and trained == {
+        "qwen3": 7,
+        "llama": 2,
+        "qwen2": 3,
+    }[family]
     matrices = [p for p in model.parameters() if p.ndim > 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.ndim == 1]}]
     optimizer = torch.optim.AdamW(groups, lr=3e-3, weight_decay=0.0)
@@ -188,7 +224,9 @@ def test_ten_steps_equal_those_of_transformers(family, tmp_path, capsys):
             ids = torch.tensor([rows[row]])
             labels = torch.full_like(ids, -100)
             labels[:, -trained:] = ids[:, -trained:]
-            loss += model(input_ids=ids, labels=labels).loss / len(window)  # rows have as many targets each: a mean of means
+            loss += model(input_ids=ids, labels=labels).loss / len(
+                window
+            )  # rows have as many targets each: a mean of means
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -216,7 +254,9 @@ def test_targets_of_a_hand_made_batch():
     each = [-logits[i].double().softmax(0)[token].log().item() for i, token in enumerate(targets.ids.tolist())]
     letters = 0.5 * each[2] + 3.0 * (each[6] + each[7])
     expected = [sum(each) - each[2] - each[6] - each[7] + letters, letters]
-    assert answer_loss(logits, targets, torch.tensor([0.5, 3.0]), 0.0, None).tolist() == pytest.approx(expected, rel=1e-5)
+    assert answer_loss(logits, targets, torch.tensor([0.5, 3.0]), 0.0, None).tolist() == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_smoothing_of_a_hand_made_batch():
@@ -232,7 +272,9 @@ def test_smoothing_of_a_hand_made_batch():
         weight * -(torch.tensor(shares[token]).double() * likelihoods[i][letter_ids]).sum().item()
         for i, token, weight in ((1, 20, 0.5), (4, 21, 3.0), (7, 21, 3.0))
     )
-    format_loss = -sum(likelihoods[i][token].item() for i, token in ((0, 10), (2, 12), (3, 10), (5, 12), (6, 10), (8, 12)))
+    format_loss = -sum(
+        likelihoods[i][token].item() for i, token in ((0, 10), (2, 12), (3, 10), (5, 12), (6, 10), (8, 12))
+    )
     found = answer_loss(logits, targets, torch.tensor([0.5, 3.0]), 0.1, letter_ids)
     assert found.tolist() == pytest.approx([format_loss + letters, letters], rel=1e-5)
 
@@ -284,7 +326,8 @@ def test_loss_with_class_weights_and_smoothing(flags, train_on, tmp_path):
         ["--micro-batch-size", "16"],
         ["--micro-batch-size", "16", "--activation-checkpointing"],
         pytest.param(
-            ["--compile"], marks=[pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")]
+            ["--compile"],
+            marks=[pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")],
         ),
     ],
     ids=" ".join,
@@ -292,12 +335,25 @@ def test_loss_with_class_weights_and_smoothing(flags, train_on, tmp_path):
 def test_same_training_another_way(variant, plain, tmp_path):
     run = run_qwen(tmp_path / "run", *UNEVEN, *variant)
     assert np.array(answers(run)) == pytest.approx(np.array(answers(plain)), rel=1e-5)
-    torch.testing.assert_close(load_file(run / "model.safetensors"), load_file(plain / "model.safetensors"), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        load_file(run / "model.safetensors"), load_file(plain / "model.safetensors"), rtol=0, atol=1e-4
+    )
 
 
 # Runs.
 
-LEARN = ["--learning-rate", "2e-3", "--warmup-ratio", "0.1", "--max-train-rows", "600", "--max-eval-rows", "60", "--dtype", "fp32"]
+LEARN = [
+    "--learning-rate",
+    "2e-3",
+    "--warmup-ratio",
+    "0.1",
+    "--max-train-rows",
+    "600",
+    "--max-eval-rows",
+    "60",
+    "--dtype",
+    "fp32",
+]
 LEARN += ["--global-batch-size", "16", "--micro-batch-size", "16", "--log-every", "5", "--keep-checkpoints", "5"]
 
 
@@ -329,7 +385,10 @@ def test_files_of_a_run(learned, news):
     assert (learned / "generation_config.json").is_file() != linear
     if not linear:
         generation = json.loads((learned / "generation_config.json").read_text())
-        assert generation["eos_token_id"] == tokenizer.control_ids(["<|im_end|>", "<|endoftext|>"]) and not generation["do_sample"]
+        assert (
+            generation["eos_token_id"] == tokenizer.control_ids(["<|im_end|>", "<|endoftext|>"])
+            and not generation["do_sample"]
+        )
     found, labels = predictions(learned), split_data(load_data(str(news)), max_eval_rows=60)[0].test.labels
     probabilities = np.array([found[f"probability_{c}"] for c in range(4)])
     assert found["label"] == labels.tolist() and found["prediction"] == probabilities.argmax(0).tolist()
@@ -367,7 +426,11 @@ class TestOptions:
         train_qwen.main(["--resume", str(copy), "--eval-only"])
         assert events(copy, "eval", "test") == before and results(copy)["f1"] == results(learned)["f1"]
         # The table is that of a run evaluated while it trained, though the evaluations stand at the end of the file now.
-        assert steps_table(copy) == steps_table(learned) and steps_table(copy).count("\n") == 6 and "| - |" not in steps_table(copy)
+        assert (
+            steps_table(copy) == steps_table(learned)
+            and steps_table(copy).count("\n") == 6
+            and "| - |" not in steps_table(copy)
+        )
 
     def test_zero_shot_of_any_model(self, learned, tmp_path, capsys):
         """Trained on ants and bees, asked about news: no error, but a note where the question is not the one of the training."""
@@ -384,7 +447,9 @@ class TestOptions:
     def test_eval_only_of_random_weights(self, flags, learned, tmp_path):
         flags = [str(learned) if flag == "learned" else flag for flag in flags]
         run = run_qwen(tmp_path / "run", *flags, "--max-eval-rows", "20", "--eval-only", "--dtype", "fp32")
-        assert results(run)["final_step"] == 0 and results(run)["loss"] == pytest.approx(np.log(4), abs=0.2)  # it knows nothing
+        assert results(run)["final_step"] == 0 and results(run)["loss"] == pytest.approx(
+            np.log(4), abs=0.2
+        )  # it knows nothing
         assert json.loads((run / "run.json").read_text())["num_train_rows"] == 0
 
     def test_eval_only_of_a_run_without_a_checkpoint_is_an_error(self, learned, tmp_path):
@@ -402,11 +467,25 @@ class TestOptions:
             run_qwen(tmp_path / "run", *flags)
         question.unlink()
         train_qwen.main(["--resume", str(tmp_path / "run")])
-        assert json.loads((tmp_path / "run" / "run.json").read_text())["template"] == ["A. ant\nB. bee\nC. cat\nD. dog\n", "\n?"]
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["template"] == [
+            "A. ant\nB. bee\nC. cat\nD. dog\n",
+            "\n?",
+        ]
 
 
 def test_linear_head_may_read_the_prompt(news, tmp_path):
-    flags = ["--data", str(news), "--head", "linear", "--linear-input", "prompt", "--max-steps", "1", "--max-eval-rows", "8"]
+    flags = [
+        "--data",
+        str(news),
+        "--head",
+        "linear",
+        "--linear-input",
+        "prompt",
+        "--max-steps",
+        "1",
+        "--max-eval-rows",
+        "8",
+    ]
     run = run_qwen(tmp_path / "run", *flags)
     assert results(run)["num_test_rows"] == 8
     again = run_qwen(tmp_path / "again", "--model", str(run), *flags[:6], "--max-eval-rows", "8", "--eval-only")

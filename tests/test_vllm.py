@@ -26,7 +26,9 @@ from minicls.prompt import Chat, make_template
 from minicls.scorer import score
 from minicls.tokenizer import bert_rows, load_tokenizer, text_rows
 
-pytestmark = pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vllm is not installed; `make test-vllm` does it")
+pytestmark = pytest.mark.skipif(
+    not importlib.util.find_spec("vllm"), reason="vllm is not installed; `make test-vllm` does it"
+)
 CPU = torch.device("cpu")
 
 ENGINE = """
@@ -53,7 +55,9 @@ def ask_vllm(model, dtype, rows, options=(), stop=(), name="VLLM"):
     env = {name: value for name, value in os.environ.items() if name not in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
     env |= vllm_environment(1) | {"VLLM_CPU_KVCACHE_SPACE": "1"}
     request = json.dumps([name, str(model), dtype, rows, list(options), list(stop)])
-    done = subprocess.run([sys.executable, "-c", ENGINE], input=request, capture_output=True, text=True, env=env, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", ENGINE], input=request, capture_output=True, text=True, env=env, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("FOUND "))
     return json.loads(line.removeprefix("FOUND "))
@@ -71,7 +75,8 @@ def texts():
 
 
 @pytest.mark.parametrize(
-    ("engine", "dtype", "tolerance"), [("VLLM", "float32", 1e-4), ("VLLM", "bfloat16", 0.1), ("VLLMServer", "float32", 1e-4)]
+    ("engine", "dtype", "tolerance"),
+    [("VLLM", "float32", 1e-4), ("VLLM", "bfloat16", 0.1), ("VLLMServer", "float32", 1e-4)],
 )
 def test_options(engine, dtype, tolerance, qwen_run, texts):
     """Greedy tokens up to a stop token, and the options' log-probabilities, in the engine's process and over HTTP."""
@@ -123,4 +128,6 @@ def test_linear_head(tmp_path, texts):
 def test_bert(engine, bert_run, texts):
     rows, _ = bert_rows(load_tokenizer(bert_run), texts, 256)
     expected = classify_rows(load(bert_run, weights.BERT), rows, CPU).log_softmax(1)
-    torch.testing.assert_close(torch.tensor(ask_vllm(bert_run, "float32", rows, name=engine)), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        torch.tensor(ask_vllm(bert_run, "float32", rows, name=engine)), expected, rtol=0, atol=1e-4
+    )

@@ -28,9 +28,17 @@ from minicls.bert import BertConfig, BertForSequenceClassification
 from minicls.config import UserError
 from minicls.data import load_data, split_data
 from minicls.predict import Classifier
-from minicls.tokenizer import bert_rows, load_tokenizer, train_bert_tokenizer
+from minicls.tiny import train_bert_tokenizer
+from minicls.tokenizer import bert_rows, load_tokenizer
 
-TEXTS = ["[SEP] shares [CLS]", "<|im_end|> <think> profit", "Ünï cafe\u0301 中文 😀", "\n", "a" * 300, "profit of shares " * 300]
+TEXTS = [
+    "[SEP] shares [CLS]",
+    "<|im_end|> <think> profit",
+    "Ünï cafe\u0301 中文 😀",
+    "\n",
+    "a" * 300,
+    "profit of shares " * 300,
+]
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 SIZES |= {"max_position_embeddings": 32, "num_labels": 3}
 VALUES = SIZES | {"model_type": "bert"}
@@ -132,7 +140,9 @@ REFUSED = {  # what is written, and what the message has to name
         "bert.embeddings.LayerNorm.bias",
     ),
     "no prefix, missing": (
-        lambda t: [{name: tensor for name, tensor in headless(t).items() if name != "encoder.layer.1.output.dense.weight"}],
+        lambda t: [
+            {name: tensor for name, tensor in headless(t).items() if name != "encoder.layer.1.output.dense.weight"}
+        ],
         "bert.encoder.layer.1.output.dense.weight",
     ),
     "extra layer": (
@@ -145,7 +155,10 @@ REFUSED = {  # what is written, and what the message has to name
         lambda t: [t | {"bert.encoder.layer.0.intermediate.dense.weight": torch.zeros(16, 24)}],
         r"bert.encoder.layer.0.intermediate.dense.weight.*\(16, 24\).*\(24, 16\)",
     ),
-    "number of classes": (lambda t: [t | {"classifier.weight": torch.zeros(5, 16)}], r"classifier.weight.*\(5, 16\).*\(3, 16\)"),
+    "number of classes": (
+        lambda t: [t | {"classifier.weight": torch.zeros(5, 16)}],
+        r"classifier.weight.*\(5, 16\).*\(3, 16\)",
+    ),
 }
 
 
@@ -165,8 +178,14 @@ DAMAGES = {  # what happens to a directory of one file, and what the message has
     "torn header": (lambda d: truncate(d / "model.safetensors", 100), "model.safetensors"),
     "empty weights": (lambda d: truncate(d / "model.safetensors", 0), "model.safetensors"),
     "another format": (lambda d: (d / "model.safetensors").write_bytes(b"PK\3\4" + bytes(2000)), "model.safetensors"),
-    "Git LFS pointer": (lambda d: (d / "model.safetensors").write_text("version https://git-lfs.github.com"), "model.safetensors"),
-    "only a pickle": (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "pytorch_model.bin.*save_pretrained"),
+    "Git LFS pointer": (
+        lambda d: (d / "model.safetensors").write_text("version https://git-lfs.github.com"),
+        "model.safetensors",
+    ),
+    "only a pickle": (
+        lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
+        "pytorch_model.bin.*save_pretrained",
+    ),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "no model.safetensors"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json"),
     "torn config": (lambda d: truncate(d / "config.json", 30), "config.json"),
@@ -177,8 +196,14 @@ DAMAGES = {  # what happens to a directory of one file, and what the message has
     "heads that do not divide": (lambda d: write_config(d, num_attention_heads=3), "16.*3"),
 }
 SHARD_DAMAGES = {
-    "missing shard": (lambda d: (d / "model-00002-of-00002.safetensors").unlink(), "model-00002-of-00002.safetensors.*missing"),
-    "torn shard": (lambda d: truncate(d / "model-00002-of-00002.safetensors", 2000), "model-00002-of-00002.safetensors"),
+    "missing shard": (
+        lambda d: (d / "model-00002-of-00002.safetensors").unlink(),
+        "model-00002-of-00002.safetensors.*missing",
+    ),
+    "torn shard": (
+        lambda d: truncate(d / "model-00002-of-00002.safetensors", 2000),
+        "model-00002-of-00002.safetensors",
+    ),
     "torn index": (lambda d: truncate(d / weights.INDEX, 50), weights.INDEX),
     "index is a list": (lambda d: (d / weights.INDEX).write_text("[]"), weights.INDEX),
 }
@@ -211,7 +236,9 @@ def test_loaded_parameters_are_copies_of_the_file(tensors, tmp_path):
 def test_loading_takes_the_memory_of_one_copy(tmp_path):
     values = VALUES | {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 2048}
     torch.manual_seed(0)
-    model = BertForSequenceClassification(BertConfig(**{key: value for key, value in values.items() if key != "model_type"}))
+    model = BertForSequenceClassification(
+        BertConfig(**{key: value for key, value in values.items() if key != "model_type"})
+    )
     save_file(dict(model.named_parameters()), tmp_path / "model.safetensors")
     size = (tmp_path / "model.safetensors").stat().st_size
     assert size > 100e6
@@ -269,7 +296,9 @@ def test_a_tokenizer_or_a_length_beyond_the_embeddings_is_a_user_error():
 
 
 @pytest.mark.parametrize("max_shard_size", ["1GB", "4KB"])
-@pytest.mark.parametrize("kind", ["BertForSequenceClassification", "BertModel", "BertForPreTraining", "BertForMaskedLM"])
+@pytest.mark.parametrize(
+    "kind", ["BertForSequenceClassification", "BertModel", "BertForPreTraining", "BertForMaskedLM"]
+)
 def test_what_transformers_saves_opens_here(kind, max_shard_size, tmp_path):
     torch.manual_seed(0)
     labels = {i: f"class {i}" for i in range(3)}
@@ -279,7 +308,9 @@ def test_what_transformers_saves_opens_here(kind, max_shard_size, tmp_path):
     theirs.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     assert (tmp_path / "model.safetensors").exists() == (max_shard_size == "1GB")
     model, fresh, _ = build(tmp_path)
-    expected = {name if kind != "BertModel" else f"bert.{name}": parameter for name, parameter in theirs.named_parameters()}
+    expected = {
+        name if kind != "BertModel" else f"bert.{name}": parameter for name, parameter in theirs.named_parameters()
+    }
     assert fresh == model.keys() - expected.keys()
     assert fresh <= HEAD | POOLER
     for name in model.keys() - fresh:
@@ -295,7 +326,9 @@ def test_a_run_directory_opens_in_transformers_with_the_same_results(bert_run):
     assert not fresh
     rows, _ = bert_rows(load_tokenizer(bert_run), data.test.texts, max_length=512)
     encoded = their_tokenizer(data.test.texts, padding=True, return_tensors="pt")
-    assert [ids[mask.bool()].tolist() for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)] == rows
+    assert [
+        ids[mask.bool()].tolist() for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
+    ] == rows
     with torch.inference_mode():
         expected, logits = theirs(**encoded).logits, ours.eval()(*pack(rows))
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
@@ -312,7 +345,16 @@ def test_a_pipeline_on_a_run_directory_gives_its_labels_and_probabilities(run, b
     folder = bert_run
     if run == "linear":
         folder = train(
-            tmp_path / "run", "--head", "linear", "--max-steps", "8", "--max-length", "40", "--dtype", "fp32", script=train_qwen
+            tmp_path / "run",
+            "--head",
+            "linear",
+            "--max-steps",
+            "8",
+            "--max-length",
+            "40",
+            "--dtype",
+            "fp32",
+            script=train_qwen,
         )
     texts = [*split_data(load_data("synthetic"), max_eval_rows=40)[0].test.texts, *TEXTS]
     classifier = Classifier(folder, torch.device("cpu"))
@@ -348,7 +390,11 @@ NOT_SOFTMAX = {
     "one label": ({"num_labels": 1}, {}, "num_labels is 1"),
     "one label in an older file": ({"num_labels": 1}, {"id2label": None, "num_labels": 1}, "num_labels is 1"),
     "regression": ({"num_labels": 3}, {"problem_type": "regression"}, "problem_type is regression"),
-    "several labels at once": ({"num_labels": 3}, {"problem_type": "multi_label_classification"}, "is multi_label_classification"),
+    "several labels at once": (
+        {"num_labels": 3},
+        {"problem_type": "multi_label_classification"},
+        "is multi_label_classification",
+    ),
     "numbered from 1": ({"num_labels": 2}, {"id2label": {"1": "no", "2": "yes"}}, "0, 1, 2"),
     "a list": ({"num_labels": 2}, {"id2label": ["no", "yes"]}, "0, 1, 2"),
     "one name twice": ({"num_labels": 2}, {"id2label": {"0": "yes", "1": "yes"}}, "two classes with the name 'yes'"),
@@ -362,10 +408,14 @@ def test_a_head_that_is_no_softmax_over_classes_is_refused(case, tmp_path):
         Classifier(edit_config(classifier_dir(tmp_path, **config), **changes), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("config", [{}, {"num_labels": 3}, {"num_labels": 3, "problem_type": "single_label_classification"}])
+@pytest.mark.parametrize(
+    "config", [{}, {"num_labels": 3}, {"num_labels": 3, "problem_type": "single_label_classification"}]
+)
 def test_classes_without_names_have_transformers_names(config, tmp_path):
     folder = classifier_dir(tmp_path, **config)
-    assert ("id2label" in json.loads((folder / "config.json").read_text())) == bool(config)  # two are the default, and left out
+    assert ("id2label" in json.loads((folder / "config.json").read_text())) == bool(
+        config
+    )  # two are the default, and left out
     theirs = transformers.pipeline("text-classification", str(folder), device="cpu")("profit of shares", top_k=None)
     ours = Classifier(folder, torch.device("cpu"))
     (probabilities,) = ours.scores(["profit of shares"]).softmax(1).tolist()
@@ -403,7 +453,9 @@ STALE = {  # what a pretrained model's config.json may say that is not true of t
 
 def test_a_run_of_a_model_with_a_stale_config_opens_in_transformers(tmp_path):
     encoder = classifier_dir(tmp_path / "model", num_labels=2)
-    tensors = {name: x for name, x in load_file(encoder / "model.safetensors").items() if not name.startswith("classifier")}
+    tensors = {
+        name: x for name, x in load_file(encoder / "model.safetensors").items() if not name.startswith("classifier")
+    }
     save_file(tensors, encoder / "model.safetensors")
     edit_config(encoder, **STALE)
     flags = ["--model", str(encoder), "--max-length", "32", "--max-steps", "1", "--dtype", "fp32"]
@@ -413,7 +465,9 @@ def test_a_run_of_a_model_with_a_stale_config_opens_in_transformers(tmp_path):
     assert theirs.dtype == torch.float32 and theirs.config.problem_type == "single_label_classification"
     assert theirs.config.label2id == {"World": 0, "Sports": 1, "Business": 2, "Sci/Tech": 3}
     ours = Classifier(run_dir, torch.device("cpu"))
-    expected = transformers.pipeline("text-classification", str(run_dir), device="cpu")(TEXTS[-1], truncation=True, top_k=None)
+    expected = transformers.pipeline("text-classification", str(run_dir), device="cpu")(
+        TEXTS[-1], truncation=True, top_k=None
+    )
     (probabilities,) = ours.scores(TEXTS[-1:]).softmax(1).tolist()
     assert {row["label"]: row["score"] for row in expected} == pytest.approx(
         dict(zip(ours.label_names, probabilities, strict=True))
@@ -430,8 +484,16 @@ def test_a_bert_whose_tokens_see_only_what_is_before_them_is_refused(tmp_path):
 def test_a_tied_model_with_another_head_in_its_file_is_refused(model_type, max_shard_size, tmp_path):
     """A copy of the embedding is fine; so is any head where the model has none, to be trained with a linear one."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = getattr(transformers, f"{model_type}Config")(**sizes, intermediate_size=24, head_dim=8, tie_word_embeddings=False)
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    config = getattr(transformers, f"{model_type}Config")(
+        **sizes, intermediate_size=24, head_dim=8, tie_word_embeddings=False
+    )
     theirs = getattr(transformers, f"{model_type}ForCausalLM")(config)
     linear = weights.DECODER_LINEAR
 
@@ -483,7 +545,9 @@ def test_a_changed_model_does_not_pass_for_transformers_class(change, tmp_path, 
     monkeypatch.setattr(BertForSequenceClassification, "__init__", init)
     run_dir = train(tmp_path / "run", "--max-steps", "2", "--dtype", "fp32")
     assert "opens in minicls alone" in capsys.readouterr().out
-    assert json.loads((run_dir / "config.json").read_text())["architectures"] == ["MiniclsBertForSequenceClassification"]
+    assert json.loads((run_dir / "config.json").read_text())["architectures"] == [
+        "MiniclsBertForSequenceClassification"
+    ]
     with pytest.raises(ValueError, match="minicls-bert"):
         transformers.AutoModelForSequenceClassification.from_pretrained(run_dir)
     saved = pq.read_table(run_dir / "predictions.parquet").to_pydict()
@@ -498,7 +562,13 @@ def test_a_changed_model_does_not_pass_for_transformers_class(change, tmp_path, 
 @pytest.mark.parametrize(("name", "config"), [("BertForSequenceClassification", {}), *((f"{f}For{k}", {"head_dim": 8, "num_key_value_heads": 1, "tie_word_embeddings": t}) for f in ("Qwen3", "Qwen2", "Llama") for k in ("CausalLM", "SequenceClassification") for t in (True, False))])  # fmt: skip
 def test_an_unchanged_model_has_transformers_parameters(name, config):
     theirs = getattr(transformers, name)
-    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+    }
     their_config = theirs.config_class(**sizes, **config, pad_token_id=0)
     kind = weights.ARCHITECTURES[name]
     model, *_ = weights.build_model(kind, their_config.to_dict(), None, 0, torch.device("cpu"))
@@ -528,10 +598,15 @@ def test_all_files_of_a_run_have_one_mode(bert_run, qwen_run):
 @pytest.mark.parametrize(("name", "dataset"), [("bert-base-cased", "ag_news"), ("bert-base-chinese", "thucnews_small")])
 def test_real_tokenizers_give_the_ids_of_transformers(name, dataset, shared):
     texts = pq.read_table(shared / "data" / dataset / "test.parquet")["text"].to_pylist()[:200]
-    ours, theirs = (read(shared / "tokenizers" / name) for read in (load_tokenizer, transformers.AutoTokenizer.from_pretrained))
+    ours, theirs = (
+        read(shared / "tokenizers" / name) for read in (load_tokenizer, transformers.AutoTokenizer.from_pretrained)
+    )
     whole = theirs(texts)["input_ids"]
     assert bert_rows(ours, texts, max_length=512) == (whole, 0)
     for max_length in (32, 16):  # no title is longer than 32
         cut = sum(len(ids) > max_length for ids in whole)
-        assert bert_rows(ours, texts, max_length) == (theirs(texts, truncation=True, max_length=max_length)["input_ids"], cut)
+        assert bert_rows(ours, texts, max_length) == (
+            theirs(texts, truncation=True, max_length=max_length)["input_ids"],
+            cut,
+        )
     assert cut > 0

@@ -31,7 +31,9 @@ def text_hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little", signed=True)
 
 
-def write_predictions(file: Path, split: Split, logits: torch.Tensor, tokenizer: Tokenizer | None, names: Sequence[str]) -> None:
+def write_predictions(
+    file: Path, split: Split, logits: torch.Tensor, tokenizer: Tokenizer | None, names: Sequence[str]
+) -> None:
     """Writes what was predicted of each row, logits being (n, C), as parquet.
 
     row: its number in the file it came from; label and prediction: class indices, whose names are in the schema's
@@ -48,7 +50,9 @@ def write_predictions(file: Path, split: Split, logits: torch.Tensor, tokenizer:
     probabilities = logits.double().softmax(1).float().numpy()  # (n, C)
     columns |= {f"probability_{c}": probabilities[:, c] for c in range(len(names))}
     table = pa.table(columns)
-    features = {field.name: {"dtype": str(field.type).replace("float", "float32"), "_type": "Value"} for field in table.schema}
+    features = {
+        field.name: {"dtype": str(field.type).replace("float", "float32"), "_type": "Value"} for field in table.schema
+    }
     features |= {name: {"names": [*names], "_type": "ClassLabel"} for name in ("label", "prediction")}
     table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     aside = file.with_name(f".{file.name}.tmp")
@@ -81,7 +85,9 @@ def write_results(
     support = confusion.sum(1)
     majority = int(np.bincount(data.train.labels, minlength=len(names)).argmax())
     constant = metrics.constant_metrics(support, majority)
-    temperature = metrics.fit_temperature(logits["validation"].double().numpy(), validation.labels) if validation else None
+    temperature = (
+        metrics.fit_temperature(logits["validation"].double().numpy(), validation.labels) if validation else None
+    )
     scaled = (test_logits / temperature).softmax(1).numpy() if validation else None
     write_predictions(run_dir / "predictions.parquet", data.test, test_logits, tokenizer, names)
     if validation:
@@ -102,7 +108,9 @@ def write_results(
         "calibration_error_scaled": metrics.calibration_error(scaled, labels) if validation else None,
         "per_class": {
             name: {"precision": p, "recall": r, "f1": f, "support": n}
-            for name, p, r, f, n in zip(names, *(values.tolist() for values in (precision, recall, f1, support)), strict=True)
+            for name, p, r, f, n in zip(
+                names, *(values.tolist() for values in (precision, recall, f1, support)), strict=True
+            )
         },
         "confusion": confusion.tolist(),
     }
@@ -111,14 +119,18 @@ def write_results(
         "headline_step": headline_step,
         "final_step": state["step"],
         "stopped_early": state.get("stopped_early", False),
-        "final_train_loss": float(np.mean(final_losses)) if trained else None,  # of the last steps logged; the answer's alone
+        "final_train_loss": float(np.mean(final_losses))
+        if trained
+        else None,  # of the last steps logged; the answer's alone
         "best_step_on_test": best_step,
         "best_f1_on_test": best_f1,
         "best_step_on_validation": state["best_on_validation"][0] if state["best_on_validation"] else None,
         "train_seconds": state["train_seconds"],
         "eval_seconds": state["eval_seconds"],
         "evaluations": state["evaluations"],  # in these seconds
-        "tokens_per_second": state["tokens"] / state["train_seconds"] if state["train_seconds"] and state["tokens"] else None,
+        "tokens_per_second": state["tokens"] / state["train_seconds"]
+        if state["train_seconds"] and state["tokens"]
+        else None,
         "samples_per_second": state["samples"] / state["train_seconds"] if state["train_seconds"] else None,
         # A later process may only have scored.
         "peak_memory_bytes": max([dist.peak_memory_bytes(device), *(event["peak_memory_bytes"] for event in trained)]),
@@ -158,9 +170,7 @@ def absent_line(results: dict) -> str | None:
     named = ", ".join(map(shown, absent[:10])) + f" and {len(absent) - 10} more" * (len(absent) > 10)
     wrongly = len(absent) + results["macro_classes"] - len(results["per_class"])
     counted = f"; {wrongly} of them predicted, which counts as 0" * bool(wrongly)
-    return (
-        f"macro means are over {results['macro_classes']} of {len(results['per_class'])} classes; no test rows of {named}{counted}"
-    )
+    return f"macro means are over {results['macro_classes']} of {len(results['per_class'])} classes; no test rows of {named}{counted}"
 
 
 def advice(results: dict) -> list[str]:
@@ -174,7 +184,9 @@ def advice(results: dict) -> list[str]:
     notes, chance, loss = [], math.log(len(results["per_class"])), results["final_train_loss"]
     if low <= results["majority_accuracy"] and results["f1_low"] <= results["majority_f1"]:
         constant = f"accuracy {results['majority_accuracy']:.4f}, macro F1 {results['majority_f1']:.4f}"
-        notes.append(f"note: no better than always answering {shown(results['majority_class'])} ({constant}), within the interval")
+        notes.append(
+            f"note: no better than always answering {shown(results['majority_class'])} ({constant}), within the interval"
+        )
     if loss is not None and loss > 0.9 * chance:
         notes.append(
             f"note: the last training loss, {loss:.3f}, is near ln {len(results['per_class'])} = {chance:.3f}, that of a guess"
@@ -197,7 +209,13 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence]) -> str:
     """A Markdown table. None is shown as -, a float with four decimals, anything else as it is."""
 
     def cell(value) -> str:
-        return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else shown(str(value)).replace("|", r"\|")
+        return (
+            "-"
+            if value is None
+            else f"{value:.4f}"
+            if isinstance(value, float)
+            else shown(str(value)).replace("|", r"\|")
+        )
 
     return "\n".join("| " + " | ".join(map(cell, row)) + " |" for row in (header, ["---"] * len(header), *rows))
 
@@ -316,7 +334,16 @@ def results_table(folders: Sequence[Path]) -> str:
 
     A folder may hold a `hf_trainer.json` of the same rows and settings: a line of its own.
     """
-    header = ["result", "model", "head", "train rows", "test rows", "accuracy", "macro F1 (95 % interval)", "training, s"]
+    header = [
+        "result",
+        "model",
+        "head",
+        "train rows",
+        "test rows",
+        "accuracy",
+        "macro F1 (95 % interval)",
+        "training, s",
+    ]
     rows, names = [], dict(zip(folders, short_names(folders), strict=True))
     for group in fold(map(open_run, folders)):
         info, (name, *scores) = group[0].info, folded(group, [names[run.dir] for run in group])
