@@ -36,7 +36,7 @@ import train_bert
 import train_qwen
 from minicls import checkpoint, dist, engines, plots, prompt, weights
 from minicls.batch import step_rows
-from minicls.config import UserError, parse, run, setting
+from minicls.config import UserError, parse, run_main, setting
 from minicls.data import Data, load_data, stratified_rows
 from minicls.generate import read_answers
 from minicls.predict import Reader
@@ -838,4 +838,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from minicls import baseline
 from minicls.comparison import open_runs, read_bench, write_report
-from minicls.config import Parser, UserError, run
+from minicls.config import Parser, UserError, run_main
 from minicls.predict import FORMATS, predict_texts
 
 
@@ -69,4 +69,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -1,14 +1,17 @@
-"""Run directories and checkpoints: written aside and renamed, so that what has a name is whole; exact resume.
+"""Run directories and checkpoints: opening or creating a run, atomic saves, exact resume, one owner.
 
-A checkpoint is a model directory plus `optimizer.safetensors` and `state.json`. No generator states: randomness is
-seeded from (seed, step, micro-step, rank), and the order of rows is a function of (seed, epoch).
+A checkpoint is a model directory plus `optimizer.safetensors` and `state.json`. It is written under another name and
+renamed, so a directory called `step-…` is complete. No generator states are saved: randomness is seeded from (seed, step,
+micro-step, rank), and the order of rows is a function of (seed, epoch).
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -26,14 +29,16 @@ from safetensors import SafetensorError
 from torch import nn
 
 import minicls
-from minicls import dist
-from minicls.config import UserError
-from minicls.data import derived_seed
+from minicls import dist, metrics, weights
+from minicls.config import TrainingSettings, UserError
+from minicls.data import Data, Split, derived_seed
+from minicls.logger import Logger
+from minicls.optim import every_steps
 from minicls.weights import read_tensor, write_tensors
 
 
 def check_output_dir(output_dir: str | None) -> None:
-    """Refuses a directory that is in use, before the time is spent to get models and data."""
+    """Refuses a directory that is in use, before time is spent on models and data."""
     if output_dir and Path(output_dir).is_dir() and any(Path(output_dir).iterdir()):
         raise UserError(
             f"--output-dir: {output_dir} is not empty; name a new directory, or go on with --resume {output_dir}"
@@ -60,17 +65,17 @@ def new_run_dir(output_dir: str | None, script: str) -> Path:
     return path
 
 
-_locks: dict[Path, TextIO] = {}  # of this process
+_locks: dict[Path, TextIO] = {}  # held by this process
 
 
 def lock(run_dir: Path) -> TextIO:
-    """Takes a run for this process until the returned file is closed, at the latest when the process ends, however it ends.
+    """Locks a run for this process until the returned file is closed or the process ends, however it ends.
 
-    The file itself stays: to delete it would let two processes lock two files of the same name.
-    Raises UserError where another process has the run.
+    The lock file is never deleted: otherwise two processes could lock two files of the same name.
+    Raises UserError if another process holds the run.
     """
     path = run_dir.resolve() / ".lock"
-    if path in _locks:  # from a call that ended with an error, whose traceback a notebook keeps
+    if path in _locks:  # left by a call that failed, whose traceback a notebook keeps
         _locks.pop(path).close()
     file = path.open("a+")
     try:
@@ -91,14 +96,26 @@ def lock(run_dir: Path) -> TextIO:
     return file
 
 
+def _read_json(file: Path, remedy: str, keys: tuple[str, ...] = ()) -> dict:
+    """A JSON object with these keys. Raises UserError with the remedy if it is not one, OSError if there is no file."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        missing = [key for key in keys if key not in values] if isinstance(values, dict) else ["JSON object"]
+    except ValueError as error:
+        raise UserError(f"{file}: not readable ({error}); {remedy}") from None
+    if missing:
+        raise UserError(f"{file}: no {missing[0]} in it; {remedy}")
+    return values
+
+
 @dataclass(frozen=True)
 class Run:
-    """A run directory as found: its run.json, its results if it has any, and the model directory to go on from."""
+    """A run directory on disk: its run.json, its results if it has any, and the checkpoint to continue from."""
 
     dir: Path
     info: dict
     results: dict | None
-    newest: Path | None  # None: no complete checkpoint, start over
+    newest: Path | None  # None: no complete checkpoint
 
     @property
     def finished(self) -> bool:
@@ -108,79 +125,58 @@ class Run:
 
 
 def open_run(run_dir: Path) -> Run:
-    """Raises OSError where there is no run.json, and UserError where it or results.json is broken."""
-    info = _read_object(
-        run_dir / "run.json", ("settings", "data_fingerprint", "total_steps"), "restore it or start a new run"
-    )
-    file = run_dir / "results.json"
-    results = None
+    """Raises OSError without a run.json, and UserError if it or results.json is broken."""
+    keys = ("settings", "data_fingerprint", "total_steps")
+    info = _read_json(run_dir / "run.json", "restore it or start a new run", keys)
+    file, results = run_dir / "results.json", None
     if file.is_file():
-        results = _read_object(file, ("final_step",), "restore it, or delete it for --resume to write it anew")
+        results = _read_json(file, "restore it, or delete it for --resume to write it anew", ("final_step",))
     saved = checkpoints(run_dir)
     return Run(run_dir, info, results, saved[max(saved)] if saved else None)
 
 
-def _read_object(file: Path, keys: tuple[str, ...], remedy: str) -> dict:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        missing = [key for key in keys if key not in values] if isinstance(values, dict) else keys
-    except ValueError as error:
-        raise UserError(f"{file}: not readable ({error}); {remedy}") from None
-    if missing:
-        raise UserError(f"{file}: no {missing[0]} in it; {remedy}")
-    return values
-
-
 def how_asked(directory: Path) -> dict:
-    """A model directory's minicls.json: which head it has and how it is asked. Empty for a model from elsewhere.
+    """A model directory's minicls.json: its head, and how it is asked. Empty for a model from elsewhere.
 
-    Runs and checkpoints from before there was such a file have a run.json in or above them, which says the same.
-    Raises UserError where the file is broken.
+    A run from before this file existed says the same in its run.json. Raises UserError if the file is broken.
     """
     file = directory / "minicls.json"
     if file.is_file():
-        try:
-            asked = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(asked, dict):
-                raise ValueError("no JSON object")
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{file}: not readable ({error}); restore it, or copy the whole model directory again"
-            ) from None
-        return asked
+        return _read_json(file, "restore it, or copy the whole model directory again")
     info = info_of_model(directory)
     return info["settings"] | {name: info[name] for name in ("template", "chat") if info.get(name)}
 
 
 def info_of_model(directory: Path) -> dict:
-    """The run.json of a run directory, or of the run that a checkpoint is in; with no settings for a model from elsewhere,
-    which may have a run.json of its own. Raises UserError where the file is broken."""
+    """The run.json of the run that a model directory is, or that a checkpoint belongs to.
+
+    Without settings for a model from elsewhere. Raises UserError if the file is broken.
+    """
     places = [directory, *directory.resolve().parents[1:2]]  # a run, or its checkpoints/step-…
     file = next((place / "run.json" for place in places if (place / "run.json").is_file()), None)
-    try:
-        info = json.loads(file.read_text(encoding="utf-8")) if file else {}
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{file}: not readable ({error}); restore it, or delete it to lose the run's settings"
-        ) from None
-    return {"settings": {}} | (info if isinstance(info, dict) else {})
+    info = _read_json(file, "restore it, or delete it to lose the run's settings") if file else {}
+    return {"settings": {}} | info
 
 
 def write_json(path: Path, values: dict | list) -> None:
-    """Written aside and renamed: the file is whole or the one before."""
+    """Writes under another name and renames: the file is complete, or still the previous one."""
     aside = path.with_name(f".{path.name}.tmp")
     aside.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     aside.replace(path)
 
 
+def write_run_info(run_dir: Path, settings: dict, device: torch.device, about: dict) -> None:
+    """Writes run.json: the settings, and which versions ran on which hardware and rows."""
+    versions = {"minicls": minicls.__version__, "python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
+    info = {"settings": settings, "versions": versions, "device": dist.device_name(device)} | about
+    write_json(run_dir / "run.json", info)
+
+
 def checkpoints(run_dir: Path) -> dict[int, Path]:
     """The complete checkpoints of a run by step, oldest first."""
-    found = {
-        int(p.name.removeprefix("step-")): p
-        for p in run_dir.glob("checkpoints/step-*")
-        if re.fullmatch(r"step-\d+", p.name)
-    }
-    return dict(sorted(found.items()))
+    paths = [path for path in run_dir.glob("checkpoints/step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return dict(sorted((int(path.name.removeprefix("step-")), path) for path in paths))
 
 
 def save_checkpoint(
@@ -192,10 +188,10 @@ def save_checkpoint(
     keep_checkpoints: int,
     best_step: int | None,
 ) -> None:
-    """Saves step `state["step"]`, then deletes all checkpoints but the newest `keep_checkpoints` and that of `best_step`.
+    """Saves step `state["step"]`, then deletes all checkpoints but the newest `keep_checkpoints` and `best_step`.
 
-    save_model(directory) writes the model directory. Raises OSError, a full disk for one; then the checkpoints are as
-    before. For the first rank alone.
+    save_model(directory) writes the model directory. Only the first rank calls this. Raises OSError, for example on a
+    full disk, and then leaves the checkpoints as they were.
     """
     final = run_dir / "checkpoints" / f"step-{state['step']:06d}"
     if final.exists():
@@ -208,12 +204,12 @@ def save_checkpoint(
         moments = {
             f"{key}.{name}": optimizer.state[parameter][key]
             for name, parameter in model.named_parameters()
-            if parameter in optimizer.state  # a frozen one has none
+            if parameter in optimizer.state  # a frozen parameter has no state
             for key in ("exp_avg", "exp_avg_sq")
         }
         write_tensors(moments, aside / "optimizer.safetensors")
         write_json(aside / "state.json", state)
-        # A rename survives a crash of the machine only if what it names is on the disk before it.
+        # A rename survives a crash of the machine only if the renamed files are on the disk before it.
         for path in (*aside.iterdir(), aside):
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
@@ -222,24 +218,25 @@ def save_checkpoint(
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    found = checkpoints(run_dir)
-    for step in [*found][:-keep_checkpoints]:
+    saved = checkpoints(run_dir)
+    for step in [*saved][:-keep_checkpoints]:
         if step != best_step:
-            # Renamed before it is emptied: a kill half-way must not leave a checkpoint that only looks whole.
-            found[step].rename(found[step].with_name(f".{found[step].name}.old"))
-    for leftover in final.parent.glob(".step-*"):  # the doomed, and what a kill left half-written
+            # Renamed before it is emptied: a kill half-way must not leave a checkpoint that only looks complete.
+            saved[step].rename(saved[step].with_name(f".{saved[step].name}.old"))
+    for leftover in final.parent.glob(".step-*"):
         shutil.rmtree(leftover)
 
 
-def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict:
-    """Fills the optimizer, if there is one, from a checkpoint whose weights the model holds already; returns its state.json."""
+def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """Fills the optimizer from a checkpoint whose weights the model already holds; returns its state.json."""
     try:
         state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-        trained = {p for group in optimizer.param_groups for p in group["params"]} if optimizer else ()
+        trained = {p for group in optimizer.param_groups for p in group["params"]}
         for name, parameter in model.named_parameters():
             if parameter not in trained:
                 continue
-            slots = optimizer.state[parameter] = {"step": torch.tensor(float(state["step"]), device=parameter.device)}
+            step = torch.tensor(float(state["step"]), device=parameter.device)
+            slots = optimizer.state[parameter] = {"step": step}
             for key in ("exp_avg", "exp_avg_sq"):
                 moment = read_tensor(directory / "optimizer.safetensors", f"{key}.{name}")
                 slots[key] = torch.empty_like(parameter, requires_grad=False).copy_(moment)
@@ -260,25 +257,245 @@ def seed_everything(*numbers: int) -> None:
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
-    """Ctrl-C or SIGTERM sets the event, for the loop to save and end; a second one ends the process at once."""
+    """Ctrl-C or SIGTERM sets the event, so that the loop can save and end; a second one ends the process at once."""
     stop = threading.Event()
 
     def handle(number, frame):
         stop.set()
-        signal.signal(number, before[number])
+        signal.signal(number, previous[number])
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def write_run_info(run_dir: Path, settings: dict, device: torch.device, about: dict) -> None:
-    """Writes run.json: the settings, and enough to say which versions ran, on which hardware and rows."""
-    versions = {"minicls": minicls.__version__, "python": platform.python_version()}
-    versions |= {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
-    write_json(
-        run_dir / "run.json", {"settings": settings, "versions": versions, "device": dist.device_name(device)} | about
-    )
+def new_state() -> dict:
+    """Counters and clocks of a run, as state.json saves them; best_on_…: [step, macro F1]."""
+    state = {"step": 0, "train_seconds": 0.0, "eval_seconds": 0.0, "evaluations": 0, "samples": 0, "tokens": 0}
+    return state | {"best_on_validation": None, "best_on_test": None, "evaluations_since_best": 0}
+
+
+def check_finite(step: int, remedy: str, **values: float) -> None:
+    """Raises UserError for a value that is not finite, so that nothing of a spoiled step is saved."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            flag, advice = remedy.split(": ", 1)
+            raise UserError(f"{flag}: the {name.replace('_', ' ')} became {value} at step {step}; {advice}")
+
+
+def evaluate(
+    splits: dict[str, Split],
+    logits_of: Callable[[str], torch.Tensor],
+    state: dict,
+    logger: Logger,
+    remedy: str = "--model: try --dtype fp32",
+) -> dict[str, torch.Tensor]:
+    """Scores "test" and, if present, "validation"; logs the scores and keeps the best steps in `state`.
+
+    logits_of(split name) gives the logits (n, C) fp32 of a split's rows. Returns the logits of each split. Raises
+    UserError with the remedy if a loss is not finite.
+    """
+    started, logits = time.perf_counter(), {}
+    for name, split in splits.items():
+        logits[name] = logits_of(name)
+        scores, _ = metrics.evaluate_logits(logits[name], split.labels)
+        check_finite(state["step"], remedy, **{f"{name} loss": scores["loss"]})
+        logger.event("eval", state["step"], split=name, **scores)
+        logger.print(f"step {state['step']} {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+        best = state[f"best_on_{name}"]
+        better = best is None or scores["f1"] > best[1]
+        if better:
+            state[f"best_on_{name}"] = [state["step"], scores["f1"]]
+        if name == "validation":
+            state["evaluations_since_best"] = 0 if better else state["evaluations_since_best"] + 1
+    state["eval_seconds"] += time.perf_counter() - started
+    state["evaluations"] += 1
+    return logits
+
+
+class TrainingRun:
+    """The bookkeeping of a training script: its run directory, pinned revisions, counters, clocks and checkpoints.
+
+    The script calls the methods in the order in which they stand here. Only the first rank has a directory and writes
+    to it; the counters are equal on all ranks.
+    """
+
+    def __init__(self, script: str, settings: TrainingSettings):
+        """A new run, or the one that `--resume` names. Raises UserError if that one is broken."""
+        self.script, self.settings = script, settings
+        self.previous = open_run(Path(settings.resume)) if settings.resume else None
+        self.finished = bool(self.previous and self.previous.finished)
+        self.info = self.previous.info if self.previous else {}
+        # The hub's commits, so that a resumed run gets the same files.
+        self.revision, self.data_revision = self.info.get("revision"), self.info.get("data_revision")
+        self.checkpoint = self.previous.newest if self.previous else None  # to continue from
+        self.dir: Path | None = None
+        self.state, self.logits, self.interrupted = new_state(), None, False
+
+    def claim(self) -> None:
+        """Locks a resumed run and checks the directory of a new one, before time is spent on models and data."""
+        if dist.is_first() and self.previous:
+            self.dir, self.lock = self.previous.dir, lock(self.previous.dir)
+        elif dist.is_first():
+            check_output_dir(self.settings.output_dir)
+
+    def check_data(self, data: Data, splits: dict[str, Split]) -> None:
+        """Raises UserError if the data is not what the run was started on, or lacks rows that a flag needs."""
+        s = self.settings
+        if s.patience and "validation" not in splits:
+            raise UserError(
+                f"--patience: {s.patience} needs validation rows to watch; hold some out with --validation-size"
+            )
+        if self.previous and not data.matches(self.previous.info["data_fingerprint"]):
+            raise UserError(
+                f"--data: {s.data} has other rows or classes than {s.resume} was started on; restore them or start "
+                "a new run"
+            )
+
+    def find_model(self) -> Path | None:
+        """The model directory to start from: the newest checkpoint, else what `--model` names; None for `tiny`."""
+        if self.checkpoint or self.settings.model == "tiny":
+            return self.checkpoint
+        directory, self.revision = weights.find_model(self.settings.model, self.revision)
+        return directory
+
+    @property
+    def random_weights(self) -> bool:
+        return self.settings.init == "random" and not self.checkpoint
+
+    def start(
+        self,
+        total_steps: int,
+        data: Data,
+        splits: dict[str, Split],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        save_model: Callable[[Path], None],
+        device: torch.device,
+        **about,
+    ) -> None:
+        """Restores the counters and the optimizer of a resumed run, or creates a new run's directory.
+
+        save_model(directory) writes the model directory; `about` is added to run.json.
+        """
+        s = self.settings
+        self.total_steps, self.model, self.optimizer, self.device = total_steps, model, optimizer, device
+        self.save_model, self.num_train_rows = save_model, len(data.train)
+        self.splits = {name: split for name, split in splits.items() if name != "train"}
+        self.eval_every, self.save_every = (
+            every_steps(s.eval_every, total_steps),
+            every_steps(s.save_every, total_steps),
+        )
+        if self.checkpoint:
+            self.state |= load_state(self.checkpoint, model, optimizer)
+        if dist.is_first() and not self.previous:
+            self.dir = new_run_dir(s.output_dir, self.script)
+            self.lock = lock(self.dir)
+            about |= {"script": self.script, "total_steps": total_steps, "num_train_rows": len(data.train)}
+            about |= {"revision": self.revision, "data_revision": data.revision, "data_fingerprint": data.fingerprint()}
+            write_run_info(self.dir, dataclasses.asdict(s), device, about)
+        self.logger = Logger(self.dir, self.state["step"], total_steps)
+        self.logged = dict(self.state)
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, counted from 0. Exits with code 130 after a step that a signal interrupted."""
+        while not self.over:
+            self.started = time.perf_counter()
+            yield self.state["step"]
+            if self.interrupted and not self.over:
+                self.logger.close()
+                self.logger.print(
+                    f"stopped at step {self.state['step']} of {self.total_steps}; "
+                    f"go on: python {self.script}.py --resume {self.dir}"
+                )
+                self.close()
+                raise SystemExit(130)
+
+    @property
+    def over(self) -> bool:
+        return self.state["step"] == self.total_steps or self.stopped_early
+
+    @property
+    def stopped_early(self) -> bool:
+        return self.settings.patience is not None and self.state["evaluations_since_best"] >= self.settings.patience
+
+    def log_step(self, samples: int, tokens: int, learning_rate: float, grad_norm: float, **losses: float) -> None:
+        """Counts a step and its time, shows its losses, and logs them every `--log-every` steps.
+
+        Raises UserError if a value is not finite, before anything of the step is saved.
+        """
+        state, logged = self.state, self.logged
+        check_finite(state["step"] + 1, self.remedy, **losses, gradient_norm=grad_norm)
+        state["step"] += 1
+        state["samples"] += samples
+        state["tokens"] += tokens
+        state["train_seconds"] += time.perf_counter() - self.started
+        seconds = state["train_seconds"] - logged["train_seconds"]
+        rates = {f"{unit}_per_second": (state[unit] - logged[unit]) / seconds for unit in ("samples", "tokens")}
+        shown = {name: f"{value:.4f}" for name, value in losses.items()}
+        self.logger.progress(**shown, samples_per_second=f"{rates['samples_per_second']:.1f}")
+        if state["step"] % self.settings.log_every == 0 or state["step"] == self.total_steps:
+            values = {"epoch": state["samples"] / self.num_train_rows, "learning_rate": learning_rate}
+            values |= losses | rates | {"grad_norm": grad_norm, "train_seconds": state["train_seconds"]}
+            memory = dist.peak_memory_bytes(self.device)
+            self.logger.event("train", state["step"], **values, peak_memory_bytes=memory)
+            self.logged = dict(state)
+
+    @property
+    def remedy(self) -> str:
+        """The advice for a loss that is not finite."""
+        rate = self.settings.learning_rate
+        return f"--learning-rate: lower {rate} or try --dtype fp32 (earlier checkpoints, if any, are in {self.dir})"
+
+    def evaluate_if_due(self, logits_of: Callable[[str], torch.Tensor]) -> None:
+        """Evaluates every `--eval-every` steps and after the last one."""
+        step = self.state["step"]
+        if step == self.total_steps or (self.eval_every and step % self.eval_every == 0):
+            self.logits = evaluate(self.splits, logits_of, self.state, self.logger, self.remedy)
+            if self.stopped_early and step < self.total_steps:
+                self.logger.print(
+                    f"stopped early: {self.settings.patience} evaluations without a better validation score"
+                )
+
+    def save_if_due(self, stop: threading.Event) -> None:
+        """Saves a checkpoint every `--save-every` steps, at a best validation score, after a signal and at the end."""
+        step, best_step = self.state["step"], (self.state["best_on_validation"] or [None])[0]
+        self.interrupted = dist.any_rank(stop.is_set(), self.device)
+        due = self.over or self.interrupted or step == best_step
+        if (due or (self.save_every and step % self.save_every == 0)) and dist.is_first():
+            arguments = self.save_model, self.model, self.optimizer, self.state, self.settings.keep_checkpoints
+            save_checkpoint(self.dir, *arguments, best_step)
+
+    @property
+    def headline_step(self) -> int:
+        """The step whose scores count: the best on validation, else the last."""
+        return (self.state["best_on_validation"] or [self.state["step"]])[0]
+
+    def headline_logits(
+        self, architecture: weights.Architecture, logits_of: Callable[[str], torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Puts the headline step's weights into the model and the run directory; returns its logits of each split."""
+        if self.headline_step != self.state["step"]:
+            if dist.is_first():
+                weights.load_weights(self.model, checkpoints(self.dir)[self.headline_step], architecture)
+            dist.broadcast_model(self.model)
+            self.logits = None
+        if self.logits is None:  # resumed after the last step, or other weights than the last evaluation's
+            started = time.perf_counter()
+            self.logits = {name: logits_of(name) for name in self.splits}
+            self.state["eval_seconds"] += time.perf_counter() - started
+            self.state["evaluations"] += 1
+        self.state["stopped_early"] = self.stopped_early
+        self.logger.close()
+        if dist.is_first():
+            self.save_model(self.dir)
+        return self.logits
+
+    def close(self) -> None:
+        """Leaves the process group and releases the lock."""
+        dist.stop()
+        if self.dir:
+            self.lock.close()

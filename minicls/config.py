@@ -16,9 +16,10 @@ import sys
 import types
 import typing
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-# Flags of other trainers that are called otherwise here, where spelling alone would not tell.
+# Flags of other trainers whose names here cannot be guessed from the spelling.
 ALIASES = {
     "model": "model_name_or_path",
     "data": "dataset_name train_file validation_file test_file",
@@ -59,7 +60,7 @@ def setting(
     maximum: float | None = None,
     group: str | None = None,
 ):
-    """A dataclass field with what the command line needs to know about it. The bounds are inclusive.
+    """A dataclass field with its entry in `--help`. Bounds are inclusive.
 
     `group` is a heading of `--help`, for this field and those that follow it.
     """
@@ -67,8 +68,68 @@ def setting(
     return dataclasses.field(default=default, metadata=about)
 
 
+@dataclass(frozen=True)
+class DataSettings:
+    """The rows: shared by every command that reads a data set, so that equal flags mean equal rows."""
+
+    data: str = setting("fancyzhx/ag_news", "hub id, directory, or synthetic", group="data")
+    text_column: str = setting("text", "column of the texts")
+    label_column: str = setting("label", "column of the labels: class indices or class names")
+    label_names: tuple[str, ...] | None = setting(None, "class names in the order of their indices")
+    validation_size: float = setting(
+        0.0, "training rows (below 1: a fraction of them) to hold out for choosing the step; 0: none", minimum=0
+    )
+    test_size: float = setting(
+        0.0, "training rows (below 1: a fraction of them) to test on if --data has no test split", minimum=0
+    )
+    max_train_rows: int | None = setting(
+        None, "use a stratified sample of the training rows, drawn by --seed", minimum=1
+    )
+    max_eval_rows: int | None = setting(
+        None, "use a stratified sample of the test and validation rows, the same for every seed", minimum=1
+    )
+    seed: int = setting(42, "seed of --max-train-rows, the order of rows, dropout and fresh weights", minimum=0)
+
+
+@dataclass(frozen=True)
+class TrainingSettings(DataSettings):
+    """The settings that have the same default and meaning in train_bert.py and train_qwen.py."""
+
+    init: str = setting(
+        "pretrained",
+        "random keeps the model's size and tokenizer but not its weights",
+        choices=("pretrained", "random"),
+        group="model",
+    )
+    max_length: int = setting(512, "tokens of a row, control tokens, question and answer included", minimum=3)
+    max_steps: int | None = setting(
+        None, "optimizer steps; overrides --epochs, and the data repeats", minimum=1, group="optimisation"
+    )
+    max_grad_norm: float = setting(1.0, "clip the gradient norm to this value; 0 disables clipping", minimum=0)
+    class_weights: str = setting(
+        "none", "balanced: weight each row's loss inversely to its class's frequency", choices=("none", "balanced")
+    )
+    label_smoothing: float = setting(0.0, "fraction of a target spread over all classes", minimum=0, maximum=1)
+    output_dir: str | None = setting(
+        None,
+        "run directory, new or empty; unset: runs/<script>-<time>",
+        group="evaluation and checkpoints",
+    )
+    keep_checkpoints: int = setting(2, "newest checkpoints to keep, in addition to the best on validation", minimum=1)
+    log_every: int = setting(10, "steps between lines of metrics.jsonl", minimum=1)
+    patience: int | None = setting(
+        None, "evaluations without a better validation score before training stops; unset: never", minimum=1
+    )
+    resume: str | None = setting(None, "run directory to continue, under its own settings")
+    dtype: str = setting("bf16", "bf16 is autocast over fp32 weights", choices=("bf16", "fp32"), group="machine")
+    device: str | None = setting(None, "cpu, cuda or cuda:N; unset: cuda if there is one")
+    threads: int | None = setting(None, "CPU threads; unset: PyTorch's choice", minimum=1)
+    compile: bool = setting(False, "torch.compile the model")
+    activation_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is a UserError (one line) instead of a usage text, and a typo is met with a guess."""
+    """argparse, but a mistake is a UserError (one line) instead of a usage text, and a typo gets a suggestion."""
 
     def __init__(self, prog: str | None = None, description: str | None = None, **options):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
@@ -98,71 +159,82 @@ def _value_type(annotation) -> tuple[type, bool]:
     return annotation, False
 
 
-def parse(
-    cls: type,
-    argv: list[str] | None = None,
-    description: str | None = None,
-    prog: str | None = None,
-    upgrade: Callable[[dict], dict] | None = None,
-):
-    """Reads the command line into an instance of the dataclass `cls`.
+def flag_of(name: str) -> str:
+    """The flag of a setting: `learning_rate` -> `--learning-rate`."""
+    return "--" + name.replace("_", "-")
 
-    Where `cls` has a field `resume` and the flag is given, all settings come from that run's `run.json`, as `load` reads it; with
-    it only `--eval-only` and `--device` may be given, so that a resumed run cannot silently become another experiment.
-    Raises UserError for unknown flags and for values of the wrong type or outside their bounds.
-    """
-    parser = group = Parser(prog, description)
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        kind, several = _value_type(hints[field.name])
-        meta = field.metadata
+
+def _fields(cls: type) -> list[dataclasses.Field]:
+    """The settings in the order of `--help`: a script's own first, then those it shares with others."""
+    return sorted(dataclasses.fields(cls), key=lambda field: field.name not in cls.__annotations__)
+
+
+def _add_flags(parser: Parser, cls: type) -> None:
+    hints, groups, title = typing.get_type_hints(cls), {}, None
+    for field in _fields(cls):
+        value_type, several = _value_type(hints[field.name])
+        default = "unset" if field.default is None else field.default
         # SUPPRESS keeps flags that were not given out of the namespace: --resume has to know which were.
         options: dict = {"dest": field.name, "default": argparse.SUPPRESS}
-        shown = (
-            "" if kind is bool else f"{kind.__name__}, "
-        ) + f"default: {'unset' if field.default is None else field.default}"
-        options["help"] = f"{meta['help']} ({shown})".replace("%", "%%")
-        if kind is bool:
+        if value_type is bool:
             options |= {"action": argparse.BooleanOptionalAction}
+            shown = f"default: {default}"
         else:
-            options |= {"type": kind, "choices": meta["choices"]}
-            options |= {"metavar": kind.__name__.upper()} if not meta["choices"] else {}
-            options |= {"nargs": "+"} if several else {}
-        group = parser.add_argument_group(meta["group"]) if meta["group"] else group
-        group.add_argument("--" + field.name.replace("_", "-"), **options)
+            choices = field.metadata["choices"]
+            options |= {"type": value_type, "choices": choices} | ({"nargs": "+"} if several else {})
+            options |= {} if choices else {"metavar": value_type.__name__.upper()}
+            shown = f"{value_type.__name__}, default: {default}"
+        options["help"] = f"{field.metadata['help']} ({shown})".replace("%", "%%")
+        title = field.metadata["group"] or title
+        group = groups.setdefault(title, parser.add_argument_group(title) if title and title not in groups else parser)
+        group.add_argument(flag_of(field.name), **options)
+
+
+def _check_value(name: str, value, minimum: float | None, maximum: float | None) -> None:
+    """Raises UserError for a number outside its bounds and for a value that is given twice."""
+    flag = flag_of(name)
+    twice = [item for item in value if value.count(item) > 1] if isinstance(value, tuple) else []
+    if twice:
+        raise UserError(f"{flag}: {twice[0]!r} is given twice; give each value once")
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise UserError(f"{flag}: {value} is not a finite number; pass one")
+        if minimum is not None and value < minimum:
+            raise UserError(f"{flag}: {value} is too small; pass at least {minimum}")
+        if maximum is not None and value > maximum:
+            raise UserError(f"{flag}: {value} is too large; pass at most {maximum}")
+
+
+def parse(cls: type, argv: list[str] | None = None, description: str | None = None, prog: str | None = None):
+    """Reads the command line into an instance of the dataclass `cls`.
+
+    If `cls` has a field `resume` and the flag is given, all settings come from that run's `run.json`, and only
+    `--device` may be given with it, so that a resumed run cannot silently become another experiment.
+    Raises UserError for unknown flags and for values of the wrong type or outside their bounds.
+    """
+    parser = Parser(prog, description)
+    _add_flags(parser, cls)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
     for field in dataclasses.fields(cls):
-        value, low, high = given.get(field.name), field.metadata["minimum"], field.metadata["maximum"]
-        flag = "--" + field.name.replace("_", "-")
-        twice = [item for item in value if value.count(item) > 1] if isinstance(value, tuple) else []
-        if twice:
-            raise UserError(f"{flag}: {twice[0]!r} is given twice; give each value once")
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if not math.isfinite(value):
-                raise UserError(f"{flag}: {value} is not a finite number; pass one")
-            if low is not None and value < low:
-                raise UserError(f"{flag}: {value} is too small; pass at least {low}")
-            if high is not None and value > high:
-                raise UserError(f"{flag}: {value} is too large; pass at most {high}")
+        _check_value(field.name, given.get(field.name), field.metadata["minimum"], field.metadata["maximum"])
     if given.get("resume") is None:
         return cls(**given)
-    settings, defaults = load(cls, Path(given["resume"]) / "run.json", upgrade)
+    settings, defaults = load(cls, Path(given["resume"]) / "run.json")
     if defaults and os.environ.get("RANK", "0") == "0":
-        flags = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in defaults.items())
+        flags = ", ".join(f"{flag_of(name)} {value}" for name, value in defaults.items())
         print(f"{given['resume']} is older than some settings, which take their defaults: {flags}")
-    for name in given.keys() - {"resume", "eval_only", "device"}:
+    for name in given.keys() - {"resume", "device"}:
         raise UserError(
-            f"--{name.replace('_', '-')}: a resumed run keeps its settings ({getattr(settings, name)!r} in "
+            f"{flag_of(name)}: a resumed run keeps its settings ({getattr(settings, name)!r} in "
             f"{given['resume']}/run.json); leave the flag out, or start a new run without --resume"
         )
     return dataclasses.replace(settings, **given)
 
 
-def load(cls: type, path: Path, upgrade: Callable[[dict], dict] | None = None) -> tuple:
-    """Reads the settings saved in a `run.json`: (settings, those that it does not have with the defaults they take).
+def load(cls: type, path: Path) -> tuple:
+    """Reads the settings saved in a `run.json`: (settings, the missing ones with the defaults they take).
 
-    `upgrade` turns the values of an older version into this one's. Raises UserError where the file is absent, broken or of
-    another script.
+    Raises UserError if the file is absent, broken or written by another script.
     """
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such run directory; check the path")
@@ -170,7 +242,6 @@ def load(cls: type, path: Path, upgrade: Callable[[dict], dict] | None = None) -
         values = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a readable run.json ({error}); is {path.parent} a run directory?") from None
-    values = upgrade(values) if upgrade else values
     fields = {field.name: field.default for field in dataclasses.fields(cls)}
     missing = {name: default for name, default in fields.items() if name not in values}
     unknown = ", ".join(sorted(values.keys() - fields.keys()))
@@ -180,11 +251,11 @@ def load(cls: type, path: Path, upgrade: Callable[[dict], dict] | None = None) -
     return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}), missing
 
 
-def run(main: Callable[[list[str] | None], int | None]) -> None:
+def run_main(main: Callable[[list[str] | None], int | None]) -> None:
     """Runs a script's `main`: a UserError becomes the last line of stderr and exit code 2, without a traceback.
 
-    So does an OSError, a full disk for one: nothing here can fix it, and the message names the file. A character that the
-    output's encoding lacks is written as its JSON escape, so that JSON lines stay JSON.
+    So does an OSError, such as a full disk: the program cannot fix it, and the message names the file. A character that
+    the output's encoding lacks is written as its JSON escape, so that JSON lines stay JSON.
     """
     codecs.register_error("json", lambda error: (json.dumps(error.object[error.start : error.end])[1:-1], error.end))
     for stream in (sys.stdout, sys.stderr):
@@ -193,8 +264,8 @@ def run(main: Callable[[list[str] | None], int | None]) -> None:
     try:
         code = main(None)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, `head` for one, has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would complain
+    except BrokenPipeError:  # the reader, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit would fail
         code = 1
     except (UserError, OSError) as error:
         remedy = "" if isinstance(error, UserError) else "; check the path, its permissions and the space on its disk"

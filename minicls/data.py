@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from minicls import tiny
-from minicls.config import UserError
+from minicls.config import DataSettings, UserError
 
 AG_NEWS_LABELS = ("World", "Sports", "Business", "Sci/Tech")
 # The words that a split's files begin with are those of `datasets`, but for eval and evaluation: they can mean either split.
@@ -801,6 +801,14 @@ def split_data(
     return dataclasses.replace(data, train=train, test=test, validation=from_files), validation
 
 
+def load_splits(s: DataSettings, revision: str | None = None) -> tuple[Data, dict[str, Split]]:
+    """The data set that the settings name, and its splits by name: train, validation if there are such rows, test."""
+    data = load_data(s.data, s.text_column, s.label_column, s.label_names, revision, s.test_size)
+    data, validation = split_data(data, s.validation_size, s.max_train_rows, s.max_eval_rows, s.seed)
+    splits = {"train": data.train, "validation": validation, "test": data.test}
+    return data, {name: split for name, split in splits.items() if split}
+
+
 def describe(data: Data, validation: Split | None = None) -> list[str]:
     """Lines for the start of a run: the files, the classes with their training rows, and what may be wrong with them."""
     counts = np.bincount(data.train.labels, minlength=len(data.label_names))
@@ -840,6 +848,11 @@ def describe(data: Data, validation: Split | None = None) -> list[str]:
                     "a score on them says nothing about new texts"
                 )
     return lines
+
+
+def describe_rows(split: str, rows: Sequence[Sequence[int]], cut: int, max_length: int) -> str:
+    """A line about the tokenized rows of a split, of which `cut` were longer than `max_length`."""
+    return f"{split}: {len(rows):,} rows, {sum(map(len, rows)):,} tokens, {cut:,} rows cut to {max_length}"
 
 
 def derived_seed(*numbers: int) -> int:

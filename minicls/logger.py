@@ -1,4 +1,4 @@
-"""What a run tells: lines and a progress bar on the console, metrics.jsonl, TensorBoard. Only the first rank tells."""
+"""A run's log: lines and a progress bar on the console, metrics.jsonl, TensorBoard. Only the first rank writes."""
 
 import json
 import time
@@ -6,13 +6,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-SECONDS_BETWEEN_LINES = 15.0  # of progress, where there is no bar
+SECONDS_BETWEEN_LINES = 15.0  # between progress lines when the output is not a terminal
 
 
 class Logger:
-    """Writes into a run directory (None on the other ranks: says nothing).
+    """Writes into a run directory; with None, as on all ranks but the first, it does nothing.
 
-    A run resumed at `step` drops what its metrics.jsonl holds of later steps, unless `drop_later` is False.
+    A run resumed at `step` drops the events of later steps from its metrics.jsonl, unless `drop_later` is False.
     """
 
     def __init__(self, run_dir: Path | None, step: int, total_steps: int, drop_later: bool = True):
@@ -28,32 +28,32 @@ class Logger:
         from torch.utils.tensorboard import SummaryWriter
 
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
-        # disable=None: no bar where the output is not a terminal, but a line now and then.
+        # disable=None: no bar if the output is not a terminal.
         self.bar = tqdm(total=total_steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
-        self.step, self.total_steps, self.told = step, total_steps, time.monotonic()
+        self.step, self.total_steps, self.last_line = step, total_steps, time.monotonic()
 
-    def print(self, line: str) -> None:
+    def print(self, *lines: str) -> None:
         if self.file is not None:
-            tqdm.write(line)
+            tqdm.write("\n".join(lines))
 
-    def progress(self, **postfix) -> None:
+    def progress(self, **values) -> None:
+        """Counts a step on the progress bar, or prints a line now and then."""
         if self.file is not None:
-            self.bar.set_postfix(postfix, refresh=False)
+            self.bar.set_postfix(values, refresh=False)
             self.bar.update()
             self.step += 1
-            if self.bar.disable and (self.step == 1 or time.monotonic() - self.told >= SECONDS_BETWEEN_LINES):
-                self.told = time.monotonic()
-                self.print(
-                    f"step {self.step} of {self.total_steps}: " + ", ".join(f"{k} {v}" for k, v in postfix.items())
-                )
+            if self.bar.disable and (self.step == 1 or time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES):
+                self.last_line = time.monotonic()
+                shown = ", ".join(f"{name} {value}" for name, value in values.items())
+                self.print(f"step {self.step} of {self.total_steps}: {shown}")
 
-    def event(self, kind: str, step: int, **values) -> None:
-        """Appends one line to metrics.jsonl, and its numbers to TensorBoard under `kind/…`."""
+    def event(self, event: str, step: int, **values) -> None:
+        """Appends one line to metrics.jsonl, and its numbers to TensorBoard under `event/…`."""
         if self.file is None:
             return
-        self.file.write(json.dumps({"event": kind, "step": step} | values) + "\n")
+        self.file.write(json.dumps({"event": event, "step": step} | values) + "\n")
         self.file.flush()
-        folder = f"{kind}_{values['split']}" if "split" in values else kind
+        folder = f"{event}_{values['split']}" if "split" in values else event
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self.board.add_scalar(f"{folder}/{name}", value, step)
@@ -66,8 +66,10 @@ class Logger:
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
-    """The events of metrics.jsonl in order. A line that is no event, torn by a kill for one, is left out; of a step evaluated
-    twice, the later counts."""
+    """The events of metrics.jsonl in the order of their steps.
+
+    Broken lines, such as one torn by a kill, are skipped. If a step was evaluated twice, the later event counts.
+    """
     events = {}
     path = run_dir / "metrics.jsonl"
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:

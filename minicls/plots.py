@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minicls import metrics
+from minicls import metrics, results
 from minicls.logger import read_metrics
 from minicls.results import shown
 
@@ -211,3 +211,10 @@ def plot_deploy(rows: Sequence[dict], file: Path) -> None:
         figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9)
     figure.savefig(file, dpi=120)
     plt.close(figure)
+
+
+def finish(run_dir: Path, written: dict) -> str:
+    """Draws the pictures of a finished run; returns its tables, its headline, and where the pictures are."""
+    lines = [results.steps_table(run_dir), results.summary(written), f"curves: {plot_curves(run_dir)}"]
+    picture = plot_confusion(written["confusion"], [*written["per_class"]], run_dir)
+    return "\n".join([*lines, f"confusion matrix: {picture}"])

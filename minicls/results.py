@@ -15,15 +15,8 @@ from minicls import dist, metrics
 from minicls.checkpoint import Run, open_run, write_json
 from minicls.data import AG_NEWS_LABELS, Data, Split
 from minicls.logger import read_metrics
+from minicls.metrics import evaluate_logits
 from minicls.tokenizer import Tokenizer
-
-
-def evaluate_logits(logits: torch.Tensor, labels: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
-    """Loss (mean cross-entropy), accuracy and macro precision, recall, F1 of logits (n, C), and their confusion
-    matrix."""
-    loss = torch.nn.functional.cross_entropy(logits.double(), torch.from_numpy(labels)).item()
-    confusion = metrics.confusion_matrix(labels, logits.argmax(1).numpy(), logits.shape[1])
-    return {"loss": loss} | metrics.classification_metrics(confusion), confusion
 
 
 def text_hash(text: str) -> int:

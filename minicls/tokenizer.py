@@ -114,6 +114,23 @@ class Tokenizer:
         token = self.config.get(name)
         return token["content"] if isinstance(token, dict) else token
 
+    def eos_and_pad(self, config: dict) -> tuple[int, int]:
+        """The ids of the end-of-sequence and the padding token; each serves as the other if that one is missing.
+
+        tokenizer_config.json comes before `config`, the values of config.json. Raises UserError if neither names one.
+        """
+        ids = []
+        for name in ("eos", "pad"):
+            token, value = self.special_token(f"{name}_token"), config.get(f"{name}_token_id")
+            value = self.control_ids([token])[0] if token else value
+            ids.append(value[0] if isinstance(value, list) else value)
+        eos, pad = ids
+        if eos is None and pad is None:
+            raise UserError(
+                "--model: neither its tokenizer_config.json nor its config.json names an eos_token or pad_token; add one"
+            )
+        return (pad if eos is None else eos), (eos if pad is None else pad)
+
     def added_before(self) -> list[int]:
         """The ids that the tokenizer's own post-processor puts before a text: Llama's <s>, BERT's [CLS], often none."""
         (text,) = self.encode(["a"])

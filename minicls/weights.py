@@ -200,7 +200,7 @@ def build_model(
     init_weights(model, fresh, config.initializer_range, seed)
     if is_own(model):
         report += f"; not the parameters of transformers' {class_name(model)}, so what is saved opens in minicls alone"
-    return model, fresh, report
+    return model, fresh, f"{sum(p.numel() for p in model.parameters()):,} parameters; {report}"
 
 
 def weight_files(directory: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from conftest import ROOT
 
 import train_bert
 from minicls.checkpoint import write_run_info
-from minicls.config import UserError, load, parse, run, setting
+from minicls.config import UserError, load, parse, run_main, setting
 
 
 @dataclass(frozen=True)
@@ -279,13 +279,13 @@ def test_a_script_ends_with_a_code_and_a_line(raised, code, last_line, capsys):
             raise raised
 
     with pytest.raises(SystemExit) as exit:
-        run(main)
+        run_main(main)
     assert exit.value.code == code
     assert re.fullmatch(last_line, capsys.readouterr().err.strip())
 
 
 def test_characters_that_the_output_has_not_are_escaped():
-    code = "from minicls.config import UserError, run\ndef main(argv):\n    print('é 财经 😀')\n    raise UserError('财经; x')\nrun(main)"
+    code = "from minicls.config import UserError, run_main\ndef main(argv):\n    print('é 财经 😀')\n    raise UserError('财经; x')\nrun(main)"
     env = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "\\u00e9 \\u8d22\\u7ecf \\ud83d\\ude00\n")

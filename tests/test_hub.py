@@ -64,12 +64,12 @@ configs:
 def script(argv: list[str]) -> tuple[int, str]:
     """train_bert.py as its command line runs it; returns the exit code and what it wrote to stderr."""
     import train_bert
-    from minicls.config import run
+    from minicls.config import run_main
 
     sys.argv = ["train_bert.py", *argv]
     with contextlib.redirect_stderr(io.StringIO()) as error:
         try:
-            run(train_bert.main)
+            run_main(train_bert.main)
         except SystemExit as stop:
             return stop.code or 0, error.getvalue()
 

@@ -38,12 +38,12 @@ FLAGS += ["--log-every", "1", "--eval-every", "3", "--save-every", "4", "--learn
 INTERRUPTED = f"""
 import os, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-from minicls.config import run
+from minicls.config import run_main
 from runs import SCRIPTS, interrupt_at
 
 script = SCRIPTS[sys.argv.pop(1)]
 with interrupt_at(5 if os.environ["RANK"] == "1" else 0):
-    run(script.main)
+    run_main(script.main)
 """
 
 

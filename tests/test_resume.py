@@ -23,7 +23,7 @@ from runs import SCRIPTS, events, interrupt_at, losses, results, resume, script_
 
 import train_bert
 from minicls.checkpoint import checkpoints
-from minicls.config import UserError, run
+from minicls.config import UserError, run_main
 
 # Ten steps with dropout over windows of 32, 32, 32, 32 and 22 rows.
 FLAGS = ["--max-train-rows", "150", "--epochs", "2", "--log-every", "1", "--eval-every", "3", "--save-every", "2"]
@@ -138,7 +138,7 @@ class TestStopped:
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
             with pytest.raises(SystemExit) as stop:
-                run(script_of(stopped).main)
+                run_main(script_of(stopped).main)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         error = capsys.readouterr().err.splitlines()
@@ -172,7 +172,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     )
     before = signal.getsignal(signal.SIGINT)  # a shell may have started the tests with it ignored
     with interrupt_at(2), pytest.raises(SystemExit) as stop:
-        run(train_bert.main)
+        run_main(train_bert.main)
     assert stop.value.code == 130
     assert (
         f"stopped at step 2 of 4; go on: python train_bert.py --resume {tmp_path / 'run'}\n" in capsys.readouterr().out
@@ -262,14 +262,14 @@ def test_a_run_that_another_process_has_is_refused(flags, one_step, tmp_path, mo
     with held(copy) as process:
         before = contents(copy)
         with pytest.raises(SystemExit) as stop:
-            run(train_bert.main)
+            run_main(train_bert.main)
         message = (
             f"error: {copy}: process {process.pid} is training or testing this run; wait for it or stop it first\n"
         )
         assert (stop.value.code, capsys.readouterr().err, contents(copy)) == (2, message, before)
     # The process was killed: what it had is free.
     with pytest.raises(SystemExit) as stop:
-        run(train_bert.main)
+        run_main(train_bert.main)
     assert (stop.value.code or 0) == 0 and results(copy)["final_step"] == (1 if flags else 3)
 
 
