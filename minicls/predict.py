@@ -1,4 +1,4 @@
-"""Texts through a trained classifier: the packed forward pass that evaluation and `python -m minicls predict` share.
+"""Texts through a trained classifier: what evaluation, `python -m minicls predict` and `evaluate` share.
 
 from minicls import Classifier
 for label, probability, probabilities in Classifier("runs/x").predict(["Stocks fell.", "They won."]): ...
@@ -7,33 +7,37 @@ for label, probability, probabilities in Classifier("runs/x").predict(["Stocks f
 import argparse
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from minicls import dist, weights
+from minicls import checkpoint, dist, plots, weights
+from minicls import results as result_files
 from minicls.attention import on_gpu
 from minicls.batch import length_batches, pack, to_device
-from minicls.checkpoint import checkpoints, how_asked
-from minicls.config import UserError
-from minicls.data import checked_text, lines_of, read_rows
+from minicls.config import DataSettings, UserError, flag_of, parse, setting
+from minicls.data import checked_text, describe, lines_of, load_splits, read_rows
+from minicls.logger import Logger
 from minicls.prompt import make_chat
 from minicls.scorer import score
 from minicls.tokenizer import bert_rows, load_tokenizer, text_rows
 
-EVAL_TOKENS = 1024, 16_384  # of a batch, on a CPU and on a GPU: no result depends on it, only memory and speed
+EVAL_TOKENS = 1024, 16_384  # tokens of a batch on a CPU and on a GPU; affects memory and speed, not results
 
 
 @torch.inference_mode()
 def classify_rows(model: nn.Module, rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
-    """The logits (n, C) fp32 of n tokenized rows, on the CPU. Ranks take batches in turn, and each ends up with all rows."""
+    """The logits (n, C) fp32 of n tokenized rows, on the CPU. Ranks take batches in turn, and each gets all rows."""
     logits = torch.zeros(len(rows), model.config.num_labels, device=device)
     for batch in length_batches(rows, EVAL_TOKENS[on_gpu(device)])[dist.rank() :: dist.world_size()]:
         logits[to_device(batch, device)] = model(*pack([rows[row] for row in batch], device))
@@ -41,11 +45,11 @@ def classify_rows(model: nn.Module, rows: Sequence[Sequence[int]], device: torch
 
 
 def check_model_dir(directory: Path) -> None:
-    """Raises UserError where it is no directory, or that of a run which is not finished."""
+    """Raises UserError if it is not a directory, or that of an unfinished run."""
     if not directory.is_dir():
         raise UserError(f"{directory}: no such run directory; check the path")
     if (directory / "run.json").is_file() and not (directory / "config.json").is_file():
-        saved = checkpoints(directory)
+        saved = checkpoint.checkpoints(directory)
         newest = f"pass its newest checkpoint, {saved[max(saved)]}, or" if saved else "it has no checkpoint yet:"
         raise UserError(
             f"{directory}: this run is not finished; {newest} go on with it first, with --resume {directory}"
@@ -53,39 +57,55 @@ def check_model_dir(directory: Path) -> None:
 
 
 class Reader:
-    """How a run directory, or any model directory that knows its classes, reads a text; its weights are not needed for that."""
+    """Turns texts into the rows that a model directory was trained on. The weights are not needed for that."""
 
-    def __init__(self, directory: Path, max_length: int | None = None):
-        """`max_length`: cut rows to so many tokens even where the run had more."""
+    def __init__(
+        self,
+        directory: Path,
+        max_length: int | None = None,
+        classes: Sequence[str] | None = None,
+        prompt: str | None = None,
+    ):
+        """`max_length`: cut rows to so many tokens even if the run allowed more.
+
+        `classes`: ask a language model about these, even if it was not trained on them (zero-shot), with the question
+        that it was trained on or, given `prompt` or other classes, a new one.
+        """
         check_model_dir(directory)
         self.config, self.tokenizer = weights.read_config(directory), load_tokenizer(directory)
-        self.kind = weights.ARCHITECTURES.get((self.config.get("architectures") or [None])[0])
+        self.architecture = weights.ARCHITECTURES.get((self.config.get("architectures") or [None])[0])
         self.untrained = UserError(
             f"{directory}: holds no trained classifier; pass a finished run of train_bert.py or train_qwen.py"
         )
-        if self.kind is None or (self.kind is weights.DECODER and "id2label" not in self.config):
+        # As the run did it, so that its predictions come out again; a model from elsewhere is read in full precision.
+        self.settings = checkpoint.how_asked(directory)
+        language_model = self.architecture is weights.DECODER
+        self.label_names = None
+        if self.architecture and (not language_model or "id2label" in self.config):
+            self.label_names = weights.head_labels(self.config, directory)
+            if [*self.settings.get("label_names", self.label_names)] != self.label_names:
+                raise UserError(
+                    f"{directory}: minicls.json and config.json name other classes; copy the whole model directory again"
+                )
+        if language_model and classes and (prompt or self.label_names != [*classes]):
+            self.settings = {name: value for name, value in self.settings.items() if name not in ("template", "chat")}
+            self.label_names = [*classes]
+        if not self.label_names:
             raise self.untrained
-        self.label_names = weights.head_labels(self.config, directory)
-        # As the run did it, so that its predictions come out again; a directory from elsewhere is read in full precision.
-        self.settings = how_asked(directory)
-        if tuple(self.settings.get("label_names") or self.label_names) != tuple(self.label_names):
-            raise UserError(
-                f"{directory}: minicls.json and config.json name other classes; copy the whole model directory again"
-            )
-        positions = self.config.get("max_position_embeddings", self.kind.config.max_position_embeddings)
+        positions = self.config.get("max_position_embeddings", self.architecture.config.max_position_embeddings)
         longest = self.settings.get("max_length", positions)
         self.max_length = min(longest, max_length or longest)
         self.chat = None
-        if self.kind is weights.DECODER or self.settings.get("linear_input") == "prompt":
-            self.chat = make_chat(self.settings, self.tokenizer, self.label_names, self.max_length, place=directory)
+        if language_model or self.settings.get("linear_input") == "prompt":
+            question = self.label_names, self.max_length, prompt or "published"
+            self.chat = make_chat(self.settings, self.tokenizer, *question, place=directory)
 
     def rows(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids that the head is asked about: of each text, or of the question about it. Raises UserError naming the place
-        of what is no text."""
+        """The ids that the head reads: each text, or the question about it. Raises UserError for a value that is no text."""
         if isinstance(texts, str):
             raise UserError(f"texts: {texts[:60]!r} is one text, not a list of texts; pass [text]")
         texts = [checked_text(text, f"texts[{i}]") for i, text in enumerate(texts)]
-        if self.kind is weights.BERT:
+        if self.architecture is weights.BERT:
             return bert_rows(self.tokenizer, texts, self.max_length, self.settings.get("long_text", "head"))[0]
         return (self.chat.questions(texts) if self.chat else text_rows(self.tokenizer, texts, self.max_length))[0]
 
@@ -99,11 +119,11 @@ class Prediction(NamedTuple):
 class Classifier(Reader):
     """A finished run, a checkpoint or another model directory with a trained head, with its weights, ready for texts."""
 
-    def __init__(self, directory: str | Path, device: torch.device | str | None = None):
-        """`device`: cpu, cuda or cuda:N; None is cuda if there is one. Raises UserError where it or the directory is no good."""
-        super().__init__(Path(directory))
+    def __init__(self, directory: str | Path, device: torch.device | str | None = None, **reading):
+        """`device`: cpu, cuda or cuda:N; None is cuda if there is one. `reading`: see `Reader`."""
+        super().__init__(Path(directory), **reading)
         self.device = dist.start(device if device is None else str(device))
-        self.model, fresh, _ = weights.build_model(self.kind, self.config, Path(directory), 0, self.device)
+        self.model, fresh, _ = weights.build_model(self.architecture, self.config, Path(directory), 0, self.device)
         if fresh:
             raise self.untrained
         self.model.eval().requires_grad_(False)
@@ -125,7 +145,7 @@ class Classifier(Reader):
         if not rows:
             return torch.zeros(0, len(self.label_names), dtype=torch.float64)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.get("dtype") == "bf16"):
-            if self.kind is weights.DECODER:
+            if self.architecture is weights.DECODER:
                 scores = score(self.model, rows, self.chat.options, self.device, self.settings.get("normalize", "mean"))
             else:
                 scores = classify_rows(self.model, rows, self.device)
@@ -133,7 +153,7 @@ class Classifier(Reader):
 
     def perplexities(self, scores: torch.Tensor) -> torch.Tensor | None:
         """The perplexity of each option, (n, C), from its scores; None where there are no options."""
-        if self.kind is not weights.DECODER:
+        if self.architecture is not weights.DECODER:
             return None
         lengths = torch.tensor(
             [len(option) if self.settings.get("normalize") == "sum" else 1 for option in self.chat.options]
@@ -337,3 +357,127 @@ def predict_texts(args: argparse.Namespace, inputs: list[str]) -> None:
     finally:
         if aside:
             aside.unlink(missing_ok=True)
+
+
+# `python -m minicls evaluate`.
+
+
+@dataclass(frozen=True)
+class EvaluateSettings(DataSettings):
+    """How to test a model. Settings that are unset are those of the model's training, else the stated default."""
+
+    model: str | None = setting(None, "run directory, model directory or hub id", group="model")
+    prompt: str | None = setting(None, "another question for a language model; as in train_qwen.py")
+    normalize: str | None = setting(None, "mean or sum, as in train_qwen.py; default mean", choices=("mean", "sum"))
+    max_length: int | None = setting(None, "tokens of a row, at most; default 512", minimum=3)
+    data: str | None = setting(
+        None, "hub id, directory, or synthetic; unset: all checkpoints of a run, on its own data"
+    )
+    output_dir: str | None = setting(None, "run directory, new or empty; unset: runs/evaluate-<time>", group="machine")
+    dtype: str | None = setting(None, "bf16 or fp32; default fp32", choices=("bf16", "fp32"))
+    device: str | None = setting(None, "cpu, cuda or cuda:N; unset: cuda if there is one")
+    threads: int | None = setting(None, "CPU threads; unset: PyTorch's choice", minimum=1)
+
+
+EVALUATE = """Test a model as it is, or every checkpoint of a run.
+
+python -m minicls evaluate MODEL --data DIR     # a run, a model directory or a hub id; a language model: zero-shot
+python -m minicls evaluate RUN                  # every checkpoint of a run, on the data it was trained on
+"""
+
+
+def evaluate(argv: list[str]) -> None:
+    """Writes results.json and predictions.parquet, into a new run directory or, for a run's checkpoints, into the run."""
+    argv = ["--model", *argv] if argv and not argv[0].startswith("-") else argv
+    s = parse(EvaluateSettings, argv, EVALUATE, "python -m minicls evaluate")
+    if s.model is None:
+        raise UserError("MODEL: name a run directory, a model directory or a hub id")
+    directory, revision = weights.find_model(s.model)
+    if s.data is None and (directory / "run.json").is_file():
+        evaluate_checkpoints(directory, s)
+    else:
+        evaluate_model(directory, revision, s)
+
+
+def _write_results(run_dir, data, splits, classifier, logits, state) -> None:
+    if dist.is_first():
+        headline_step = (state["best_on_validation"] or [state["step"]])[0]
+        validation, tokenizer = splits.get("validation"), classifier.tokenizer
+        written = result_files.write_results(
+            run_dir, data, validation, tokenizer, logits, state, headline_step, classifier.device
+        )
+        print(plots.finish(run_dir, written))
+
+
+def evaluate_model(directory: Path, revision: str | None, s: EvaluateSettings) -> None:
+    """Tests a model as it is; the result is a run without a step."""
+    trained = checkpoint.info_of_model(directory)
+    s = dataclasses.replace(s, data=s.data or trained["settings"].get("data") or DataSettings.data)
+    device = dist.start(s.device, s.threads)
+    if dist.is_first():
+        checkpoint.check_output_dir(s.output_dir)
+    data, splits = load_splits(s)
+    max_length = s.max_length or (None if "max_length" in checkpoint.how_asked(directory) else 512)
+    classifier = Classifier(directory, device, max_length=max_length, classes=data.label_names, prompt=s.prompt)
+    if classifier.label_names != [*data.label_names]:
+        classes = ", ".join(data.label_names)[:80]
+        raise UserError(f"--data: {s.model} was not trained on its classes, {classes}; train it on them first")
+    classifier.settings |= {name: getattr(s, name) for name in ("normalize", "dtype") if getattr(s, name)}
+    run_dir = None
+    if dist.is_first():
+        run_dir = checkpoint.new_run_dir(s.output_dir, "evaluate")
+        head = "options" if classifier.architecture is weights.DECODER else "linear"
+        about = {"script": "evaluate", "model_type": classifier.config["model_type"], "total_steps": 0}
+        about |= {"revision": revision, "data_revision": data.revision, "data_fingerprint": data.fingerprint()}
+        about |= {"num_train_rows": trained.get("num_train_rows", 0)}
+        about |= classifier.chat.saved() if classifier.chat else {}
+        settings = dataclasses.asdict(s) | {"head": head, "max_length": classifier.max_length}
+        settings |= {"dtype": classifier.settings.get("dtype", "fp32")}
+        checkpoint.write_run_info(run_dir, settings, device, about)
+    tested = {name: split for name, split in splits.items() if name != "train"}
+    logger, state = Logger(run_dir, 0, 0), checkpoint.new_state()
+    logger.print(*describe(data, splits.get("validation")))
+    logits = checkpoint.evaluate(tested, lambda name: classifier.scores(tested[name].texts), state, logger)
+    logger.close()
+    _write_results(run_dir, data, splits, classifier, logits, state)
+    dist.stop()
+
+
+def evaluate_checkpoints(run_dir: Path, s: EvaluateSettings) -> None:
+    """Tests every checkpoint of a run; the headline is the best on validation, else the last."""
+    for field in dataclasses.fields(s):
+        if field.name not in ("model", "device", "threads") and getattr(s, field.name) != field.default:
+            raise UserError(
+                f"{flag_of(field.name)}: a run's checkpoints are tested as the run says; leave the flag out, or name "
+                "--data to test the model as it is"
+            )
+    run = checkpoint.open_run(run_dir)
+    if not run.newest:
+        raise UserError(f"{run_dir}: this run has no complete checkpoint; go on with it first, with --resume {run_dir}")
+    device = dist.start(s.device, s.threads)
+    lock = checkpoint.lock(run_dir) if dist.is_first() else contextlib.nullcontext()
+    with lock:
+        fields = {field.name for field in dataclasses.fields(DataSettings)}
+        own = DataSettings(**{name: value for name, value in run.info["settings"].items() if name in fields})
+        data, splits = load_splits(own, run.info["data_revision"])
+        if not data.matches(run.info["data_fingerprint"]):
+            raise UserError(f"--data: {own.data} has other rows or classes than {run_dir} was started on; restore them")
+        tested = {name: split for name, split in splits.items() if name != "train"}
+        classifier = Classifier(run.newest, device)
+        state = json.loads((run.newest / "state.json").read_text(encoding="utf-8"))
+        state |= {"eval_seconds": 0.0, "evaluations": 0}
+        logger = Logger(run_dir if dist.is_first() else None, state["step"], run.info["total_steps"], drop_later=False)
+        saved, scored = checkpoint.checkpoints(run_dir), {}
+        for state["step"], directory in saved.items():
+            weights.load_weights(classifier.model, directory, classifier.architecture)
+            scored[state["step"]] = checkpoint.evaluate(
+                tested, lambda name: classifier.scores(tested[name].texts), state, logger
+            )
+        logger.close()
+        headline_step = (state["best_on_validation"] or [state["step"]])[0]
+        for file in saved[headline_step].iterdir() if dist.is_first() else ():
+            if file.name not in ("optimizer.safetensors", "state.json"):
+                shutil.copyfile(file, run_dir / f".{file.name}.tmp")
+                (run_dir / f".{file.name}.tmp").replace(run_dir / file.name)
+        _write_results(run_dir, data, splits, classifier, scored[headline_step], state)
+    dist.stop()

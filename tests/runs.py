@@ -35,8 +35,9 @@ def train(run_dir: Path, *flags: str, script: ModuleType = train_bert) -> Path:
 
 def script_of(run_dir: Path) -> ModuleType:
     """The script that began a run."""
-    settings = json.loads((run_dir / "run.json").read_text())["settings"]
-    return train_qwen if "head" in settings else train_bert
+    return {"train_bert": train_bert, "train_qwen": train_qwen}[
+        json.loads((run_dir / "run.json").read_text())["script"]
+    ]
 
 
 def resume(run_dir: Path, *flags: str) -> Path:

@@ -31,7 +31,6 @@ class Settings:
     fast: bool = setting(False, "help of fast", group="last things")
     safe: bool = setting(True, "help of safe")
     device: str | None = setting(None, "help of device")
-    eval_only: bool = setting(False, "help of eval only")
     resume: str | None = setting(None, "help of resume")
 
 
@@ -192,8 +191,8 @@ def test_a_resumed_run_has_its_own_settings(tmp_path):
     save(Settings, settings, tmp_path)
     run_dir = str(tmp_path)
     assert parse(Settings, ["--resume", run_dir]) == dataclasses.replace(settings, resume=run_dir)
-    resumed = parse(Settings, ["--resume", run_dir, "--eval-only", "--device", "cpu"])
-    assert resumed == dataclasses.replace(settings, resume=run_dir, eval_only=True, device="cpu")
+    resumed = parse(Settings, ["--resume", run_dir, "--device", "cpu"])
+    assert resumed == dataclasses.replace(settings, resume=run_dir, device="cpu")
 
 
 @pytest.mark.parametrize("flag", ["--share 0.5", "--share 0.25", "--names x", "--fast", "--no-fast"])
@@ -233,18 +232,13 @@ def test_a_run_older_than_a_setting_resumes_with_its_default(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_setting_that_is_gone_is_an_error_unless_an_upgrade_knows_it(tmp_path):
+def test_a_setting_that_is_gone_is_an_error(tmp_path):
     save(Settings, Settings(), tmp_path)
     edit_settings(tmp_path, language="zh")
     with pytest.raises(
         UserError, match=r"run\.json: .*has language, which this script has not.*another script or version"
     ):
         parse(Settings, ["--resume", str(tmp_path)])
-
-    def upgrade(values: dict) -> dict:
-        return {name: value for name, value in values.items() if name != "language"} | {"name": values["language"]}
-
-    assert parse(Settings, ["--resume", str(tmp_path)], upgrade=upgrade).name == "zh"
 
 
 def test_settings_of_another_script_are_named(tmp_path):
@@ -285,7 +279,7 @@ def test_a_script_ends_with_a_code_and_a_line(raised, code, last_line, capsys):
 
 
 def test_characters_that_the_output_has_not_are_escaped():
-    code = "from minicls.config import UserError, run_main\ndef main(argv):\n    print('é 财经 😀')\n    raise UserError('财经; x')\nrun(main)"
+    code = "from minicls.config import UserError, run_main\ndef main(argv):\n    print('é 财经 😀')\n    raise UserError('财经; x')\nrun_main(main)"
     env = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "\\u00e9 \\u8d22\\u7ecf \\ud83d\\ude00\n")
@@ -295,4 +289,4 @@ def test_characters_that_the_output_has_not_are_escaped():
 
 def test_a_mistake_of_ours_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
-        run(lambda argv: 1 / 0)
+        run_main(lambda argv: 1 / 0)

@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import minicls.__main__
 import train_bert
 from minicls import weights
 from minicls.config import UserError
@@ -199,9 +200,6 @@ FLAGS = {  # flags -> parts of the message
     "--resume nowhere": ["nowhere", "no such run directory", "check the path"],
     "--resume data": ["data/run.json", "not a readable run.json", "run directory"],
     "--resume data/train.csv": ["data/train.csv", "no such run directory", "check the path"],
-    "--model tiny --eval-only": ["--eval-only", "tiny", "train it first"],
-    "--init random --eval-only": ["--eval-only", "model", "train it first"],
-    "--label-names good bad --eval-only": ["--eval-only", "model", "good, bad", "train it first"],
 }
 
 
@@ -512,14 +510,26 @@ def test_a_tokenizer_larger_than_the_embedding(here):
     check(here, call(), ["--model", "tokenizer", str(size), "9", "files that fit"])
 
 
-def test_eval_only_of_other_classes(here):
+EVALUATE = ["evaluate", "--data", "data", "--output-dir", "out", "--device", "cpu", "--threads", "1", "--model"]
+
+
+def test_evaluating_on_other_classes(here):
     change("model/config.json", **weights.label_config(["cat", "dog"]))()
-    check(here, call("--eval-only"), ["--eval-only", "model", "bad, good", "train it first"])
+    check(here, [*EVALUATE, "model"], ["--data", "model", "bad, good", "train it on them first"], minicls.__main__)
 
 
-def test_eval_only_of_a_model_without_a_head(here):
+def test_evaluating_on_classes_in_another_order(here):
+    argv = [*EVALUATE, "model", "--label-names", "good", "bad"]
+    check(here, argv, ["--data", "model", "good, bad", "train it on them first"], minicls.__main__)
+
+
+def test_evaluating_a_model_without_a_head(here):
     tensors(lambda t: [t.pop(name) for name in list(t) if name.startswith("classifier")])()
-    check(here, call("--eval-only"), ["--eval-only", "model", "train it first"])
+    check(here, [*EVALUATE, "model"], ["model", "holds no trained classifier"], minicls.__main__)
+
+
+def test_evaluating_nothing(here):
+    check(here, ["evaluate"], ["MODEL", "name a run directory"], minicls.__main__)
 
 
 # Runs to resume.

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_errors import CSV, ROOT, TRAIN, change, check, remove, tensors, tokenizer_without
+from test_errors import CSV, EVALUATE, ROOT, TRAIN, change, check, remove, tensors, tokenizer_without
 
+import minicls.__main__
 import train_bert
 import train_qwen
 from minicls import weights
@@ -88,7 +89,7 @@ def linear(*flags: str) -> list[str]:
 def test_the_calls_that_the_cases_spoil_work(head, here):
     if head == "options":
         train_qwen.main(call("--output-dir", "options"))
-    train_qwen.main((linear if head == "linear" else call)("--model", head, "--eval-only"))
+    minicls.__main__.main([*EVALUATE, head])
     assert json.loads((here / "out" / "results.json").read_text())["final_step"] == 0
 
 
@@ -110,7 +111,6 @@ FLAGS = {  # flags -> parts of the message
     ],
     "--max-length 201": ["--max-length", "201", "200", "pass less"],
     "--max-length 10": ["--max-length", "10", "leaves no room", "the prompt alone takes"],
-    "--max-length 10 --eval-only": ["--max-length", "10", "leaves no room", "the prompt alone takes"],
     "--max-length 10 --head linear --linear-input prompt": ["--max-length", "10", "leaves no room"],
     "--data classes": ["--head", "27", "--head linear"],
     "--data classes --head linear --linear-input prompt": ["--head", "27", "--head linear"],
@@ -128,7 +128,6 @@ FLAGS = {  # flags -> parts of the message
     "--think-on prompt": ["unknown flag --think-on", "--think-in"],
     "--output-dir model": ["--output-dir", "model", "not empty", "new directory", "--resume"],
     "--output-dir data/train.csv": ["--output-dir", "data/train.csv", "another directory"],
-    "--head linear --eval-only": ["--eval-only", "model", "bad, good", "train it first"],
     "--data classes --head linear --model linear": ["linear/model.safetensors", "score.weight", "(2, 8)", "(27, 8)"],
     "--resume bert": ["bert/run.json", "another script"],
 }
@@ -143,8 +142,13 @@ def test_flags(flags, here):
 
 def test_a_linear_head_of_other_classes_is_not_tested(here):
     change("linear/config.json", **weights.label_config(["cat", "dog"]))()
-    argv = linear("--model", "linear", "--eval-only")
-    check(here, argv, ["--eval-only", "linear", "bad, good", "train it first"], train_qwen)
+    argv = [*EVALUATE, "linear"]
+    check(here, argv, ["--data", "linear", "bad, good", "train it on them first"], minicls.__main__)
+
+
+def test_evaluating_with_too_little_room(here):
+    argv = [*EVALUATE, "model", "--max-length", "10"]
+    check(here, argv, ["--max-length", "10", "leaves no room", "the prompt alone takes"], minicls.__main__)
 
 
 LAYER = "model.layers.0.self_attn.q_norm.weight"

@@ -21,9 +21,12 @@ import pytest
 from conftest import ROOT, TINY
 from runs import SCRIPTS, events, interrupt_at, losses, results, resume, script_of, train, write_news
 
+import minicls.__main__
 import train_bert
+from minicls import metrics
 from minicls.checkpoint import checkpoints
 from minicls.config import UserError, run_main
+from minicls.predict import evaluate
 
 # Ten steps with dropout over windows of 32, 32, 32, 32 and 22 rows.
 FLAGS = ["--max-train-rows", "150", "--epochs", "2", "--log-every", "1", "--eval-every", "3", "--save-every", "2"]
@@ -112,9 +115,9 @@ class TestStopped:
         (copy / ".model.tmp").write_bytes(b"half")
         assert_same_run(resume(copy), whole)
 
-    def test_eval_only_scores_the_checkpoints_and_leaves_the_run_resumable(self, stopped, whole):
+    def test_evaluating_scores_the_checkpoints_and_leaves_the_run_resumable(self, stopped, whole):
         steps = len(losses(stopped))
-        resume(stopped, "--eval-only")
+        evaluate([str(stopped)])
         assert [e["step"] for e in events(stopped, "eval", "test")] == [
             3,
             4,
@@ -195,13 +198,13 @@ def test_changed_data_is_an_error(tmp_path):
 
 def test_best_on_validation_is_remembered(tmp_path, monkeypatch):
     """A resumed run knows the best step of its first part: F1 is scripted to fall with every evaluation."""
-    original, script = train_bert.results.evaluate_logits, iter([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
+    original, script = metrics.evaluate_logits, iter([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
 
     def evaluate_logits(logits, labels):
         scores, confusion = original(logits, labels)
         return scores | ({"f1": next(script)} if len(labels) == 40 else {}), confusion
 
-    monkeypatch.setattr(train_bert.report, "evaluate_logits", evaluate_logits)
+    monkeypatch.setattr(metrics, "evaluate_logits", evaluate_logits)
     with interrupt_at(3), pytest.raises(SystemExit):
         train(
             tmp_path / "run",
@@ -255,22 +258,24 @@ def contents(run_dir):
     return {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("flags", [[], ["--eval-only"]], ids=["trains", "evaluates"])
-def test_a_run_that_another_process_has_is_refused(flags, one_step, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_run_that_another_process_has_is_refused(command, one_step, tmp_path, monkeypatch, capsys):
     copy = shutil.copytree(one_step, tmp_path / "run")
-    monkeypatch.setattr(sys, "argv", ["train_bert.py", "--resume", str(copy), *flags])
+    main = train_bert.main if command == "train" else minicls.__main__.main
+    argv = ["train_bert.py", "--resume", str(copy)] if command == "train" else ["minicls", "evaluate", str(copy)]
+    monkeypatch.setattr(sys, "argv", argv)
     with held(copy) as process:
         before = contents(copy)
         with pytest.raises(SystemExit) as stop:
-            run_main(train_bert.main)
+            run_main(main)
         message = (
             f"error: {copy}: process {process.pid} is training or testing this run; wait for it or stop it first\n"
         )
         assert (stop.value.code, capsys.readouterr().err, contents(copy)) == (2, message, before)
     # The process was killed: what it had is free.
     with pytest.raises(SystemExit) as stop:
-        run_main(train_bert.main)
-    assert (stop.value.code or 0) == 0 and results(copy)["final_step"] == (1 if flags else 3)
+        run_main(main)
+    assert (stop.value.code or 0) == 0 and results(copy)["final_step"] == (1 if command == "evaluate" else 3)
 
 
 def test_a_run_is_taken_while_it_trains_and_free_when_it_ends(one_step, tmp_path, monkeypatch):

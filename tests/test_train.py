@@ -36,13 +36,14 @@ from safetensors.torch import load_file
 
 import train_bert
 import train_qwen
-from minicls import checkpoint, weights
+from minicls import checkpoint, metrics, weights
 from minicls import results as result_files
 from minicls.batch import pack, step_rows
 from minicls.checkpoint import checkpoints
 from minicls.config import UserError
 from minicls.data import Data, Split, load_data, split_data
-from minicls.optim import class_weights, cosine_lr, every_steps, make_optimizer, warmup_steps
+from minicls.optim import class_weights, cosine_lr, every_steps, make_optimizer
+from minicls.predict import evaluate
 from minicls.tiny import SIZES
 from minicls.tokenizer import bert_rows, load_tokenizer, text_rows
 
@@ -106,7 +107,7 @@ def predictions(run_dir):
 
 def test_the_defaults_are_the_published_steps(tmp_path, monkeypatch):
     split = Split(["news"] * 120_000, np.arange(120_000) % 4, np.arange(120_000))
-    monkeypatch.setattr(train_bert, "load_data", lambda *_: Data(split, split.select(np.arange(8)), CLASSES))
+    monkeypatch.setattr("minicls.data.load_data", lambda *_: Data(split, split.select(np.arange(8)), CLASSES))
     with interrupt_at(1), pytest.raises(SystemExit):
         train_bert.main(["--model", "tiny", "--device", "cpu", "--threads", "1", "--output-dir", str(tmp_path / "run")])
     info = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -121,7 +122,6 @@ def test_the_defaults_are_the_published_steps(tmp_path, monkeypatch):
 def test_schedule_is_that_of_transformers(steps, peak, ratio, warmup):
     from transformers import get_cosine_schedule_with_warmup
 
-    assert warmup_steps(steps, ratio) == warmup
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
     for step in range(steps):
@@ -186,9 +186,7 @@ def test_loss_is_the_mean_over_the_rows_of_the_step(calm, tmp_path):
 @pytest.mark.parametrize("labels", [[0, 0, 0, 1, 2, 2, 3], [1] * 9 + [0, 2, 3] * 2, [3, 2, 1, 0]])
 def test_balanced_class_weights_are_those_of_scikit_learn(labels):
     labels = np.array(labels)
-    assert class_weights(labels, 4, "balanced").numpy() == pytest.approx(
-        their_class_weights("balanced", labels), rel=1e-6
-    )
+    assert class_weights(labels, 4, "balanced") == pytest.approx(their_class_weights("balanced", labels), rel=1e-6)
     assert class_weights(labels, 4, "none").tolist() == [1.0] * 4
 
 
@@ -335,25 +333,31 @@ def test_run_directory(learned, news):
     assert not [*learned.rglob("*.tmp")]
 
 
-def test_eval_only_of_a_directory_repeats_its_predictions(learned, news, tmp_path):
-    flags = ["--model", str(learned), "--data", str(news), "--max-eval-rows", "200", "--eval-only"]
-    run = train(tmp_path / "run", *flags)
+def test_evaluating_a_directory_repeats_its_predictions(learned, news, tmp_path):
+    run = tmp_path / "run"
+    evaluate([str(learned), "--data", str(news), "--max-eval-rows", "200", "--output-dir", str(run)])
     assert predictions(run) == predictions(learned)
     assert results(run)["f1"] == results(learned)["f1"] and results(run)["final_step"] == 0
     assert not events(run, "train") and not checkpoints(run)
     counts = [json.loads((folder / "run.json").read_text())["num_train_rows"] for folder in (run, learned)]
-    assert counts[0] == counts[1]  # what the model was trained on, not what the data set holds
+    assert counts[0] == counts[1]  # the rows that the model was trained on, not those of the data set
 
 
-@pytest.mark.parametrize("model", ["tiny", "trained on other classes"])
-def test_eval_only_of_an_untrained_head_is_an_error(model, learned, tmp_path):
-    with pytest.raises(UserError, match=r"--eval-only: .* was not trained on the classes World, Sports"):
-        train(tmp_path / "run", "--model", "tiny" if model == "tiny" else str(learned), "--eval-only")
+@pytest.mark.parametrize("head", ["linear", "options"])
+def test_evaluating_on_other_classes_is_an_error_where_a_head_has_its_own(head, learned, news, tmp_path):
+    """A language model may be asked about any classes; a linear head knows only its own."""
+    model = learned
+    if head == "linear":
+        flags = ["--data", str(news), "--head", "linear", "--max-steps", "1", "--max-eval-rows", "8"]
+        model = train(tmp_path / "linear", *flags, script=train_qwen)
+    with pytest.raises(UserError, match=r"--data: .* was not trained on its classes, World, Sports"):
+        evaluate([str(model), "--data", "synthetic", "--output-dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
 
 
 def test_headline_is_the_step_best_on_validation(news, tmp_path, monkeypatch):
     """The F1 on the 40 validation rows is scripted, for the best step to be neither the last nor by chance."""
-    original, script = result_files.evaluate_logits, iter([0.1, 0.5, 0.3, 0.5, 0.2])
+    original, script = metrics.evaluate_logits, iter([0.1, 0.5, 0.3, 0.5, 0.2])
 
     def evaluate_logits(logits, labels):
         scores, confusion = original(logits, labels)
@@ -364,7 +368,7 @@ def test_headline_is_the_step_best_on_validation(news, tmp_path, monkeypatch):
         return write(run_dir, data, validation, tokenizer, logits, *rest)
 
     write, handed = result_files.write_results, []
-    monkeypatch.setattr(result_files, "evaluate_logits", evaluate_logits)
+    monkeypatch.setattr(metrics, "evaluate_logits", evaluate_logits)
     monkeypatch.setattr(result_files, "write_results", write_results)
     flags = [
         "--data",
@@ -391,20 +395,21 @@ def test_headline_is_the_step_best_on_validation(news, tmp_path, monkeypatch):
         e["loss"] for e in events(run, "eval", "validation") if e["step"] == 4
     ]  # for the temperature: not the last's
     assert 0.01 <= found["temperature"] <= 100 and 0 <= found["calibration_error_scaled"] <= 1
-    again = train(tmp_path / "again", "--model", str(best), "--data", str(news), "--dtype", "fp32", "--eval-only")
+    again = tmp_path / "again"
+    evaluate([str(best), "--data", str(news), "--max-eval-rows", "100", "--output-dir", str(again)])
     assert predictions(again) == predictions(run)
 
 
 @pytest.fixture
 def scripted_f1(monkeypatch):
     """The F1 on 40 validation rows: best at the second evaluation, then two that are no better."""
-    original, script = result_files.evaluate_logits, iter([0.5, 0.6, 0.4, 0.6])
+    original, script = metrics.evaluate_logits, iter([0.5, 0.6, 0.4, 0.6])
 
     def evaluate_logits(logits, labels):
         scores, confusion = original(logits, labels)
         return scores | ({"f1": next(script, scores["f1"])} if len(labels) == 40 else {}), confusion
 
-    monkeypatch.setattr(result_files, "evaluate_logits", evaluate_logits)
+    monkeypatch.setattr(metrics, "evaluate_logits", evaluate_logits)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

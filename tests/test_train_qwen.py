@@ -33,10 +33,12 @@ from safetensors.torch import load_file
 from test_prompt import BEGINS, TEMPLATES, tokenizer_dir
 
 import train_qwen
+from minicls import weights
 from minicls.batch import step_rows
 from minicls.config import UserError
-from minicls.data import Data, Split, load_data, split_data
+from minicls.data import AG_NEWS_LABELS, Data, Split, load_data, split_data
 from minicls.optim import every_steps
+from minicls.predict import evaluate
 from minicls.prompt import Chat, make_template
 from minicls.results import steps_table
 from minicls.scorer import score_brute_force
@@ -245,25 +247,27 @@ def test_targets_of_a_hand_made_batch():
     """Two rows that begin with one equal id; the second one's letter is two tokens."""
     rows = [[9, 3, 4, 10, 11, 20, 12], [9, 8, 10, 11, 21, 22, 12]]  # prompt; 10 11; letter; 12
     endings = np.array([[2, 1, 1], [2, 2, 1]])
-    targets = make_targets(rows, np.array([0, 1]), endings, 1, torch.device("cpu"))
+    row_weights = np.array([0.5, 3.0], np.float32)
+    targets = make_targets(rows, np.array([0, 1]), endings, row_weights, 1, torch.device("cpu"))
     assert targets.batch.input_ids.tolist() == [9, 3, 4, 10, 11, 20, 8, 10, 11, 21, 22]
     assert targets.at.tolist() == [2, 3, 4, 5, 6, 7, 8, 9, 10]
     assert targets.ids.tolist() == [10, 11, 20, 12, 10, 11, 21, 22, 12]
-    assert targets.letters.tolist() == [2, 6, 7] and targets.classes.tolist() == [0, 1, 1]
+    assert targets.letters.tolist() == [2, 6, 7]
+    assert targets.weights.tolist() == [1, 1, 0.5, 1, 1, 1, 3, 3, 1]
     logits = torch.randn(9, 30, generator=torch.Generator().manual_seed(0))
     each = [-logits[i].double().softmax(0)[token].log().item() for i, token in enumerate(targets.ids.tolist())]
     letters = 0.5 * each[2] + 3.0 * (each[6] + each[7])
     expected = [sum(each) - each[2] - each[6] - each[7] + letters, letters]
-    assert answer_loss(logits, targets, torch.tensor([0.5, 3.0]), 0.0, None).tolist() == pytest.approx(
-        expected, rel=1e-5
-    )
+    loss = answer_loss(lambda *_, shared: logits, targets, 1, None, 0.0)
+    assert loss.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_smoothing_of_a_hand_made_batch():
     """The letter's target gives a tenth of itself to the two letters in equal parts; the format's targets give nothing."""
     rows = [[3, 10, 20, 12], [4, 10, 21, 12], [5, 10, 21, 12]]
     labels, letter_ids = np.array([0, 1, 1]), torch.tensor([20, 21])
-    targets = make_targets(rows, labels, np.array([[1, 1, 1]] * 2), 0, torch.device("cpu"))
+    row_weights = np.array([0.5, 3.0], np.float32)
+    targets = make_targets(rows, labels, np.array([[1, 1, 1]] * 2), row_weights, 0, torch.device("cpu"))
     assert targets.at.tolist() == [*range(9)] and targets.letters.tolist() == [1, 4, 7]
     logits = torch.randn(9, 30, generator=torch.Generator().manual_seed(0))
     likelihoods = logits.double().log_softmax(1)
@@ -275,8 +279,8 @@ def test_smoothing_of_a_hand_made_batch():
     format_loss = -sum(
         likelihoods[i][token].item() for i, token in ((0, 10), (2, 12), (3, 10), (5, 12), (6, 10), (8, 12))
     )
-    found = answer_loss(logits, targets, torch.tensor([0.5, 3.0]), 0.1, letter_ids)
-    assert found.tolist() == pytest.approx([format_loss + letters, letters], rel=1e-5)
+    loss = answer_loss(lambda *_, shared: logits, targets, 0, letter_ids, 0.1)
+    assert loss.tolist() == pytest.approx([format_loss + letters, letters], rel=1e-5)
 
 
 @pytest.mark.parametrize("train_on", ["response", "letter"])
@@ -396,10 +400,9 @@ def test_files_of_a_run(learned, news):
     assert results(learned)["train_seconds"] > 0 and results(learned)["eval_seconds"] > 0
 
 
-def test_eval_only_of_a_directory_repeats_its_predictions(learned, news, tmp_path):
-    head = json.loads((learned / "run.json").read_text())["settings"]["head"]
-    flags = ["--model", str(learned), "--data", str(news), "--max-eval-rows", "60", "--dtype", "fp32", "--eval-only"]
-    run = run_qwen(tmp_path / "run", *flags, "--head", head)
+def test_evaluating_a_directory_repeats_its_predictions(learned, news, tmp_path):
+    run = tmp_path / "run"
+    evaluate([str(learned), "--data", str(news), "--max-eval-rows", "60", "--output-dir", str(run)])
     assert predictions(run) == predictions(learned) and not events(run, "train")
 
 
@@ -417,13 +420,13 @@ class TestOptions:
         expected = np.array([saved[f"probability_{c}"] for c in range(4)]).T
         np.testing.assert_allclose(scores.double().softmax(1).numpy(), expected, atol=1e-5)
 
-    def test_eval_only_scores_a_run_s_checkpoints(self, learned, tmp_path):
+    def test_evaluating_scores_a_run_s_checkpoints(self, learned, tmp_path):
         copy = shutil.copytree(learned, tmp_path / "run")
         before = events(copy, "eval", "test")
         assert [e["step"] for e in before] == [30, 60, 90, 120, 150]  # 0.2 of 150
         lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
         (copy / "metrics.jsonl").write_text("".join(line for line in lines if '"eval"' not in line))
-        train_qwen.main(["--resume", str(copy), "--eval-only"])
+        evaluate([str(copy)])
         assert events(copy, "eval", "test") == before and results(copy)["f1"] == results(learned)["f1"]
         # The table is that of a run evaluated while it trained, though the evaluations stand at the end of the file now.
         assert (
@@ -432,31 +435,40 @@ class TestOptions:
             and "| - |" not in steps_table(copy)
         )
 
-    def test_zero_shot_of_any_model(self, learned, tmp_path, capsys):
-        """Trained on ants and bees, asked about news: no error, but a note where the question is not the one of the training."""
-        flags = ["--model", str(learned), "--max-eval-rows", "20", "--eval-only"]
-        run = run_qwen(tmp_path / "run", *flags)
-        assert results(run)["num_test_rows"] == 20 and results(run)["final_step"] == 0
-        assert "note: the model was trained" not in capsys.readouterr().out
+    def test_zero_shot_of_any_model(self, learned, news, tmp_path):
+        """Trained on ants and bees, asked about news; and about ants and bees, but in other words."""
+        flags = [str(learned), "--max-eval-rows", "20"]
+        evaluate([*flags, "--data", "synthetic", "--output-dir", str(tmp_path / "run")])
+        assert results(tmp_path / "run")["num_test_rows"] == 20 and results(tmp_path / "run")["final_step"] == 0
+        info = json.loads((tmp_path / "run" / "run.json").read_text())
+        assert info["template"] == [*make_template(AG_NEWS_LABELS, no_think=True)]
         (tmp_path / "prompt.txt").write_text("{text}\n{options}")
-        run_qwen(tmp_path / "before", *flags, "--prompt", str(tmp_path / "prompt.txt"))
-        note = "note: the model was trained with --prompt published, and is asked otherwise here"
-        assert note in capsys.readouterr().out
+        flags += ["--data", str(news), "--prompt", str(tmp_path / "prompt.txt")]
+        evaluate([*flags, "--output-dir", str(tmp_path / "other")])
+        info = json.loads((tmp_path / "other" / "run.json").read_text())
+        assert info["template"] == ["", "\nA. ant\nB. bee\nC. cat\nD. dog"]
 
-    @pytest.mark.parametrize("flags", [["--model", "tiny"], ["--model", "learned", "--init", "random"]], ids=" ".join)
-    def test_eval_only_of_random_weights(self, flags, learned, tmp_path):
-        flags = [str(learned) if flag == "learned" else flag for flag in flags]
-        run = run_qwen(tmp_path / "run", *flags, "--max-eval-rows", "20", "--eval-only", "--dtype", "fp32")
-        assert results(run)["final_step"] == 0 and results(run)["loss"] == pytest.approx(
-            np.log(4), abs=0.2
-        )  # it knows nothing
+    def test_zero_shot_of_random_weights(self, learned, tmp_path):
+        """A base model as it would come from the hub: no classes, no minicls.json."""
+        config = json.loads((learned / "config.json").read_text())
+        config = {name: value for name, value in config.items() if name not in ("id2label", "label2id", "problem_type")}
+        model, _, _ = weights.build_model(weights.DECODER, config, None, 0, torch.device("cpu"))
+        weights.save_model(model, config, load_tokenizer(learned), tmp_path / "base")
+        run = tmp_path / "run"
+        evaluate([str(tmp_path / "base"), "--data", "synthetic", "--max-eval-rows", "20", "--output-dir", str(run)])
+        assert results(run)["final_step"] == 0
+        assert results(run)["loss"] == pytest.approx(np.log(4), abs=0.2)  # it knows nothing
         assert json.loads((run / "run.json").read_text())["num_train_rows"] == 0
 
-    def test_eval_only_of_a_run_without_a_checkpoint_is_an_error(self, learned, tmp_path):
+    def test_evaluating_a_run_without_a_checkpoint_is_an_error(self, learned, tmp_path):
         copy = shutil.copytree(learned, tmp_path / "run")
         shutil.rmtree(copy / "checkpoints")
-        with pytest.raises(UserError, match=r"--eval-only: .* has no complete checkpoint"):
-            train_qwen.main(["--resume", str(copy), "--eval-only"])
+        with pytest.raises(UserError, match=r"run: this run has no complete checkpoint"):
+            evaluate([str(copy)])
+
+    def test_a_run_s_checkpoints_take_no_other_settings(self, learned):
+        with pytest.raises(UserError, match=r"--max-length: a run's checkpoints are tested as the run says"):
+            evaluate([str(learned), "--max-length", "100"])
 
     def test_the_template_of_the_start_counts(self, news, learned, tmp_path):
         """A resumed run asks what it asked before, though the file with the question is gone."""
@@ -488,15 +500,6 @@ def test_linear_head_may_read_the_prompt(news, tmp_path):
     ]
     run = run_qwen(tmp_path / "run", *flags)
     assert results(run)["num_test_rows"] == 8
-    again = run_qwen(tmp_path / "again", "--model", str(run), *flags[:6], "--max-eval-rows", "8", "--eval-only")
+    again = tmp_path / "again"
+    evaluate([str(run), "--data", str(news), "--max-eval-rows", "8", "--output-dir", str(again)])
     assert predictions(again) == predictions(run)
-
-
-@pytest.mark.parametrize("model", ["tiny", "trained on other classes"])
-def test_eval_only_of_an_untrained_head_is_an_error(model, news, tmp_path):
-    source = "tiny"
-    if model != "tiny":
-        flags = ["--data", str(news), "--head", "linear", "--max-steps", "1", "--max-eval-rows", "8"]
-        source = str(run_qwen(tmp_path / "other", *flags))
-    with pytest.raises(UserError, match=r"--eval-only: .* was not trained on the classes World, Sports"):
-        run_qwen(tmp_path / "run", "--model", source, "--head", "linear", "--eval-only")
