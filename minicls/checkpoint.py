@@ -278,6 +278,11 @@ def new_state() -> dict:
     return state | {"best_on_validation": None, "best_on_test": None, "evaluations_since_best": 0}
 
 
+def headline_step(state: dict) -> int:
+    """The step whose scores count: the best on validation, else the last."""
+    return (state["best_on_validation"] or [state["step"]])[0]
+
+
 def check_finite(step: int, remedy: str, **values: float) -> None:
     """Raises UserError for a value that is not finite, so that nothing of a spoiled step is saved."""
     for name, value in values.items():
@@ -471,8 +476,7 @@ class TrainingRun:
 
     @property
     def headline_step(self) -> int:
-        """The step whose scores count: the best on validation, else the last."""
-        return (self.state["best_on_validation"] or [self.state["step"]])[0]
+        return headline_step(self.state)
 
     def headline_logits(
         self, architecture: weights.Architecture, logits_of: Callable[[str], torch.Tensor]

@@ -9,6 +9,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import re
 import shutil
@@ -26,7 +27,7 @@ from minicls import results as result_files
 from minicls.attention import on_gpu
 from minicls.batch import length_batches, pack, to_device
 from minicls.config import DataSettings, UserError, flag_of, parse, setting
-from minicls.data import checked_text, describe, lines_of, load_splits, read_rows
+from minicls.data import Split, checked_text, describe, lines_of, load_splits, read_rows
 from minicls.logger import Logger
 from minicls.prompt import make_chat
 from minicls.scorer import score
@@ -161,19 +162,20 @@ class Classifier(Reader):
         return (-scores / lengths).exp()
 
 
-# `python -m minicls predict`: what goes in, and what comes out.
+# `python -m minicls predict`: reading texts, and writing predictions.
 
 TEXT_FILE = re.compile(r".*\.(parquet|((csv|tsv|jsonl?)(\.gz)?)|txt)", re.IGNORECASE)  # names of files with texts
-PATH = re.compile(
-    r"[\w.~@+=-]*/[\w./~@+=-]*", re.ASCII
-)  # looks like one all the same: with a slash, and nothing else of a text
+PATH = re.compile(r"[\w.~@+=-]*/[\w./~@+=-]*", re.ASCII)  # a slash, and no character that only a text would have
 FORMATS = ("table", "jsonl", "csv", "parquet")
-CHUNK = 1024  # texts between two lots of output
+CHUNK = 1024  # texts classified between two writes
 
 
 def gather(inputs: Sequence[str], text_column: str) -> list[tuple[str, dict]]:
-    """The texts, each with the row that it came from. An input is a file (.txt holds a text a line), `-` for standard input (a
-    text a line), or a text itself. What exists is a file, and what has the name of one has to exist."""
+    """The texts, each with the row that it came from.
+
+    An input is a file, `-` for standard input (one text per line), or a text. If a path exists, it is a file; an input
+    that looks like a file's name must exist.
+    """
     rows = []
     for item in inputs:
         if item == "-":
@@ -190,7 +192,7 @@ def gather(inputs: Sequence[str], text_column: str) -> list[tuple[str, dict]]:
 
 
 def standard_input() -> list[tuple[str, dict]]:
-    """A text a line, whatever it looks like: it may come from anybody, and must not name a file to open."""
+    """One text per line. No line is taken for a file's name: texts may come from anywhere and must not open files."""
     try:
         lines = lines_of(sys.stdin.read())
     except UnicodeDecodeError as error:
@@ -209,96 +211,85 @@ class Result(NamedTuple):
     """One line of the output."""
 
     text: str
-    row: dict  # what the text came with
+    row: dict  # the columns that came with the text
     prediction: Prediction
-    perplexities: dict[str, float] | None  # of the options, where the model has them
-
-    def top(self, count: int | None) -> dict[str, float]:
-        """The `count` most probable classes, best first; all in their own order if it is None."""
-        probabilities = self.prediction.probabilities
-        return dict(sorted(probabilities.items(), key=lambda item: -item[1])[:count]) if count else probabilities
+    shown: dict[str, float]  # the most probable classes, best first; without --top-k all, in their order
+    perplexities: dict[str, float] | None  # of the options, if the model has them
 
     def joined(self, values: dict) -> dict:
         """The row and the values; a column that has the name of a value is called input_<name>."""
         return {f"input_{name}" if name in values else name: value for name, value in self.row.items()} | values
 
+    def flat(self, columns: Sequence[str], top_k: int | None) -> dict:
+        """The row and the values of `flat_columns`."""
+        ranked = [part for pair in self.shown.items() for part in pair][2:] if top_k else self.shown.values()
+        return self.joined(dict(zip(columns, [*self.prediction[:2], *ranked], strict=True)))
 
-def results(classifier: Classifier, rows: Sequence[tuple[str, dict]], progress: bool) -> Iterator[Result]:
-    """Classifies chunk by chunk; a progress bar goes to standard error, if that is a terminal."""
+
+def results(
+    classifier: Classifier, rows: Sequence[tuple[str, dict]], top_k: int | None, progress: bool
+) -> Iterator[Result]:
+    """Classifies chunk by chunk, with a progress bar on standard error if that is a terminal."""
     from tqdm import tqdm
 
-    names = classifier.label_names
     with tqdm(total=len(rows), unit=" texts", disable=None if progress else True) as bar:
         for start in range(0, len(rows), CHUNK):
             chunk = rows[start : start + CHUNK]
             scores = classifier.scores([text for text, _ in chunk])
             perplexities = classifier.perplexities(scores)
-            for i, ((text, row), p) in enumerate(zip(chunk, scores.softmax(1).tolist(), strict=True)):
-                of_options = None if perplexities is None else dict(zip(names, perplexities[i].tolist(), strict=True))
-                yield Result(text, row, classifier.prediction(p), of_options)
+            for i, ((text, row), probabilities) in enumerate(zip(chunk, scores.softmax(1).tolist(), strict=True)):
+                prediction = classifier.prediction(probabilities)
+                shown = prediction.probabilities
+                if top_k:
+                    shown = dict(sorted(shown.items(), key=lambda item: -item[1])[:top_k])
+                named = None
+                if perplexities is not None:
+                    named = dict(zip(classifier.label_names, perplexities[i].tolist(), strict=True))
+                yield Result(text, row, prediction, shown, named)
             bar.update(len(chunk))
 
 
 def table_lines(results: Iterable[Result], label_names: Sequence[str], top_k: int | None) -> Iterator[str]:
-    """Label and probability; the most probable classes, or those that fit in a line; and the start of the text."""
-    shown = label_names if len(label_names) <= 6 and not top_k else []
+    """Label, probability, the `top_k` classes or up to six, and the start of the text."""
+    names = label_names if len(label_names) <= 6 and not top_k else []
     width = max(len(name) for name in [*label_names, "label"])
-    ranks = range(2, (top_k or 1) + 1)
-    header = [f"{'label':{width}}", "probability", *(f"{name[:10]:>10}" for name in shown)]
-    yield "  ".join([*header, *(f"{f'label {rank}':{width}}  {'':6}" for rank in ranks), "text"])
+    header = [f"{'label':{width}}", "probability", *(f"{name[:10]:>10}" for name in names)]
+    header += [f"{f'label {rank}':{width}}  {'':6}" for rank in range(2, (top_k or 1) + 1)]
+    yield "  ".join([*header, "text"])
     for result in results:
         label, probability, probabilities = result.prediction
+        columns = [f"{label:{width}}", f"{probability:11.4f}", *(f"{probabilities[name]:10.4f}" for name in names)]
+        columns += [f"{name:{width}}  {p:.4f}" for name, p in [*result.shown.items()][1:]] if top_k else []
         start = " ".join(result.text.split())
-        columns = [f"{label:{width}}", f"{probability:11.4f}", *(f"{probabilities[name]:10.4f}" for name in shown)]
-        columns += [f"{name:{width}}  {p:.4f}" for name, p in [*result.top(top_k).items()][1:]] if top_k else []
         yield "  ".join([*columns, start if len(start) <= 60 else start[:59] + "…"])
 
 
-def json_lines(results: Iterable[Result], top_k: int | None) -> Iterator[str]:
-    """One object a line: the row, the label, and by name the probability of every class, and its option's perplexity if it has
-    one."""
+def json_lines(results: Iterable[Result]) -> Iterator[str]:
+    """One object per line: the row, the label, and by class the probability and, with options, the perplexity."""
     for result in results:
-        top = result.top(top_k)
-        values = {"label": result.prediction.label, "probabilities": top}
+        values = {"label": result.prediction.label, "probabilities": result.shown}
         if result.perplexities:
-            values["perplexities"] = {name: result.perplexities[name] for name in top}
+            values["perplexities"] = {name: result.perplexities[name] for name in result.shown}
         yield json.dumps(result.joined(values), ensure_ascii=False, default=str)
 
 
 def flat_columns(label_names: Sequence[str], top_k: int | None) -> list[str]:
-    """What CSV and parquet say of a text: label, probability, and those of every class, or with `top_k` of the next labels."""
-    if not top_k:
-        return ["label", "probability", *(f"probability_{name}" for name in label_names)]
-    return [
-        "label",
-        "probability",
-        *(f"{part}_{rank}" for rank in range(2, top_k + 1) for part in ("label", "probability")),
-    ]
+    """The columns of CSV and parquet: label, probability, then every class's, or those of the next labels."""
+    others = [f"{part}_{rank}" for rank in range(2, (top_k or 1) + 1) for part in ("label", "probability")]
+    return ["label", "probability", *(others if top_k else (f"probability_{name}" for name in label_names))]
 
 
-def flat_rows(results: Iterable[Result], columns: Sequence[str], top_k: int | None) -> Iterator[dict]:
-    """Each row with the values of these columns."""
-    for result in results:
-        label, probability, probabilities = result.prediction
-        ranked = [part for pair in result.top(top_k).items() for part in pair][2:] if top_k else probabilities.values()
-        yield result.joined(dict(zip(columns, [label, probability, *ranked], strict=True)))
-
-
-def csv_lines(
-    results: Iterable[Result], rows: Sequence[tuple[str, dict]], columns: Sequence[str], top_k: int | None
-) -> Iterator[str]:
+def csv_lines(rows: Sequence[tuple[str, dict]], columns: Sequence[str], values: Iterable[dict]) -> Iterator[str]:
     """A header with the columns of all inputs, and a line for each text."""
     own = dict.fromkeys(name for _, row in rows for name in row)
-    names = [f"input_{name}" if name in columns else name for name in own] + [*columns]
     line = io.StringIO()
-    writer = csv.DictWriter(line, names, lineterminator="\r\n")  # what ends a line is quoted in a field
-    writer.writeheader()
-    yield line.getvalue().removesuffix("\r\n")
-    for values in flat_rows(results, columns, top_k):
+    names = [f"input_{name}" if name in columns else name for name in own] + [*columns]
+    writer = csv.DictWriter(line, names, lineterminator="\r\n")  # a field with a part of it is quoted
+    for value in itertools.chain([dict(zip(names, names, strict=True))], values):
         line.seek(0)
         line.truncate()
         writer.writerow(
-            {name: json.dumps(v, default=str) if isinstance(v, (dict, list)) else v for name, v in values.items()}
+            {name: json.dumps(v, default=str) if isinstance(v, (dict, list)) else v for name, v in value.items()}
         )
         yield line.getvalue().removesuffix("\r\n")
 
@@ -314,7 +305,7 @@ def write_parquet(values: Iterable[dict], file: Path) -> None:
 
 
 def predict_texts(args: argparse.Namespace, inputs: list[str]) -> None:
-    """`predict`: everything that can be a mistake is looked at before the model is loaded."""
+    """The command. It looks for every possible mistake before it loads the model."""
     suffix = args.out.suffix[1:].lower() if args.out else "table"
     form = args.format or suffix
     if form not in FORMATS:
@@ -335,18 +326,19 @@ def predict_texts(args: argparse.Namespace, inputs: list[str]) -> None:
     classifier = Classifier(args.run, device)
     names = classifier.label_names
     top_k = args.top_k and min(args.top_k, len(names))
+    classified = results(classifier, rows, top_k, progress=bool(args.out) or not sys.stdout.isatty())
     columns = flat_columns(names, top_k)
-    classified = results(classifier, rows, progress=bool(args.out) or not sys.stdout.isatty())
-    # Written aside and renamed: a file that has its name is whole.
+    flat = (result.flat(columns, top_k) for result in classified)
+    # Written under another name and renamed, so that a file with the right name is complete.
     aside = args.out.with_name(f".{args.out.name}.tmp") if args.out else None
     try:
         if form == "parquet":
-            write_parquet(flat_rows(classified, columns, top_k), aside)
+            write_parquet(flat, aside)
         else:
             lines = {
                 "table": lambda: table_lines(classified, names, top_k),
-                "jsonl": lambda: json_lines(classified, top_k),
-                "csv": lambda: csv_lines(classified, rows, columns, top_k),
+                "jsonl": lambda: json_lines(classified),
+                "csv": lambda: csv_lines(rows, columns, flat),
             }[form]()
             with aside.open("w", encoding="utf-8") if aside else contextlib.nullcontext() as file:
                 for line in lines:
@@ -399,18 +391,13 @@ def evaluate(argv: list[str]) -> None:
         evaluate_model(directory, revision, s)
 
 
-def _write_results(run_dir, data, splits, classifier, logits, state) -> None:
-    if dist.is_first():
-        headline_step = (state["best_on_validation"] or [state["step"]])[0]
-        validation, tokenizer = splits.get("validation"), classifier.tokenizer
-        written = result_files.write_results(
-            run_dir, data, validation, tokenizer, logits, state, headline_step, classifier.device
-        )
-        print(plots.finish(run_dir, written))
+def _tested(splits: dict[str, Split], classifier: Classifier, state: dict, logger: Logger) -> dict[str, torch.Tensor]:
+    splits = {name: split for name, split in splits.items() if name != "train"}
+    return checkpoint.evaluate(splits, lambda name: classifier.scores(splits[name].texts), state, logger)
 
 
 def evaluate_model(directory: Path, revision: str | None, s: EvaluateSettings) -> None:
-    """Tests a model as it is; the result is a run without a step."""
+    """Tests a model as it is. The result is a run without a step."""
     trained = checkpoint.info_of_model(directory)
     s = dataclasses.replace(s, data=s.data or trained["settings"].get("data") or DataSettings.data)
     device = dist.start(s.device, s.threads)
@@ -422,29 +409,25 @@ def evaluate_model(directory: Path, revision: str | None, s: EvaluateSettings) -
     if classifier.label_names != [*data.label_names]:
         classes = ", ".join(data.label_names)[:80]
         raise UserError(f"--data: {s.model} was not trained on its classes, {classes}; train it on them first")
-    classifier.settings |= {name: getattr(s, name) for name in ("normalize", "dtype") if getattr(s, name)}
-    run_dir = None
-    if dist.is_first():
-        run_dir = checkpoint.new_run_dir(s.output_dir, "evaluate")
+    asked = classifier.settings
+    asked |= {name: getattr(s, name) for name in ("normalize", "dtype") if getattr(s, name)}
+    run_dir = checkpoint.new_run_dir(s.output_dir, "evaluate") if dist.is_first() else None
+    if run_dir:
         head = "options" if classifier.architecture is weights.DECODER else "linear"
+        settings = {"head": head, "max_length": classifier.max_length, "dtype": asked.get("dtype", "fp32")}
         about = {"script": "evaluate", "model_type": classifier.config["model_type"], "total_steps": 0}
         about |= {"revision": revision, "data_revision": data.revision, "data_fingerprint": data.fingerprint()}
         about |= {"num_train_rows": trained.get("num_train_rows", 0)}
         about |= classifier.chat.saved() if classifier.chat else {}
-        settings = dataclasses.asdict(s) | {"head": head, "max_length": classifier.max_length}
-        settings |= {"dtype": classifier.settings.get("dtype", "fp32")}
-        checkpoint.write_run_info(run_dir, settings, device, about)
-    tested = {name: split for name, split in splits.items() if name != "train"}
+        checkpoint.write_run_info(run_dir, dataclasses.asdict(s) | settings, device, about)
     logger, state = Logger(run_dir, 0, 0), checkpoint.new_state()
     logger.print(*describe(data, splits.get("validation")))
-    logits = checkpoint.evaluate(tested, lambda name: classifier.scores(tested[name].texts), state, logger)
-    logger.close()
-    _write_results(run_dir, data, splits, classifier, logits, state)
-    dist.stop()
+    logits = _tested(splits, classifier, state, logger)
+    _finish(run_dir, data, splits, classifier, logits, state, logger)
 
 
 def evaluate_checkpoints(run_dir: Path, s: EvaluateSettings) -> None:
-    """Tests every checkpoint of a run; the headline is the best on validation, else the last."""
+    """Tests every checkpoint of a run, and makes the best on validation, else the last, the headline."""
     for field in dataclasses.fields(s):
         if field.name not in ("model", "device", "threads") and getattr(s, field.name) != field.default:
             raise UserError(
@@ -455,29 +438,34 @@ def evaluate_checkpoints(run_dir: Path, s: EvaluateSettings) -> None:
     if not run.newest:
         raise UserError(f"{run_dir}: this run has no complete checkpoint; go on with it first, with --resume {run_dir}")
     device = dist.start(s.device, s.threads)
-    lock = checkpoint.lock(run_dir) if dist.is_first() else contextlib.nullcontext()
-    with lock:
-        fields = {field.name for field in dataclasses.fields(DataSettings)}
-        own = DataSettings(**{name: value for name, value in run.info["settings"].items() if name in fields})
+    with checkpoint.lock(run_dir) if dist.is_first() else contextlib.nullcontext():
+        names = {field.name for field in dataclasses.fields(DataSettings)} & run.info["settings"].keys()
+        own = DataSettings(**{name: run.info["settings"][name] for name in names})
         data, splits = load_splits(own, run.info["data_revision"])
         if not data.matches(run.info["data_fingerprint"]):
             raise UserError(f"--data: {own.data} has other rows or classes than {run_dir} was started on; restore them")
-        tested = {name: split for name, split in splits.items() if name != "train"}
-        classifier = Classifier(run.newest, device)
+        classifier, saved, logits = Classifier(run.newest, device), checkpoint.checkpoints(run_dir), {}
         state = json.loads((run.newest / "state.json").read_text(encoding="utf-8"))
         state |= {"eval_seconds": 0.0, "evaluations": 0}
-        logger = Logger(run_dir if dist.is_first() else None, state["step"], run.info["total_steps"], drop_later=False)
-        saved, scored = checkpoint.checkpoints(run_dir), {}
+        first = dist.is_first()
+        logger = Logger(run_dir if first else None, state["step"], run.info["total_steps"], drop_later=False)
         for state["step"], directory in saved.items():
             weights.load_weights(classifier.model, directory, classifier.architecture)
-            scored[state["step"]] = checkpoint.evaluate(
-                tested, lambda name: classifier.scores(tested[name].texts), state, logger
-            )
-        logger.close()
-        headline_step = (state["best_on_validation"] or [state["step"]])[0]
-        for file in saved[headline_step].iterdir() if dist.is_first() else ():
+            logits[state["step"]] = _tested(splits, classifier, state, logger)
+        headline_step = checkpoint.headline_step(state)
+        for file in saved[headline_step].iterdir() if first else ():
             if file.name not in ("optimizer.safetensors", "state.json"):
                 shutil.copyfile(file, run_dir / f".{file.name}.tmp")
                 (run_dir / f".{file.name}.tmp").replace(run_dir / file.name)
-        _write_results(run_dir, data, splits, classifier, scored[headline_step], state)
+        _finish(run_dir if first else None, data, splits, classifier, logits[headline_step], state, logger)
+
+
+def _finish(run_dir, data, splits, classifier, logits, state, logger) -> None:
+    logger.close()
+    if run_dir:
+        step, validation, tokenizer = checkpoint.headline_step(state), splits.get("validation"), classifier.tokenizer
+        written = result_files.write_results(
+            run_dir, data, validation, tokenizer, logits, state, step, classifier.device
+        )
+        print(plots.finish(run_dir, written))
     dist.stop()
