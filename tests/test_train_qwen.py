@@ -85,7 +85,7 @@ def test_the_defaults_are_the_published_steps(tmp_path, monkeypatch):
     split = Split(["news"] * 120_000, np.arange(120_000) % 4, np.arange(120_000))
     question = tmp_path / "question.txt"
     question.write_text("{text} {options}")  # a short one: 120,000 are encoded
-    monkeypatch.setattr(train_qwen, "load_data", lambda *_: Data(split, split.select(np.arange(8)), CLASSES))
+    monkeypatch.setattr("minicls.data.load_data", lambda *_: Data(split, split.select(np.arange(8)), CLASSES))
     with interrupt_at(1), pytest.raises(SystemExit):
         flags = ["--model", "tiny", "--device", "cpu", "--threads", "1", "--prompt", str(question)]
         train_qwen.main([*flags, "--output-dir", str(tmp_path / "run")])
@@ -201,7 +201,7 @@ def test_ten_steps_equal_those_of_transformers(family, tmp_path, capsys):
     else:
         start = family_dir(family, tmp_path / "start")
     run = run_qwen(tmp_path / "run", "--model", str(start), *shared, "--max-steps", "10", "--learning-rate", "3e-3")
-    assert "tokens, which a batch reads once" in capsys.readouterr().out  # transformers below reads them in every row
+    assert "tokens, computed once a batch" in capsys.readouterr().out  # transformers below reads them in every row
     model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32).train()
     data, _ = split_data(load_data("synthetic"), max_train_rows=150, seed=42)
     template = json.loads((run / "run.json").read_text())["template"]
