@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
         """The summed cross-entropy of some training rows, each times its class's weight."""
         targets = to_device(data.train.labels[rows], device)  # (B,)
         with autocast:
-            logits = forward(*pack([train_rows[row] for row in rows], device))  # (B, C) fp32
+            logits = forward(pack([train_rows[row] for row in rows], device))  # (B, C) fp32
         losses = F.cross_entropy(
             logits, targets, reduction="none", label_smoothing=s.label_smoothing
         )  # (B,)

@@ -483,14 +483,14 @@ def main(argv: list[str] | None = None) -> None:
         if s.head == "linear":
             batch, targets = pack_shared(ids, shared, device), to_device(labels, device)
             with autocast:
-                logits = forward(*batch, shared=shared)  # (B, C) fp32
+                logits = forward(batch)  # (B, C) fp32
             losses = F.cross_entropy(
                 logits, targets, reduction="none", label_smoothing=s.label_smoothing
             )  # (B,)
             return (losses * row_weights[targets]).sum().expand(2)
         targets = make_targets(ids, labels, endings, shared, device)
         with autocast:
-            logits = forward(*targets.batch, targets.at, shared=shared)  # (T, V) fp32
+            logits = forward(targets.batch, targets.at)  # (T, V) fp32
         return answer_loss(logits, targets, row_weights, s.label_smoothing, letter_ids)
 
     def check_finite(value: float, what: str, step: int) -> None:
