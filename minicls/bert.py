@@ -158,11 +158,11 @@ class BertModel(nn.Module):
         dropout_p = self.config.attention_probs_dropout_prob if self.training else 0.0
         layout = lay_out(batch, x, head_dim, dropout_p)
         for layer in self.encoder.layer:
-            inputs = x, layout, at if layer is self.encoder.layer[-1] else None
+            wanted = at if layer is self.encoder.layer[-1] else None
             if self.activation_checkpointing and self.training:
-                x = checkpoint(layer, *inputs, use_reentrant=False)
+                x = checkpoint(layer, x, layout, wanted, use_reentrant=False)
             else:
-                x = layer(*inputs)
+                x = layer(x, layout, wanted)
         return x
 
 

@@ -110,9 +110,8 @@ class DecoderConfig:
 class KVCache:
     """The keys and values of B rows with up to S positions, for every layer.
 
-    A token is written at its row and position. Positions after a query's own are never attended to
-    (`cache_slots`), so returning to an earlier state only takes feeding the next tokens with the
-    positions that follow it: they overwrite what is there.
+    A token is written at its row and position. No query sees positions after its own
+    (`cache_slots`), so going back to an earlier state needs no erasing: new tokens overwrite.
     """
 
     def __init__(self, batch_size: int, max_length: int, prefix: "KVCache | None" = None):
@@ -150,14 +149,14 @@ class RMSNorm(nn.Module):
 def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines (N, 1, Dh) fp32 of rotary position embedding (arXiv 2104.09864, 3.4.2).
 
-    Pair i of a head's dimensions turns by the angle position * theta^(-2i / Dh). The pair is, as in
-    Llama's and Qwen's weights, dimensions i and i + Dh / 2, not neighbours as in the paper. (a, b)
-    becomes (a cos - b sin, b cos + a sin), so the first half of the sines carries a minus.
+    Pair i of a head's dimensions turns by the angle position * theta^(-2i / Dh). As Llama's and
+    Qwen's weights expect, the pair is dimensions i and i + Dh / 2, not neighbours as in the paper.
+    (a, b) becomes (a cos - b sin, b cos + a sin), so the first half of the sines has a minus.
     """
     powers = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
     angles = position_ids[:, None, None].float() / theta**powers  # (N, 1, Dh / 2)
     cos, sin = angles.cos(), angles.sin()
-    # One tensor, which torch.compile stores. Cosines alone it would recompute in every head.
+    # Concatenated, they are stored by torch.compile, which would recompute cosines in every head.
     return torch.cat([cos, cos, -sin, sin], dim=-1).chunk(2, dim=-1)  # (N, 1, Dh) each
 
 
@@ -174,7 +173,7 @@ class DecoderAttention(nn.Module):
         self.q_norm = RMSNorm(Dh, config.rms_norm_eps) if family.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(Dh, config.rms_norm_eps) if family.qk_norm else nn.Identity()
 
-    def forward(self, x, at, rope, rows, cache) -> Tensor:
+    def forward(self, x, at, rope, layout, cache) -> Tensor:
         x = cast_once(x)
         projections = self.q_proj, self.k_proj, self.v_proj
         q, k, v = (f(x).unflatten(1, (-1, self.head_dim)) for f in projections)  # (N, heads, Dh)
@@ -182,10 +181,10 @@ class DecoderAttention(nn.Module):
         if cache is None:
             # dropout_p is passed because torch.compile, with checkpointing, takes a float default
             # for an input and fails in the second layer.
-            output = attention(q, k, v, rows, causal=True, dropout_p=0.0)  # (N, H, Dh)
+            output = attention(q, k, v, layout, causal=True, dropout_p=0.0)  # (N, H, Dh)
         else:
-            keys, values = cache.write(self.layer, rows, k, v)  # (B, S, Hkv, Dh)
-            output = cached_attention(q, keys, values, rows)  # (N, H, Dh)
+            keys, values = cache.write(self.layer, layout, k, v)  # (B, S, Hkv, Dh)
+            output = cached_attention(q, keys, values, layout)  # (N, H, Dh)
         output = output.flatten(1)  # (N, H * Dh)
         return self.o_proj(output if at is None else output[at])  # (N or n, D)
 
@@ -212,12 +211,12 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, at: Tensor | None, rope, rows, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, at: Tensor | None, rope, layout, cache: KVCache | None) -> Tensor:
         """(N, D) to (N, D), or to the (n, D) of tokens `at`: the last layer needs no others.
 
-        rope: cosines and sines; rows: the batch's Layout, or with a cache its CacheSlots.
+        rope: cosines and sines; layout: the batch's Layout, or with a cache its CacheSlots.
         """
-        attended = self.self_attn(self.input_layernorm(x), at, rope, rows, cache)  # (N or n, D)
+        attended = self.self_attn(self.input_layernorm(x), at, rope, layout, cache)
         x = (x if at is None else x[at]) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -239,12 +238,13 @@ class DecoderModel(nn.Module):
         config, x = self.config, self.embed_tokens(batch.input_ids)  # (N, D)
         rope = rope_tables(batch.position_ids, config.head_dim, config.rope_theta)
         if cache is None:
-            rows = lay_out(batch, x, config.head_dim)
+            layout = lay_out(batch, x, config.head_dim)
         else:
             group = config.num_attention_heads // config.num_key_value_heads
-            rows = cache_slots(batch, x, cache.max_length, group)
+            layout = cache_slots(batch, x, cache.max_length, group)
         for layer in self.layers:
-            inputs = x, at if layer is self.layers[-1] else None, rope, rows, cache
+            wanted = at if layer is self.layers[-1] else None
+            inputs = x, wanted, rope, layout, cache
             if self.activation_checkpointing and self.training:
                 x = checkpoint(layer, *inputs, use_reentrant=False)
             else:
