@@ -150,11 +150,11 @@ def render_chat_format(tokenizer: Tokenizer) -> ChatFormat:
 class Chat:
     """A question's template and the chat format around it: turns texts into rows of ids.
 
-        prompt           where the assistant begins to write
-        question         prompt + empty think block: the scorer appends each option to it
-        training row     question + option + ending
+        prompt         the user's turn, up to where the assistant begins to write
+        question       prompt + empty think block, to which the scorer appends each option
+        training row   question + option + ending
 
-    `think_in`: the empty think block counts to the "response", which is trained on, or to the
+    `think_in`: whether the empty think block is part of the "response", and trained on, or of the
     "prompt". `train_on`: the whole "response", or only the "letter".
     """
 
