@@ -66,7 +66,7 @@ def batch_loss(
     rows: ids of each row; labels: (B,) int64 class indices; row_weights: (C,) fp32.
     """
     targets = to_device(labels, row_weights.device)  # (B,)
-    logits = model(*pack(rows, row_weights.device))  # (B, C) fp32
+    logits = model(pack(rows, row_weights.device))  # (B, C) fp32
     losses = F.cross_entropy(  # (B,)
         logits, targets, reduction="none", label_smoothing=label_smoothing
     )

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 
 from minicls import checkpoint, dist, plots, results, weights
-from minicls.attention import on_gpu
-from minicls.batch import Batch, pack_shared, step_rows, to_device
+from minicls.attention import Batch, on_gpu
+from minicls.batch import pack_shared, step_rows, to_device
 from minicls.config import TrainingSettings, UserError, flag_of, parse, run_main, setting
 from minicls.data import describe, describe_rows, load_splits
 from minicls.optim import class_weights, cosine_lr, make_optimizer
@@ -118,17 +118,18 @@ def make_targets(
 
 
 def answer_loss(
-    model: torch.nn.Module, targets: Targets, shared: int, letters: torch.Tensor, smoothing: float
+    model: torch.nn.Module, targets: Targets, letters: torch.Tensor, label_smoothing: float
 ) -> torch.Tensor:
     """The summed, weighted cross-entropy of all targets and of the letters alone, (2,) fp32.
 
     letters: (O,) the ids of all letters, over which label smoothing spreads a letter's target.
     """
-    logits = model(*targets.batch, targets.at, shared=shared)  # (T, V) fp32
+    logits = model(targets.batch, targets.at)  # (T, V) fp32
     losses = F.cross_entropy(logits, targets.ids, reduction="none")  # (T,)
-    if smoothing:
+    if label_smoothing:
         log_likelihoods = logits[targets.letters].log_softmax(1)[:, letters]  # (L, O)
-        smoothed = (1 - smoothing) * losses[targets.letters] - smoothing * log_likelihoods.mean(1)
+        kept = (1 - label_smoothing) * losses[targets.letters]  # (L,)
+        smoothed = kept - label_smoothing * log_likelihoods.mean(1)
         losses = losses.index_copy(0, targets.letters, smoothed)
     losses = losses * targets.weights
     return torch.stack([losses.sum(), losses[targets.letters].sum()])
@@ -147,7 +148,7 @@ def linear_loss(
     rows: ids of each row; labels: (B,) int64 class indices; row_weights: (C,) fp32.
     """
     targets = to_device(labels, row_weights.device)  # (B,)
-    logits = model(*pack_shared(rows, shared, row_weights.device), shared=shared)  # (B, C) fp32
+    logits = model(pack_shared(rows, shared, row_weights.device))  # (B, C) fp32
     losses = F.cross_entropy(  # (B,)
         logits, targets, reduction="none", label_smoothing=label_smoothing
     )
@@ -317,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
                         targets = make_targets(
                             ids, labels[share], counts, row_weights, shared, device
                         )
-                        losses = answer_loss(forward, targets, shared, letters, s.label_smoothing)
+                        losses = answer_loss(forward, targets, letters, s.label_smoothing)
                     else:
                         losses = linear_loss(
                             *(forward, ids, labels[share], row_weights_on_device, shared),

@@ -1,247 +1,267 @@
-"""Packed attention: the one layer of a model that has to know where a row of text ends.
+"""The packed batch, and attention over it: the only layer that must know where a row of text ends.
 
-A batch is one line of N tokens (design: no padding).
+A batch is one sequence of N tokens without padding, so all other layers compute on real tokens
+only. Three functions keep the rows apart:
 
-N tokens of the batch, B rows, S longest row, H heads, Hkv key/value heads (H is a multiple of it), Dh head size.
+    attention         PyTorch's variable-length flash kernel, if a GPU has it, else the next one
+    padded_attention  gathers rows with padding for a dense kernel, and the real tokens back
+    cached_attention  new tokens see their row's keys and values in a cache
+
+N tokens in the batch, B rows, T queries and S keys in a row, H heads, Hkv key/value heads (a
+divisor of H), Dh head size.
 """
 
 import inspect
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-GPUS = ("cuda",)  # device types; tests add the CPU, to run a GPU's branches over a reference kernel
-# Rows per padded group on a CPU. Sorted by length, 16 rows waste little on padding and are still enough work for a call:
-# on AG News lengths (64 rows, 12 heads) this takes about half the time of one group of 64.
+GPUS = ("cuda",)  # device types; tests add the CPU to run the GPU branches over a reference kernel
+# Rows per padded group on a CPU. Sorted by length, 16 rows waste little on padding and still fill
+# a kernel: on AG News lengths (64 rows, 12 heads) this takes half the time of one group of 64.
 ROWS_PER_GROUP = 16
-# The longest row whose scores, S * S a head, a CPU lays out in full, and in training keeps for the backward pass.
+# Up to this length, a CPU computes a head's S * S scores in full, and keeps them for backward.
 MAX_PLAIN = 256
-# torch 2.11 takes grouped heads as they are; later versions refuse them unless they are asked.
+# torch 2.11 accepts grouped heads unasked; later versions refuse them without this argument.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
+class Batch(NamedTuple):
+    """B rows of token ids packed into one sequence of N tokens: what the models take."""
+
+    input_ids: Tensor  # (N,) int64
+    position_ids: Tensor  # (N,) int64, counted within each row
+    cu_seqlens: Tensor  # (B + 1,) int32: row b is tokens cu_seqlens[b] up to cu_seqlens[b + 1]
+    max_seqlen: int
+    shared: int = 0  # tokens that begin every row and are packed once, in the first; no cache then
+
+    @property
+    def last(self) -> Tensor:
+        """The index of each row's last token, (B,) int64: the one a language model continues."""
+        return self.cu_seqlens[1:].long() - 1
+
+
 def on_gpu(device: torch.device) -> bool:
-    """Whether to do what is fast on a GPU. Everything that depends on the kind of device asks here."""
+    """Whether to do what is fast on a GPU. All code that depends on the device type asks here."""
     return device.type in GPUS
 
 
-def products_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype that matrix products of x have: autocast's where it is on, else x's own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of matrix products with x: autocast's if enabled, else x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether PyTorch's flash kernels take it: half precision, head sizes in steps of 8, compute capability 8.0 or later."""
-    if (
-        not on_gpu(device)
-        or dtype not in (torch.float16, torch.bfloat16)
-        or head_dim % 8
-        or head_dim > 256
-    ):
+    """Whether flash kernels apply: half precision, head size 8 to 256, compute capability 8.0."""
+    if not on_gpu(device) or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if head_dim % 8 or head_dim > 256:
         return False
     return device.type != "cuda" or torch.cuda.get_device_properties(device).major >= 8
 
 
-class Rows:
-    """Where the rows of a packed batch lie, the same for every layer.
+class Layout(NamedTuple):
+    """How attention reads the rows of a batch. Made once per forward pass, for all layers.
 
-    cu_seqlens: (B + 1,) int32, the cumulative row lengths, as flash-attention's variable-length kernels want them: row b is
-    `[cu_seqlens[b], cu_seqlens[b + 1])`. max_seqlen: the longest row in it. `shared`: all rows begin with the first row's
-    first `shared` tokens; the other rows stand in the batch without them.
+    The variable-length kernel reads packed rows. A dense kernel reads groups of rows, each padded
+    to its longest; one index gathers them, another gathers the tokens back. For the rows abc, d
+    and ef in one group:
+
+        packed       a b c d e f
+        pad_index    0 1 2 | 3 3 3 | 4 5 4     (rows, S) the token at each padded position
+        padded       a b c | d d d | e f e     padding repeats its row
+        unpad_index  0 1 2   3       6 7       (N,) each token's position among all padded ones
+
+    A single row is neither: it is dense as it is.
     """
 
-    def __init__(self, cu_seqlens: torch.Tensor, max_seqlen: int, shared: int = 0):
-        self.cu_seqlens, self.max_seqlen, self.shared = cu_seqlens, max_seqlen, shared
-        self.varlen: bool | None = (
-            None  # whether the variable-length kernel does it; None: nobody has asked yet
-        )
-        self.padded = None  # the layout, for attention that pads
-
-    def prepare(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        N: int,
-        head_dim: int,
-        dropout_p: float = 0.0,
-    ) -> None:
-        """Chooses the way of attention for q, k and v of N tokens in `dtype`, and lays the rows out if that is to pad.
-
-        To be called before the first layer: inside one, activation checkpointing would do it again, and torch.compile could not.
-        """
-        # The kernel has no dropout, and wants every row whole.
-        self.varlen = dropout_p == 0.0 and not self.shared and has_flash(device, dtype, head_dim)
-        if not self.varlen:
-            self.lay_out(N, dtype)
-
-    def lay_out(self, N: int, dtype: torch.dtype) -> None:
-        """Sets `padded`; one row alone is laid out as it is."""
-        if len(self.cu_seqlens) > 2:
-            # A CPU's layout asks for numbers, at which torch.compile breaks its graph; a GPU would wait for them.
-            lay_out = _lay_out if on_gpu(self.cu_seqlens.device) else _lay_out_without_compile
-            self.padded = lay_out(self.cu_seqlens, self.max_seqlen, self.shared, N, dtype)
+    cu_seqlens: Tensor | None = None  # for the variable-length kernel
+    max_seqlen: int | None = None
+    groups: list[tuple[Tensor, Tensor]] | None = None  # each a pad_index and a mask (rows, 1, 1, S)
+    unpad_index: Tensor | None = None
 
 
-def _lay_out(
-    cu_seqlens: torch.Tensor, max_seqlen: int, shared: int, N: int, dtype: torch.dtype
-) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
-    """How rows are laid out whole, with padding: groups, each of the token (rows, S) that stands at each place and of a mask
-    that hides padding (rows, 1, 1, S); and where among all places of all groups each of the N tokens stands (N,).
+def lay_out(batch: Batch, x: Tensor, head_dim: int, dropout_p: float = 0.0) -> Layout:
+    """Chooses how attention reads the batch whose hidden states are x.
 
-    On a CPU a group is of rows of similar length, since everything inside attention grows with rows * S * S.
+    Call it before the first layer: inside a layer, activation checkpointing would repeat it.
     """
-    starts, lengths, device = cu_seqlens[:-1], cu_seqlens.diff(), cu_seqlens.device  # (B,)
+    dtype = matmul_dtype(x)
+    # The kernel has no dropout, and needs all tokens of a row next to each other.
+    if not dropout_p and not batch.shared and has_flash(x.device, dtype, head_dim):
+        return Layout(batch.cu_seqlens, batch.max_seqlen)
+    if len(batch.cu_seqlens) == 2:
+        return Layout()
+    return (pad_layout if on_gpu(x.device) else _pad_layout_uncompiled)(batch, dtype)
+
+
+def pad_layout(batch: Batch, dtype: torch.dtype) -> Layout:
+    """The layout for `padded_attention` of q, k and v in `dtype`."""
+    N, shared, device = len(batch.input_ids), batch.shared, batch.cu_seqlens.device
+    starts, lengths = batch.cu_seqlens[:-1], batch.cu_seqlens.diff()  # (B,)
     row = torch.repeat_interleave(lengths, output_size=N)  # (N,)
-    if shared:  # where a row would begin, and how long it would be, if the shared tokens stood before its own ones
-        missing = shared * (torch.arange(len(lengths), device=device) > 0)  # (B,)
-        starts, lengths = starts - missing, lengths + missing
-    groups, begins, offset = [], torch.empty_like(lengths), 0
-    for some in (
-        [slice(None)] if on_gpu(device) else lengths.argsort(stable=True).split(ROWS_PER_GROUP)
-    ):
-        S = max_seqlen + shared if on_gpu(device) else int(lengths[some[-1]])
-        # Padding repeats its row from the start, so that one gather makes the layout, and autograd keeps nothing but indices.
-        # Not one token again and again: a GPU would add up all their gradients in one place, one after another.
-        column = torch.arange(S, device=device) % lengths[some, None]  # (rows, S)
-        tokens = starts[some, None] + column  # (rows, S)
-        if shared:
-            tokens = torch.where(column < shared, column, tokens)
-        last = lengths[some, None, None, None] - 1  # (rows, 1, 1, 1)
-        groups.append((tokens, positions_up_to(last, S, dtype)))
-        begins[some] = (offset + S * torch.arange(len(tokens), device=device)).to(begins.dtype)
-        offset += tokens.numel()
-    return groups, (begins - starts)[row] + torch.arange(N, device=device)
+    # Rows after the first lack the shared tokens; start and measure them as if they had them.
+    absent = shared * (torch.arange(len(lengths), device=device) > 0)  # (B,)
+    starts, lengths = starts - absent, lengths + absent
+    if on_gpu(device):  # one group of a length that is known without waiting for the GPU
+        splits = [(slice(None), batch.max_seqlen + shared)]
+    else:  # groups of similar lengths, since attention costs rows * S * S
+        splits = lengths.argsort(stable=True).split(ROWS_PER_GROUP)
+        splits = [(members, int(lengths[members[-1]])) for members in splits]
+    groups, padded_starts, size = [], torch.empty_like(lengths), 0
+    for members, S in splits:
+        # Padding repeats its row, so one gather fills all positions, and autograd keeps only the
+        # index. If it repeated a single token, a GPU would add up its gradients one by one.
+        position = torch.arange(S, device=device) % lengths[members, None]  # (rows, S)
+        pad_index = torch.where(position < shared, position, starts[members, None] + position)
+        mask = positions_up_to(lengths[members, None, None, None] - 1, S, dtype)  # (rows, 1, 1, S)
+        groups.append((pad_index, mask))
+        padded_starts[members] = size + S * torch.arange(len(pad_index), device=device)
+        size += pad_index.numel()
+    unpad_index = (padded_starts - starts)[row] + torch.arange(N, device=device)
+    return Layout(groups=groups, unpad_index=unpad_index)
 
 
-_lay_out_without_compile = torch.compiler.disable(_lay_out)
+# On a CPU it reads lengths as numbers, and torch.compile would break its graph at each.
+_pad_layout_uncompiled = torch.compiler.disable(pad_layout)
 
 
-def positions_up_to(last: torch.Tensor, S: int, dtype: torch.dtype) -> torch.Tensor:
-    """The mask (..., S) of the positions 0 to `last` (..., 1): bool on a CPU; on a GPU what its kernels add to the scores, 0 or
-    -inf in their dtype, in memory whose lines are multiples of 8, or they would make such a copy in each layer."""
+def positions_up_to(last: Tensor, S: int, dtype: torch.dtype) -> Tensor:
+    """The mask (..., S) of positions 0 to `last` (..., 1): bool on a CPU, 0 or -inf on a GPU.
+
+    A GPU kernel adds the mask to scores in `dtype`. Unless each of its lines takes a multiple of 8
+    elements in memory, the kernel would make such a copy in every layer.
+    """
     if not on_gpu(last.device):
         return torch.arange(S, device=last.device) <= last
     positions = torch.arange(
         (S // 8 + 1) * 8, device=last.device
-    )  # always more than S: one case for torch.compile
+    )  # always above S: one case to compile
     return torch.where(positions <= last, 0.0, -torch.inf).to(dtype)[..., :S]
 
 
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rows: Rows,
-    causal: bool = False,
-    dropout_p: float = 0.0,
-) -> torch.Tensor:
-    """Scaled dot-product attention of every token to the tokens of its own row.
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool = False, dropout_p: float = 0.0
+) -> Tensor:
+    """Scaled dot-product attention of every token to its own row (arXiv 1706.03762, section 3.2.1).
 
-    q: (N, H, Dh); k, v: (N, Hkv, Dh). Returns (N, H, Dh) in q's dtype. Attention Is All You Need, section 3.2.1; grouped heads:
-    arXiv 2305.13245.
+    q: (N, H, Dh); k, v: (N, Hkv, Dh), grouped as in arXiv 2305.13245. `causal`: to no later token.
+    Returns (N, H, Dh) in q's dtype.
     """
-    if rows.varlen is None:
-        rows.prepare(q.device, q.dtype, len(q), q.shape[-1], dropout_p)
-    if not rows.varlen or dropout_p > 0.0:
-        return padded_attention(q, k, v, rows, causal, dropout_p)
-    ends, longest = rows.cu_seqlens, rows.max_seqlen
-    return varlen_attn(
-        q, k, v, ends, ends, longest, longest, window_size=(-1, 0 if causal else -1), **GROUPED
-    )
+    if layout.cu_seqlens is None:
+        return padded_attention(q, k, v, layout, causal, dropout_p)
+    ends, longest = layout.cu_seqlens, layout.max_seqlen
+    window = (-1, 0 if causal else -1)  # tokens seen to the left and to the right; -1: all of them
+    return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=window, **GROUPED)
 
 
-def padded_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rows: Rows,
-    causal: bool = False,
-    dropout_p: float = 0.0,
-) -> torch.Tensor:
-    """`attention` through padding: rows are laid out whole, attended, and each one's own tokens gathered back."""
-    if rows.padded is None:
-        rows.lay_out(len(q), q.dtype)
-    if rows.padded is None:  # a single row
+def padded_attention(q, k, v, layout, causal=False, dropout_p=0.0) -> Tensor:
+    """`attention` by padding each group of rows, attending, and gathering the real tokens back."""
+    if layout.groups is None:  # a single row
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, N, Dh)
-        return _dot_product_attention(q, k, v, None, causal, dropout_p)[0].transpose(
-            0, 1
-        )  # (N, H, Dh)
-    (groups, places), outputs = rows.padded, []
-    for tokens, mask in groups:
-        padded = [
-            x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).transpose(1, 2)
-            for x in (q, k, v)
-        ]
+        return _dense_attention(q, k, v, None, causal, dropout_p)[0].transpose(0, 1)
+    outputs = []
+    for pad_index, mask in layout.groups:
+        flat, shape = pad_index.flatten(), pad_index.shape
+        padded = (x.index_select(0, flat).unflatten(0, shape).transpose(1, 2) for x in (q, k, v))
         # Padding is on the right, so a causal mask already hides it from every real query.
-        output = _dot_product_attention(
-            *padded, None if causal else mask, causal, dropout_p
-        )  # (rows, H, S, Dh)
+        output = _dense_attention(*padded, None if causal else mask, causal, dropout_p)
         outputs.append(output.transpose(1, 2).flatten(0, 1))  # (rows * S, H, Dh)
-    return torch.cat(outputs).index_select(0, places)  # (N, H, Dh)
+    return torch.cat(outputs).index_select(0, layout.unpad_index)  # (N, H, Dh)
 
 
-def _dot_product_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    causal: bool,
-    dropout_p: float = 0.0,
-) -> torch.Tensor:
-    """softmax(q kᵀ / √Dh) v of q (B, H, T, Dh), k and v (B, Hkv, S, Dh) in the way that is fastest; returns (B, H, T, Dh).
+class CacheSlots(NamedTuple):
+    """Where the N new tokens of a batch belong. Made once per forward pass, for all layers."""
 
-    mask: what a query sees, of a shape that broadcasts to (B, H, T, S); without one, all, or if `causal`, no later position.
+    rows: Tensor  # (N,) int64
+    positions: Tensor  # (N,) int64; keys and values belong at [row, position] of the cache
+    columns: Tensor  # (N,) int64; queries belong at [row, column] of a padded (B, T)
+    T: int
+    mask: Tensor | None  # keys that each query sees, (B, 1, T, S); None: with `is_causal`
+
+
+def cache_slots(batch: Batch, x: Tensor, S: int, group: int) -> CacheSlots:
+    """Places new tokens, whose hidden states are x, in a cache of S positions; group = H / Hkv.
+
+    A query at position p sees keys 0 to p of its row. `is_causal` would align the first query with
+    the first key, which is wrong once the cache holds earlier tokens. For a fused kernel, and where
+    most positions are new, T is S and a query's column is its position: then `is_causal` is
+    right, and does half the work of a mask.
     """
-    (H, T, Dh), (Hkv, S) = q.shape[1:], k.shape[1:3]
-    group = H // Hkv
+    N, B, T = len(batch.input_ids), len(batch.cu_seqlens) - 1, batch.max_seqlen
+    positions, gpu = batch.position_ids, on_gpu(x.device)
+    rows = torch.repeat_interleave(batch.cu_seqlens.diff(), output_size=N).long()  # (N,)
+    if 2 * T > S and (gpu or S > MAX_PLAIN):
+        return CacheSlots(rows, positions, positions, S, None)
+    columns = torch.arange(N, device=x.device) - batch.cu_seqlens[rows]  # (N,)
+    last = positions.new_zeros(B, T).index_put((rows, columns), positions)  # (B, T)
+    last = last.repeat(1, group) if gpu else last  # `_gpu_attention` stacks a group's queries
+    mask = positions_up_to(last[:, None, :, None], S, matmul_dtype(x))
+    return CacheSlots(rows, positions, columns, T, mask)
+
+
+def cached_attention(q: Tensor, keys: Tensor, values: Tensor, slots: CacheSlots) -> Tensor:
+    """Causal attention of new tokens, any number a row, to a cache that already holds their keys.
+
+    q: (N, H, Dh) packed; keys, values: (B, S, Hkv, Dh). Returns (N, H, Dh).
+    """
+    shape, at = (len(keys), slots.T, *q.shape[1:]), (slots.rows, slots.columns)
+    full = len(q) == len(keys) * slots.T  # as in decoding: every row has T tokens
+    queries = q.view(shape) if full else q.new_zeros(shape).index_put(at, q)  # (B, T, H, Dh)
+    queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
+    output = _dense_attention(queries, keys, values, slots.mask, causal=slots.mask is None)
+    output = output.transpose(1, 2)  # (B, T, H, Dh)
+    return output.flatten(0, 1) if full else output[at]  # (N, H, Dh)
+
+
+def _dense_attention(q, k, v, mask, causal, dropout_p=0.0) -> Tensor:
+    """softmax(q kᵀ / √Dh) v by the fastest kernel. q: (B, H, T, Dh); k, v: (B, Hkv, S, Dh).
+
+    mask: broadcasts to (B, H, T, S); None: every key is seen, or with `causal` no later one.
+    """
     with torch.autocast(q.device.type, enabled=False):  # it would change dtypes
         if on_gpu(q.device):
-            return _fused_attention(q, k, v, mask, causal, dropout_p)
-        # The CPU's fused kernel takes twice the time in bf16, as long in fp32, and has no dropout.
-        if S <= MAX_PLAIN or dropout_p > 0.0:
-            # Heads that share keys stand below one another from here to the end: softmax does not mind, and torch.compile, which
-            # does not know T, would find each number of a reshape by division, one at a time.
-            q = q.unflatten(1, (Hkv, group)).flatten(2, 3) * Dh**-0.5  # (B, Hkv, group * T, Dh)
-            # A product with keys that lie scattered takes many times as long as to copy them.
-            scores = q @ k.contiguous().transpose(2, 3)  # (B, Hkv, group * T, S)
-            if causal:
-                mask = torch.ones(1, 1, T, S, dtype=torch.bool).tril()
-            if mask is not None:
-                scores.masked_fill_(
-                    ~(mask if mask.shape[2] == 1 else mask.repeat(1, 1, group, 1)), -torch.inf
-                )
-            return (F.dropout(scores.softmax(-1), dropout_p) @ v).view(-1, H, T, Dh)
-        # Backward, it is several times as fast in fp32 as in bf16.
-        inputs = (
-            [x.float() for x in (q, k, v)]
-            if q.requires_grad and q.dtype == torch.bfloat16
-            else (q, k, v)
-        )
-        grouped = (
-            {"enable_gqa": True} if group > 1 else {}
-        )  # not `group > 1`: torch.compile may know H and Hkv as symbols
-        return F.scaled_dot_product_attention(*inputs, mask, is_causal=causal, **grouped).to(
-            q.dtype
-        )
+            return _gpu_attention(q, k, v, mask, causal, dropout_p)
+        # The CPU's fused kernel has no dropout, takes as long in fp32, and twice the time in bf16.
+        if k.shape[2] <= MAX_PLAIN or dropout_p > 0.0:
+            return _plain_attention(q, k, v, mask, causal, dropout_p)
+        # Its backward pass is several times as fast in fp32 as in bf16.
+        upcast = q.requires_grad and q.dtype == torch.bfloat16
+        inputs = [x.float() for x in (q, k, v)] if upcast else (q, k, v)
+        # Not `enable_gqa=H > Hkv`, which torch.compile may hold as a symbol and not as a bool.
+        grouped = {"enable_gqa": True} if q.shape[1] > k.shape[1] else {}
+        output = F.scaled_dot_product_attention(*inputs, mask, is_causal=causal, **grouped)
+        return output.to(q.dtype)
 
 
-def _fused_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    causal: bool,
-    dropout_p: float,
-) -> torch.Tensor:
-    """The same on a GPU. Flash takes grouped heads and no mask, the memory-efficient kernel the reverse, and where neither can
-    PyTorch computes all T * S scores in several passes: so heads are laid out for one of the two."""
+def _plain_attention(q, k, v, mask, causal, dropout_p) -> Tensor:
+    (H, T, Dh), (Hkv, S) = q.shape[1:], k.shape[1:3]
+    group = H // Hkv
+    # Query heads that share keys are stacked along T, until the end. Softmax is row-wise, and with
+    # dynamic T a compiled reshape would cost an integer division per element.
+    q = q.unflatten(1, (Hkv, group)).flatten(2, 3) * Dh**-0.5  # (B, Hkv, group * T, Dh)
+    # Copying strided keys takes a fraction of the time that a product with them would.
+    scores = q @ k.contiguous().transpose(2, 3)  # (B, Hkv, group * T, S)
+    if causal:
+        mask = torch.ones(1, 1, T, S, dtype=torch.bool).tril()
+    if mask is not None:
+        mask = mask if mask.shape[2] == 1 else mask.repeat(1, 1, group, 1)
+        scores.masked_fill_(~mask, -torch.inf)
+    return (F.dropout(scores.softmax(-1), dropout_p) @ v).view(-1, H, T, Dh)
+
+
+def _gpu_attention(q, k, v, mask, causal, dropout_p) -> Tensor:
+    """Flash takes grouped heads but no mask, the memory-efficient kernel a mask but no groups.
+
+    Given both, PyTorch computes all T * S scores in several passes: so pick one of the two.
+    """
     (H, T, Dh), Hkv = q.shape[1:], k.shape[1]
     group = H // Hkv
-    if (
-        group > 1 and mask is not None
-    ):  # of one row (rows, 1, 1, S), or for all queries of a group (B, 1, group * T, S)
+    if group > 1 and mask is not None:  # per row (rows, 1, 1, S) or query (B, 1, group * T, S)
         q = q.unflatten(1, (Hkv, group)).flatten(2, 3)  # (B, Hkv, group * T, Dh)
         output = F.scaled_dot_product_attention(q, k, v, mask, dropout_p)
         return output.unflatten(2, (group, T)).flatten(1, 2)  # (B, H, T, Dh)
@@ -250,62 +270,3 @@ def _fused_attention(
     if group > 1:
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))  # (B, H, S, Dh)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal)
-
-
-def cache_slots(
-    position_ids: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    S: int,
-    dtype: torch.dtype,
-    group: int,
-) -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor | None]:
-    """Where the tokens of a packed batch belong next to a cache of S positions a row; the same for every layer.
-
-    position_ids: (N,); cu_seqlens: (B + 1,); `dtype`: that of queries; `group`: the heads that share keys. Returns each token's
-    row and its column (N,) in a padded layout (B, T), T, and the mask (B, 1, T, S), on a GPU (B, 1, group * T, S): a query at
-    position p sees the keys 0 to p of its row. `is_causal` would line the first query up with the first key, which is wrong
-    as soon as the cache is not empty.
-
-    For a fused kernel, and where most positions are new, T is S, a token's column is its position, and the mask is None: then
-    `is_causal` is right, and half the work of a mask.
-    """
-    N, gpu = len(position_ids), on_gpu(position_ids.device)
-    rows = torch.repeat_interleave(cu_seqlens.diff(), output_size=N).long()  # (N,)
-    if 2 * max_seqlen > S and (gpu or S > MAX_PLAIN):
-        return rows, position_ids, S, None
-    columns = torch.arange(N, device=rows.device) - cu_seqlens[rows]  # (N,)
-    last = position_ids.new_zeros(len(cu_seqlens) - 1, max_seqlen).index_put(
-        (rows, columns), position_ids
-    )  # (B, T)
-    last = last.repeat(1, group) if gpu else last
-    return rows, columns, max_seqlen, positions_up_to(last[:, None, :, None], S, dtype)
-
-
-def cached_attention(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor,
-    T: int,
-    mask: torch.Tensor | None,
-) -> torch.Tensor:
-    """Causal attention of new tokens, one or several a row, over a cache that holds their own keys and values already.
-
-    q: (N, H, Dh) packed; keys, values: (B, S, Hkv, Dh); the rest comes from `cache_slots`. Returns (N, H, Dh).
-    """
-    B = len(keys)
-    full = (
-        len(q) == B * T
-    )  # as in decoding: every row has T tokens, and the packed layout is the padded one
-    padded = (
-        q.view(B, T, *q.shape[1:])
-        if full
-        else q.new_zeros(B, T, *q.shape[1:]).index_put((rows, columns), q)
-    )
-    output = _dot_product_attention(
-        padded.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), mask, mask is None
-    )
-    output = output.transpose(1, 2)  # (B, T, H, Dh)
-    return output.flatten(0, 1) if full else output[rows, columns]  # (N, H, Dh)

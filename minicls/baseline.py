@@ -92,7 +92,7 @@ def embeddings(
             packed = pack([rows[row] for row in batch], device)
             everywhere = torch.arange(len(packed.input_ids), device=device)
             with torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bf16"):
-                hidden = model.bert(*packed, everywhere).float()  # (N, D)
+                hidden = model.bert(packed, everywhere).float()  # (N, D)
             lengths = packed.cu_seqlens.diff().long()  # (B,)
             sums = hidden.new_zeros(len(batch), hidden.shape[1])
             sums.index_add_(0, torch.arange(len(batch), device=device).repeat_interleave(lengths), hidden)

@@ -1,20 +1,22 @@
 """BERT (arXiv 1810.04805) for sequence classification, on packed batches.
 
-Follows transformers' `modeling_bert.py` in names, so that its weights load and export as they are, and
-google-research/bert's `modeling.py` in arithmetic. Leaves out what a classifier does not need: the pretraining heads,
-cross-attention, relative positions, and sentence pairs (every token has token type 0).
+Names follow transformers' `modeling_bert.py`, so its weights load and export unchanged; the
+arithmetic follows google-research/bert's `modeling.py`. Left out, since a classifier does not need
+them: the pretraining heads, cross-attention, relative positions, and sentence pairs (every token
+has token type 0).
 
-N tokens of the batch, B rows, D hidden size, H heads, Dh head size, C classes.
+A batch is one sequence of N tokens, the B rows one after another (`attention.Batch`). D hidden
+size, H heads, Dh head size, C classes; n of the N tokens are selected where only those are needed.
 """
 
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minicls.attention import Rows, attention, products_dtype
+from minicls.attention import Batch, Layout, attention, lay_out
 from minicls.kernels import cast_once
 
 
@@ -30,7 +32,7 @@ class BertConfig:
     hidden_act: str = "gelu"
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
-    classifier_dropout: float | None = None
+    classifier_dropout: float | None = None  # None: hidden_dropout_prob
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     initializer_range: float = 0.02
@@ -42,23 +44,21 @@ class BertConfig:
         if self.hidden_act != "gelu":
             raise ValueError(f"hidden_act {self.hidden_act!r} is not supported, only 'gelu'")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}"
-            )
+            sizes = f"{self.hidden_size}, num_attention_heads {self.num_attention_heads}"
+            raise ValueError(f"hidden_size must be a multiple of num_attention_heads: {sizes}")
 
 
 class BertEmbeddings(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
-        self.word_embeddings = nn.Embedding(
-            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
-        )
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        D, pad = config.hidden_size, config.pad_token_id
+        self.word_embeddings = nn.Embedding(config.vocab_size, D, padding_idx=pad)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, D)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, D)
+        self.LayerNorm = nn.LayerNorm(D, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         x = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)  # (N, D)
         return self.dropout(self.LayerNorm(x + self.token_type_embeddings.weight[0]))
 
@@ -72,18 +72,15 @@ class BertSelfAttention(nn.Module):
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
-        x = cast_once(x)
-        q, k, v = (
-            f(x).view(len(x), self.num_attention_heads, -1)
-            for f in (self.query, self.key, self.value)
-        )  # (N, H, Dh)
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        x, heads = cast_once(x), (self.num_attention_heads, -1)
+        q, k, v = (f(x).unflatten(1, heads) for f in (self.query, self.key, self.value))
         dropout_p = self.dropout_p if self.training else 0.0
-        return attention(q, k, v, rows, dropout_p=dropout_p).flatten(1)  # (N, D)
+        return attention(q, k, v, layout, dropout_p=dropout_p).flatten(1)  # (N, D)
 
 
 class BertOutput(nn.Module):
-    """Projection, dropout, residual and LayerNorm: how both halves of a layer end (post-norm, unlike later models)."""
+    """Projection, dropout, residual and LayerNorm: each half of a layer ends so (post-norm)."""
 
     def __init__(self, in_features: int, config: BertConfig):
         super().__init__()
@@ -91,7 +88,7 @@ class BertOutput(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         return self.LayerNorm(self.dropout(self.dense(x)) + residual)  # (N, D)
 
 
@@ -101,11 +98,11 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config)
         self.output = BertOutput(config.hidden_size, config)
 
-    def forward(self, x: torch.Tensor, rows: Rows, at: torch.Tensor | None) -> torch.Tensor:
-        attended = self.self(x, rows)  # (N, D)
-        return (
-            self.output(attended, x) if at is None else self.output(attended[at], x[at])
-        )  # (N or n, D)
+    def forward(self, x: Tensor, layout: Layout, at: Tensor | None) -> Tensor:
+        attended = self.self(x, layout)  # (N, D)
+        if at is not None:
+            attended, x = attended[at], x[at]  # (n, D)
+        return self.output(attended, x)
 
 
 class BertIntermediate(nn.Module):
@@ -113,8 +110,8 @@ class BertIntermediate(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.gelu(self.dense(x))  # exact (erf) GELU: the tanh approximation is another function
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.dense(x))  # the exact (erf) GELU; the tanh approximation would differ
 
 
 class BertLayer(nn.Module):
@@ -124,9 +121,9 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(config)
         self.output = BertOutput(config.intermediate_size, config)
 
-    def forward(self, x: torch.Tensor, rows: Rows, at: torch.Tensor | None) -> torch.Tensor:
-        """x: (N, D). `at` (n,): the tokens that are asked for, where no layer follows that needs the others."""
-        x = self.attention(x, rows, at)  # (N or n, D)
+    def forward(self, x: Tensor, layout: Layout, at: Tensor | None) -> Tensor:
+        """(N, D) to (N, D), or to the (n, D) of tokens `at`: the last layer needs no others."""
+        x = self.attention(x, layout, at)
         return self.output(self.intermediate(x), x)
 
 
@@ -141,7 +138,7 @@ class BertPooler(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(self.dense(x))
 
 
@@ -154,27 +151,19 @@ class BertModel(nn.Module):
         self.pooler = BertPooler(config)
         self.activation_checkpointing = False
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        max_seqlen: int,
-        at: torch.Tensor,
-    ) -> torch.Tensor:
-        """Returns the hidden states (n, D), before the pooler, of the tokens asked for, by their indices in the batch: at (n,)."""
-        x = self.embeddings(input_ids, position_ids)  # (N, D)
+    def forward(self, batch: Batch, at: Tensor) -> Tensor:
+        """Returns the hidden states (n, D) of the tokens at indices `at` (n,), unpooled."""
+        x = self.embeddings(batch.input_ids, batch.position_ids)  # (N, D)
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         dropout_p = self.config.attention_probs_dropout_prob if self.training else 0.0
-        rows = Rows(cu_seqlens, max_seqlen)
-        rows.prepare(x.device, products_dtype(x), len(x), head_dim, dropout_p)
+        layout = lay_out(batch, x, head_dim, dropout_p)
         for layer in self.encoder.layer:
             wanted = at if layer is self.encoder.layer[-1] else None
             if self.activation_checkpointing and self.training:
-                x = checkpoint(layer, x, rows, wanted, use_reentrant=False)
+                x = checkpoint(layer, x, layout, wanted, use_reentrant=False)
             else:
-                x = layer(x, rows, wanted)
-        return x  # (n, D)
+                x = layer(x, layout, wanted)
+        return x
 
 
 class BertForSequenceClassification(nn.Module):
@@ -184,28 +173,16 @@ class BertForSequenceClassification(nn.Module):
         super().__init__()
         self.config = config
         self.bert = BertModel(config)
-        dropout = (
-            config.hidden_dropout_prob
-            if config.classifier_dropout is None
-            else config.classifier_dropout
-        )
-        self.dropout = nn.Dropout(dropout)
+        dropout_p = config.classifier_dropout
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout_p is None else dropout_p)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        max_seqlen: int,
-    ) -> torch.Tensor:
-        """input_ids, position_ids: (N,) int64; cu_seqlens: (B + 1,) int32. Returns the logits (B, C) in fp32.
+    def forward(self, batch: Batch) -> Tensor:
+        """Returns the logits (B, C) in fp32.
 
-        The head is applied to each row's first token alone, and in fp32 also under autocast: it costs next to nothing
-        there, and bf16 logits would have three significant digits.
+        The head runs in fp32 also under autocast: on one token per row that costs next to nothing,
+        and bf16 logits would have three significant digits.
         """
-        first = self.bert(
-            input_ids, position_ids, cu_seqlens, max_seqlen, cu_seqlens[:-1]
-        ).float()  # (B, D)
+        first = self.bert(batch, at=batch.cu_seqlens[:-1]).float()  # (B, D)
         with torch.autocast(first.device.type, enabled=False):
             return self.classifier(self.dropout(self.bert.pooler(first)))  # (B, C)

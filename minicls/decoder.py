@@ -1,12 +1,14 @@
-"""Llama, Qwen2 and Qwen3 on packed batches: one decoder with a language-model or a classification head.
+"""Llama, Qwen2 and Qwen3 on packed batches: one decoder, with a language-model or a linear head.
 
-The three families differ in two things. Qwen3 (arXiv 2505.09388) normalises each head's queries and keys before RoPE;
-Qwen2 and Qwen2.5 (arXiv 2412.15115) have biases on q, k and v; Llama (arXiv 2302.13971), SmolLM2 among
-them, has neither. Parameters carry transformers' names, so weights load and export unchanged.
-Left out: sliding windows, stretched RoPE, other biases, attention dropout.
+The three families differ in two ways. Qwen3 (arXiv 2505.09388) normalises each head's queries and
+keys before RoPE; Qwen2 and Qwen2.5 (arXiv 2412.15115) have biases on q, k and v; Llama (arXiv
+2302.13971) and SmolLM2, which shares its architecture, have neither. Parameters carry transformers'
+names, so weights load and export unchanged. Left out: sliding windows, stretched RoPE, other
+biases, attention dropout.
 
-N tokens of the batch, B rows, S cached positions, D hidden size, H heads, Hkv key/value heads, Dh head size,
-V vocabulary, C classes.
+A batch is one sequence of N tokens, the B rows one after another (`attention.Batch`). S cached
+positions, D hidden size, H heads, Hkv key/value heads, Dh head size, V vocabulary, C classes; n of
+the N tokens are selected where only those are needed.
 """
 
 from dataclasses import dataclass
@@ -14,10 +16,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minicls.attention import Rows, attention, cache_slots, cached_attention, products_dtype
+from minicls.attention import Batch, CacheSlots, attention, cache_slots, cached_attention, lay_out
 from minicls.kernels import cast_once, rms_norm, rotate
 
 
@@ -25,29 +27,16 @@ class Family(NamedTuple):
     """What distinguishes one model_type from another."""
 
     prefix: str  # of transformers' class names
-    qkv_bias: bool
-    qk_norm: bool
-    defaults: dict  # what a config.json leaves out, as in transformers
+    defaults: dict  # for fields that a config.json leaves out, as in transformers
+    qkv_bias: bool = False
+    qk_norm: bool = False
 
 
+LLAMA = {"vocab_size": 32_000, "intermediate_size": 11_008, "max_position_embeddings": 2048}
 FAMILIES = {
-    "llama": Family(
-        "Llama",
-        qkv_bias=False,
-        qk_norm=False,
-        defaults={
-            "vocab_size": 32_000,
-            "intermediate_size": 11_008,
-            "max_position_embeddings": 2048,
-        },
-    ),
-    "qwen2": Family("Qwen2", qkv_bias=True, qk_norm=False, defaults={"num_key_value_heads": 32}),
-    "qwen3": Family(
-        "Qwen3",
-        qkv_bias=False,
-        qk_norm=True,
-        defaults={"num_key_value_heads": 32, "head_dim": 128},
-    ),
+    "llama": Family("Llama", LLAMA),
+    "qwen2": Family("Qwen2", {"num_key_value_heads": 32}, qkv_bias=True),
+    "qwen3": Family("Qwen3", {"num_key_value_heads": 32, "head_dim": 128}, qk_norm=True),
 }
 
 
@@ -55,8 +44,8 @@ FAMILIES = {
 class DecoderConfig:
     """The fields of a decoder's `config.json` that shape the model.
 
-    A field that is None takes its family's default in transformers; without one, head_dim is
-    hidden_size / num_attention_heads, and there are as many key/value heads as heads.
+    A field that is None takes its family's default or, if there is no such default, one for all
+    families.
     """
 
     model_type: str = "qwen3"
@@ -73,7 +62,7 @@ class DecoderConfig:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     rope_theta: float = 10_000.0
-    rope_parameters: dict | None = None  # where newer files keep rope_theta
+    rope_parameters: dict | None = None  # newer files keep rope_theta here
     rope_scaling: dict | None = None
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -106,14 +95,12 @@ class DecoderConfig:
             "use_sliding_window": (self.use_sliding_window, False),
             "layer_types": ({*(self.layer_types or ["full_attention"])}, {"full_attention"}),
         }
-        for name, (value, wanted) in supported.items():
-            if value != wanted:
-                raise ValueError(f"{name} {value!r} is not supported, only {wanted!r}")
+        for name, (value, only) in supported.items():
+            if value != only:
+                raise ValueError(f"{name} {value!r} is not supported, only {only!r}")
         if self.num_attention_heads % self.num_key_value_heads:
-            heads = f"num_attention_heads {self.num_attention_heads}"
-            raise ValueError(
-                f"{heads} is no multiple of num_key_value_heads {self.num_key_value_heads}"
-            )
+            heads = f"{self.num_attention_heads}, num_key_value_heads {self.num_key_value_heads}"
+            raise ValueError(f"num_attention_heads must be a multiple of key/value heads: {heads}")
 
     @property
     def family(self) -> Family:
@@ -121,39 +108,31 @@ class DecoderConfig:
 
 
 class KVCache:
-    """The keys and values of B rows, at most S positions each, of every layer: (B, S, Hkv, Dh), taken at the first write.
+    """The keys and values of B rows with up to S positions, for every layer.
 
-    A token is written at its row and position. What stands at later positions is never seen (`cached_attention`), so going
-    back to an earlier state needs no more than giving the next tokens its positions.
+    A token is written at its row and position. No query sees positions after its own
+    (`cache_slots`), so going back to an earlier state needs no erasing: new tokens overwrite.
     """
 
     def __init__(self, batch_size: int, max_length: int, prefix: "KVCache | None" = None):
-        """`prefix`: a cache of one row, whose S positions become the first ones of every row here."""
-        self.shape = (batch_size, max_length)
-        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys and values of a layer
-        for layer, (k, v) in enumerate(prefix.layers if prefix else []):
-            for ours, theirs in zip(self._allocated(layer, k), (k, v), strict=True):
-                ours[:, : k.shape[1]] = theirs
+        """`prefix`: a cache of one row, copied to the first positions of every row."""
+        self.batch_size, self.max_length = batch_size, max_length
+        self.layers: list[tuple[Tensor, Tensor]] = []  # keys and values, (B, S, Hkv, Dh) each
+        for k, v in prefix.layers if prefix else ():
+            keys, values = self._add_layer(k)
+            keys[:, : k.shape[1]], values[:, : v.shape[1]] = k, v
 
-    def _allocated(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if layer == len(self.layers):
-            # Zeros: a masked value counts 0 times whatever it is, and 0 times the NaN of fresh memory is NaN.
-            self.layers.append(
-                tuple(like.new_zeros(*self.shape, *like.shape[-2:]) for _ in range(2))
-            )
-        return self.layers[layer]
+    def _add_layer(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (self.batch_size, self.max_length, *like.shape[-2:])
+        # Zeros: a masked value has weight 0, but in fresh memory it may be NaN, and 0 * NaN is NaN.
+        self.layers.append((like.new_zeros(shape), like.new_zeros(shape)))
+        return self.layers[-1]
 
-    def write(
-        self,
-        layer: int,
-        rows: torch.Tensor,
-        position_ids: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-    ):
-        """Puts k, v (N, Hkv, Dh) of tokens in their places; returns all keys and values of the layer."""
-        keys, values = self._allocated(layer, k)
-        keys[rows, position_ids], values[rows, position_ids] = k, v
+    def write(self, layer: int, slots: CacheSlots, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k, v (N, Hkv, Dh) of new tokens; returns all keys and values of the layer."""
+        keys, values = self.layers[layer] if layer < len(self.layers) else self._add_layer(k)
+        at = slots.rows, slots.positions
+        keys[at], values[at] = k, v
         return keys, values
 
 
@@ -163,25 +142,21 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
 
-def rope_tables(
-    position_ids: torch.Tensor, head_dim: int, theta: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and signed sines (N, 1, Dh) fp32 of rotary position embedding (RoFormer, arXiv 2104.09864, section 3.4.2).
+def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (N, 1, Dh) fp32 of rotary position embedding (arXiv 2104.09864, 3.4.2).
 
-    Pair i of a head's dimensions turns by position * theta^(-2i / Dh). As in Llama's and Qwen's weights, the pair is made of
-    dimensions i and i + Dh / 2, not of neighbours as in the paper. The sine of the first has a minus: (a, b) turns into
-    (a cos - b sin, b cos + a sin).
+    Pair i of a head's dimensions turns by the angle position * theta^(-2i / Dh). As Llama's and
+    Qwen's weights expect, the pair is dimensions i and i + Dh / 2, not neighbours as in the paper.
+    (a, b) becomes (a cos - b sin, b cos + a sin), so the first half of the sines has a minus.
     """
-    powers = (
-        torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
-    )  # (Dh / 2,)
+    powers = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
     angles = position_ids[:, None, None].float() / theta**powers  # (N, 1, Dh / 2)
     cos, sin = angles.cos(), angles.sin()
-    # Written as one tensor, which torch.compile keeps; the cosines alone it would compute anew in each head of each layer.
+    # Concatenated, they are stored by torch.compile, which would recompute cosines in every head.
     return torch.cat([cos, cos, -sin, sin], dim=-1).chunk(2, dim=-1)  # (N, 1, Dh) each
 
 
@@ -189,35 +164,29 @@ class DecoderAttention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        D, family = config.hidden_size, config.family
-        q_size, kv_size = (
-            heads * config.head_dim
-            for heads in (config.num_attention_heads, config.num_key_value_heads)
-        )
-        self.q_proj = nn.Linear(D, q_size, bias=family.qkv_bias)
-        self.k_proj = nn.Linear(D, kv_size, bias=family.qkv_bias)
-        self.v_proj = nn.Linear(D, kv_size, bias=family.qkv_bias)
-        self.o_proj = nn.Linear(q_size, D, bias=False)
-        if family.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        else:
-            self.q_norm = self.k_norm = nn.Identity()
+        D, Dh, family = config.hidden_size, config.head_dim, config.family
+        H, Hkv = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(D, H * Dh, bias=family.qkv_bias)
+        self.k_proj = nn.Linear(D, Hkv * Dh, bias=family.qkv_bias)
+        self.v_proj = nn.Linear(D, Hkv * Dh, bias=family.qkv_bias)
+        self.o_proj = nn.Linear(H * Dh, D, bias=False)
+        self.q_norm = RMSNorm(Dh, config.rms_norm_eps) if family.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(Dh, config.rms_norm_eps) if family.qk_norm else nn.Identity()
 
-    def forward(self, x, at, position_ids, rows, rope, cache, slots) -> torch.Tensor:
+    def forward(self, x, at, rope, layout, cache) -> Tensor:
         x = cast_once(x)
         projections = self.q_proj, self.k_proj, self.v_proj
         q, k, v = (f(x).unflatten(1, (-1, self.head_dim)) for f in projections)  # (N, heads, Dh)
         q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
         if cache is None:
-            # No default: torch.compile with checkpointing takes a default float for an input, and fails in the second layer.
-            output = attention(q, k, v, rows, causal=True, dropout_p=0.0)  # (N, H, Dh)
+            # dropout_p is passed because torch.compile, with checkpointing, takes a float default
+            # for an input and fails in the second layer.
+            output = attention(q, k, v, layout, causal=True, dropout_p=0.0)  # (N, H, Dh)
         else:
-            keys, values = cache.write(self.layer, slots[0], position_ids, k, v)  # (B, S, Hkv, Dh)
-            output = cached_attention(q, keys, values, *slots)  # (N, H, Dh)
-        return self.o_proj(
-            output.flatten(1) if at is None else output.flatten(1)[at]
-        )  # (N or n, D)
+            keys, values = cache.write(self.layer, layout, k, v)  # (B, S, Hkv, Dh)
+            output = cached_attention(q, keys, values, layout)  # (N, H, Dh)
+        output = output.flatten(1)  # (N, H * Dh)
+        return self.o_proj(output if at is None else output[at])  # (N or n, D)
 
 
 class DecoderMLP(nn.Module):
@@ -229,7 +198,7 @@ class DecoderMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = cast_once(x)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (N, D)
 
@@ -242,65 +211,49 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor, at: torch.Tensor | None, *where) -> torch.Tensor:
-        """x: (N, D). `at` (n,): the tokens that are asked for, where no layer follows that needs the others."""
-        attended = self.self_attn(self.input_layernorm(x), at, *where)  # (N or n, D)
+    def forward(self, x: Tensor, at: Tensor | None, rope, layout, cache: KVCache | None) -> Tensor:
+        """(N, D) to (N, D), or to the (n, D) of tokens `at`: the last layer needs no others.
+
+        rope: cosines and sines; layout: the batch's Layout, or with a cache its CacheSlots.
+        """
+        attended = self.self_attn(self.input_layernorm(x), at, rope, layout, cache)
         x = (x if at is None else x[at]) + attended
-        return x + self.mlp(self.post_attention_layernorm(x))  # (N or n, D)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class DecoderModel(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
-        # transformers does not train the pad token's row, whatever else that token means: SmolLM2 pads with <|im_end|>.
-        self.embed_tokens = nn.Embedding(
-            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
-        )
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        D, pad, layers = config.hidden_size, config.pad_token_id, range(config.num_hidden_layers)
+        # As in transformers, the padding token's row is not trained, even where that token has
+        # another use: SmolLM2 pads with <|im_end|>.
+        self.embed_tokens = nn.Embedding(config.vocab_size, D, padding_idx=pad)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in layers)
+        self.norm = RMSNorm(D, config.rms_norm_eps)
         self.activation_checkpointing = False
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        max_seqlen: int,
-        at: torch.Tensor,
-        cache: KVCache | None = None,
-        shared: int = 0,
-    ) -> torch.Tensor:
-        """Returns the hidden states (n, D) of the tokens asked for, by their indices in the packed batch: at (n,) int64.
-
-        `shared`, without a cache: all rows begin with the first row's first `shared` tokens, which go through the model once.
-        The other rows are packed without them; their positions begin at `shared`.
-        """
-        x = self.embed_tokens(input_ids)  # (N, D)
-        rope = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta)
-        rows = slots = None
+    def forward(self, batch: Batch, at: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Returns the hidden states (n, D) of the tokens at indices `at` (n,), int64."""
+        config, x = self.config, self.embed_tokens(batch.input_ids)  # (N, D)
+        rope = rope_tables(batch.position_ids, config.head_dim, config.rope_theta)
         if cache is None:
-            rows = Rows(cu_seqlens, max_seqlen, shared)
-            rows.prepare(x.device, products_dtype(x), len(x), self.config.head_dim)
+            layout = lay_out(batch, x, config.head_dim)
         else:
-            group = self.config.num_attention_heads // self.config.num_key_value_heads
-            slots = cache_slots(
-                position_ids, cu_seqlens, max_seqlen, cache.shape[1], products_dtype(x), group
-            )
-        where = position_ids, rows, rope, cache, slots
+            group = config.num_attention_heads // config.num_key_value_heads
+            layout = cache_slots(batch, x, cache.max_length, group)
         for layer in self.layers:
             wanted = at if layer is self.layers[-1] else None
+            inputs = x, wanted, rope, layout, cache
             if self.activation_checkpointing and self.training:
-                x = checkpoint(layer, x, wanted, *where, use_reentrant=False)
+                x = checkpoint(layer, *inputs, use_reentrant=False)
             else:
-                x = layer(x, wanted, *where)
-        return self.norm(x)  # (n, D)
+                x = layer(*inputs)
+        return self.norm(x)
 
 
 class DecoderForCausalLM(nn.Module):
-    """A decoder with a language-model head; smaller models share its weight with the embedding (tied)."""
+    """A decoder with a language-model head; smaller models share its weight with the embedding."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -309,30 +262,17 @@ class DecoderForCausalLM(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        max_seqlen: int,
-        at: torch.Tensor,
-        cache: KVCache | None = None,
-        shared: int = 0,
-    ) -> torch.Tensor:
-        """input_ids, position_ids: (N,) int64; cu_seqlens: (B + 1,) int32. Returns the logits (n, V) fp32 after the tokens
-        `at` (n,), and of no others: (N, V) would be gigabytes. `shared`: as in `DecoderModel`.
+    def forward(self, batch: Batch, at: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Returns the logits (n, V) in fp32 after the tokens at indices `at` (n,), int64.
 
-        fp32 weights: the product is in fp32, also under autocast. bf16 weights: it is in bf16, as converting the
-        embedding each time would take longer than everything else for a single token.
+        Only after those, since (N, V) would be gigabytes. The product runs in the weights' dtype:
+        in fp32, also under autocast, if they are; in bf16 if they are, because converting the
+        embedding each time would take longer than all else for a single token.
         """
-        x = self.model(input_ids, position_ids, cu_seqlens, max_seqlen, at, cache, shared)  # (n, D)
-        weight = (
-            self.model.embed_tokens.weight
-            if self.config.tie_word_embeddings
-            else self.lm_head.weight
-        )  # (V, D)
+        x = self.model(batch, at, cache)  # (n, D)
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(weight.dtype), weight).float()  # (n, V)
+            return F.linear(x.to(head.weight.dtype), head.weight).float()  # (n, V)
 
 
 class DecoderForSequenceClassification(nn.Module):
@@ -344,17 +284,8 @@ class DecoderForSequenceClassification(nn.Module):
         self.model = DecoderModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        max_seqlen: int,
-        shared: int = 0,
-    ) -> torch.Tensor:
-        """input_ids, position_ids: (N,) int64; cu_seqlens: (B + 1,) int32; `shared`: as in `DecoderModel`. Returns the logits
-        (B, C) in fp32."""
-        at = cu_seqlens[1:] - 1
-        x = self.model(input_ids, position_ids, cu_seqlens, max_seqlen, at, shared=shared)  # (B, D)
+    def forward(self, batch: Batch) -> Tensor:
+        """Returns the logits (B, C) in fp32."""
+        x = self.model(batch, at=batch.cu_seqlens[1:] - 1)  # (B, D)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.float(), self.score.weight.float())  # (B, C)

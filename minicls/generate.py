@@ -1,4 +1,4 @@
-"""Greedy decoding with a cache, and reading the chosen option back out of what was written."""
+"""Greedy decoding with a cache, and reading the option that a generated answer names."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from minicls.batch import length_batches, pack
 from minicls.decoder import KVCache
 from minicls.tokenizer import Tokenizer
 
-# Of a batch with its answers, on a CPU and on a GPU, where a step takes as long for 200 rows as for one.
+# In a batch with its answers, on a CPU and on a GPU. A GPU decodes 200 rows in the time of one.
 MAX_TOKENS = 4096, 32_768
 
 
@@ -25,35 +25,36 @@ def generate(
     device: torch.device,
     max_tokens: int | None = None,
 ) -> list[list[int]]:
-    """The likeliest continuation of each prompt, token by token: at most `max_new_tokens` ids, up to and without a stop id.
+    """The likeliest continuation of each prompt, token by token: at most `max_new_tokens` ids, ending before a stop id.
 
-    Prompts go in batches of similar lengths, at most `max_tokens` tokens with their answers. A row's positions count its own
-    tokens alone, so no row depends on its neighbours. Equals transformers' `generate(do_sample=False)`.
+    Equals transformers' `generate(do_sample=False)`. Prompts are batched by length, at most `max_tokens` tokens with
+    their answers; positions count within a row, so no row depends on its neighbours.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     stop = set(stop_ids)
-    for batch in length_batches(prompts, max_tokens or MAX_TOKENS[on_gpu(device)], extra=max_new_tokens):
-        lengths = np.array([len(prompts[row]) for row in batch])
-        cache = KVCache(len(batch), int(lengths.max()) + max_new_tokens)
-        packed = pack([prompts[row] for row in batch], device)
-        going = np.ones(len(batch), bool)
-        for new in range(max_new_tokens):
-            next_ids = model(*packed, packed.last, cache).argmax(1).tolist()  # (B,)
-            for i, token in enumerate(next_ids):
-                going[i] &= token not in stop
-                if going[i]:
-                    answers[batch[i]].append(token)
-            if not going.any():
+    for rows in length_batches(prompts, max_tokens or MAX_TOKENS[on_gpu(device)], extra=max_new_tokens):
+        lengths = np.array([len(prompts[row]) for row in rows])
+        cache = KVCache(len(rows), int(lengths.max()) + max_new_tokens)
+        batch, running = pack([prompts[row] for row in rows], device), set(rows)
+        for step in range(max_new_tokens):
+            next_ids = model(batch, batch.last, cache).argmax(1).tolist()  # (B,)
+            for row, token in zip(rows, next_ids, strict=True):
+                if token in stop:
+                    running.discard(row)
+                elif row in running:
+                    answers[row].append(token)
+            if not running:
                 break
-            # A finished row goes on, unheard, until all are: the batch keeps its shape.
-            packed = pack([[token] for token in next_ids], device, lengths + new)
+            # Finished rows keep decoding, ignored, so the batch keeps its shape.
+            batch = pack([[token] for token in next_ids], device, lengths + step)
     return answers
 
 
 def read_answer(text: str, num_options: int) -> int | None:
-    """The option that generated text names: the letter it begins with, after the think block if there is one, else None.
+    """The index of the option that a generated text names, or None.
 
-    The letter must stand alone, or before punctuation or a line break: "A.", not "A story about".
+    The option is the text's first letter, after a think block if there is one. It must be alone, or followed by
+    punctuation or a line break: "A.", not "A story about".
     """
     answer = text.rsplit("</think>", 1)[-1]
     match = re.match(r"[\W_]*([A-Z])(?=[\W_]*$|[.:,;)\]*_<\n])", answer)
@@ -64,6 +65,6 @@ def read_answer(text: str, num_options: int) -> int | None:
 def read_answers(
     tokenizer: Tokenizer, answers: Sequence[Sequence[int]], num_options: int
 ) -> tuple[list[int | None], float]:
-    """The option of each generated answer, and the share of answers that name none."""
+    """The option of each generated answer, and the fraction of answers that name none."""
     read = [read_answer(tokenizer.decode(ids), num_options) for ids in answers]
     return read, read.count(None) / max(1, len(read))

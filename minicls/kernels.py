@@ -1,24 +1,25 @@
-"""Operations with a gradient by hand, for a CPU: RMSNorm, the rotation of queries and keys, one cast for several products.
+"""Operations with hand-written gradients for a CPU: RMSNorm and the rotation of queries and keys; and one shared cast.
 
-On a CPU an elementwise operation costs the bytes it moves, and autograd keeps what it needs for the backward pass. These
-functions convert to fp32 once, keep less, and write over results that nobody needs any more.
+On a CPU an elementwise operation costs the bytes it moves. These functions convert to fp32 once, keep less for the
+backward pass than autograd would, and overwrite intermediate results.
 """
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from minicls.attention import on_gpu, products_dtype
+from minicls.attention import matmul_dtype, on_gpu
 
 
 class _RMSNorm(torch.autograd.Function):
-    """RMSNorm with a backward pass by hand: autograd would keep three fp32 copies of x, where x and one scale per vector suffice."""
+    """Autograd would save three fp32 copies of x; x itself and one scale per vector suffice."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        in_fp32 = x.float()
-        scale = (torch.linalg.vector_norm(in_fp32, dim=-1, keepdim=True) ** 2 / x.shape[-1] + eps).rsqrt()
+        x_fp32 = x.float()
+        scale = (torch.linalg.vector_norm(x_fp32, dim=-1, keepdim=True) ** 2 / x.shape[-1] + eps).rsqrt()
         ctx.save_for_backward(x, weight, scale)
-        return (in_fp32 * scale).mul_(weight).to(x.dtype)
+        return (x_fp32 * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -31,28 +32,26 @@ class _RMSNorm(torch.autograd.Function):
         return grad.to(x.dtype), weight_grad.to(weight.dtype), None
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x²) + eps) * weight over the last dimension, in fp32; returns x's shape and dtype (arXiv 1910.07467)."""
-    if on_gpu(x.device):  # PyTorch's fused kernel keeps as little as ours
-        if (
-            x.dtype == weight.dtype
-        ):  # it computes in fp32 by itself; casts would be three launches more, as long as all the rest
-            return F.rms_norm(x, weight.shape, weight, eps)
-        return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
-    return _RMSNorm.apply(x, weight, eps)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) * weight over the last dimension, in fp32; returns x's dtype (arXiv 1910.07467)."""
+    if not on_gpu(x.device):
+        return _RMSNorm.apply(x, weight, eps)
+    if x.dtype == weight.dtype:  # PyTorch's fused kernel saves as little, and computes in fp32 without casts
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
 
 
 class _Rotation(torch.autograd.Function):
-    """The rotation with a backward pass by hand: the gradient is turned back, so nothing of x is kept."""
+    """The gradient is the upstream gradient rotated back, so nothing of x is saved."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        half, in_fp32 = x.shape[-1] // 2, x.float()
-        turned = in_fp32 * cos
-        turned[..., :half].addcmul_(in_fp32[..., half:], sin[..., :half])
-        turned[..., half:].addcmul_(in_fp32[..., :half], sin[..., half:])
-        return turned.to(x.dtype)
+        half, x_fp32 = x.shape[-1] // 2, x.float()
+        rotated = x_fp32 * cos
+        rotated[..., :half].addcmul_(x_fp32[..., half:], sin[..., :half])
+        rotated[..., half:].addcmul_(x_fp32[..., :half], sin[..., half:])
+        return rotated.to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -60,14 +59,11 @@ class _Rotation(torch.autograd.Function):
         return _Rotation.apply(grad, cos, -sin), None, None
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns q or k (N, heads, Dh) by their positions' angles: x * cos + (x with its halves exchanged) * sin, in fp32.
-
-    cos, sin: (N, 1, Dh) fp32, the first half of the sines negated.
-    """
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates q or k (N, heads, Dh) by `rope_tables` (N, 1, Dh): x * cos + (x with halves swapped) * sin, in fp32."""
     return _Rotation.apply(x, cos, sin)
 
 
-def cast_once(x: torch.Tensor) -> torch.Tensor:
-    """Casts x to autocast's dtype, where autocast is on, so that several linear layers share the copy."""
-    return x.to(products_dtype(x))
+def cast_once(x: Tensor) -> Tensor:
+    """Casts x to autocast's dtype, if autocast is enabled, so that several linear layers share the copy."""
+    return x.to(matmul_dtype(x))

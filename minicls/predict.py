@@ -41,7 +41,7 @@ def classify_rows(model: nn.Module, rows: Sequence[Sequence[int]], device: torch
     """The logits (n, C) fp32 of n tokenized rows, on the CPU. Ranks take batches in turn, and each gets all rows."""
     logits = torch.zeros(len(rows), model.config.num_labels, device=device)
     for batch in length_batches(rows, EVAL_TOKENS[on_gpu(device)])[dist.rank() :: dist.world_size()]:
-        logits[to_device(batch, device)] = model(*pack([rows[row] for row in batch], device))
+        logits[to_device(batch, device)] = model(pack([rows[row] for row in batch], device))
     return dist.all_sum(logits).cpu()  # a row is zero on all ranks but one, so the sum is exact
 
 

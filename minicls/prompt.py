@@ -1,29 +1,31 @@
-"""The multiple-choice prompt in the model's own chat format: texts and classes -> rows of ids.
+"""The multiple-choice question in the model's own chat format: texts and classes -> rows of ids.
 
-A chat template is rendered once, around a mark in place of the user's turn. What stands around the mark
-is constant, and its control tokens are inserted by id, so nothing in a text can become one. The turn
-is encoded as one string, because an article's last full stop and the blank line after it are one
-token: encoding the parts separately gives other ids.
+A chat template is rendered once, with a mark in place of the user's turn. What surrounds the mark
+is constant, and its control tokens are inserted by id, so nothing in a text can become one. The
+turn is encoded as one string, because an article's last full stop and the blank line after it are
+one token: encoding the parts separately gives other ids.
 """
 
 import dataclasses
+import datetime
+import functools
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
 
 from minicls.config import UserError
 from minicls.data import AG_NEWS_LABELS
-from minicls.tokenizer import Tokenizer
+from minicls.tokenizer import TOKEN_NAMES, Tokenizer
 
 PROMPTS = {file.stem: file for file in sorted((Path(__file__).parent / "prompts").glob("*.txt"))}
-# The published prompts speak of news. For other data than AG News they speak of a text.
+# The published prompts speak of news. These words replace theirs for data other than AG News.
 NEWS = {"news article": "text", "Article": "Text", "新闻文章": "文本", "文章": "文本"}
-MARK = "\u2063minicls\u2063"  # stands for the user's turn while a template is rendered
-LETTER = "\u2063A\u2063"  # and this for the answer
+TURN, LETTER = "\u2063minicls\u2063", "\u2063A\u2063"  # marks for the user's turn and the answer
+REPAIR = "correct chat_template, or delete it to ask the bare question"
+Rows = list[list[int]]
 
 
 def make_template(
@@ -31,174 +33,129 @@ def make_template(
 ) -> tuple[str, str]:
     """The user's turn before and after the text.
 
-    `prompt` names one of PROMPTS or a text file with {text} and {options} in it. `no_think` appends
-    the published prompt's `/no_think` to the former; a file says all that is to be said.
-
-    Raises UserError where the classes make no options or the file is no template.
+    `prompt` names one of PROMPTS or a text file with {text} and {options} in it. `no_think` ends
+    one of PROMPTS with `/no_think`, as published; a file is used as it is.
     """
-    if len(label_names) > len(ascii_uppercase):
-        raise UserError(
-            f"--head: options are letters, and {len(label_names)} classes are too many; use --head linear on the bare text"
-        )
-    names = [name.strip() for name in label_names]
+    names, about_news = [name.strip() for name in label_names], (*label_names,) == AG_NEWS_LABELS
+    if len(names) > len(ascii_uppercase):
+        raise UserError(f"--head: {len(names)} classes exceed the 26 letters; use --head linear")
     for i, name in enumerate(names):
-        if not name:
-            raise UserError(
-                f"--label-names: the name of class {i} is empty, so it makes no option; name it"
-            )
-        if len(name.splitlines()) > 1:
-            raise UserError(
-                f"--label-names: the name of class {i} has a line break, {name!r}; an option is one line"
-            )
-        if name in names[:i]:
-            raise UserError(
-                f"--label-names: classes {names.index(name)} and {i} are both {name!r}; give them different names"
-            )
-    about_news = tuple(label_names) == AG_NEWS_LABELS
+        if len(name.splitlines()) != 1 or name in names[:i]:
+            need = "options need different names of one line"
+            raise UserError(f"--label-names: class {i} is called {name!r}; {need}")
     if about_news:
         names[3] = "Science/Technology"
-    lines = "\n".join(
-        f"{letter}. {name}" for letter, name in zip(ascii_uppercase, names, strict=False)
-    )
+    options = "\n".join(f"{ascii_uppercase[i]}. {name}" for i, name in enumerate(names))
     file = PROMPTS.get(prompt, Path(prompt))
     try:
         template = file.read_text(encoding="utf-8-sig").removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--prompt: {prompt} is not readable ({error}); pass a UTF-8 text file, or one of {', '.join(PROMPTS)}"
-        ) from None
+        remedy = f"pass a UTF-8 text file, or one of {', '.join(PROMPTS)}"
+        raise UserError(f"--prompt: {prompt} is not readable ({error}); {remedy}") from None
     if prompt in PROMPTS:
         for news, other in NEWS.items() if not about_news else ():
             template = template.replace(news, other)
         template += "/no_think" * no_think
     for part in ("{text}", "{options}"):
-        if template.count(part) != 1:
-            raise UserError(
-                f"--prompt: {file} has {part} {template.count(part)} times; put it in once, where it belongs"
-            )
-    before, after = template.split("{text}")  # first, since a class may be called anything
-    return before.replace("{options}", lines), after.replace("{options}", lines)
+        if (count := template.count(part)) != 1:
+            raise UserError(f"--prompt: {file} has {part} {count} times; put it in once")
+    before, after = template.split("{text}")  # before options are put in: a class may be "{text}"
+    return before.replace("{options}", options), after.replace("{options}", options)
 
 
 def thinks(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer belongs to a model that can think: `<think>` is one of its added tokens."""
+    """Whether the tokenizer belongs to a model that can think: `<think>` is an added token."""
     return "<think>" in tokenizer.added_tokens
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """What a chat template puts around the user's turn and the answer.
+    """A conversation is before + turn + after + think + gap + letter + ending.
 
-    SmolLM2's, for example, where `before` also holds a system turn:
-
-        <|im_start|>user\\n  {turn}  <|im_end|>\\n<|im_start|>assistant\\n  {letter}  <|im_end|>\\n
-        `---- before ----'         `--------------- after --------------'         `--- ending ---'
+    The defaults are for a model without a chat template; the comments show Qwen3's values.
     """
 
-    before: str = ""
-    after: str = ""
-    think: str = (
-        ""  # the empty think block that Qwen3's template ends with when it is told not to think
+    before: str = ""  # <|im_start|>user\n; elsewhere it may begin with a default system turn
+    after: str = ""  # <|im_end|>\n<|im_start|>assistant\n
+    think: str = ""  # <think>\n\n</think>\n\n, an empty block: answer without thinking
+    gap: str = " "  # nothing; Mistral's template, too, has a blank here
+    ending: str = ""  # <|im_end|>\n
+    strips: bool = False  # whether the template strips whitespace around the turn
+
+
+def _template_environment():
+    """Jinja as transformers' `apply_chat_template` sets it up, in a sandbox."""
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str):
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    gap: str = (
-        " "  # between that and the letter: Mistral's template has one, and so has the bare question
-    )
-    ending: str = ""
-    strips: bool = False  # whether the template removes blanks around the turn
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    environment.globals["raise_exception"] = raise_exception
+    return environment
 
 
 def render_chat_format(tokenizer: Tokenizer) -> ChatFormat:
-    """Renders the chat template of tokenizer_config.json as transformers' `apply_chat_template` does.
+    """Learns the format by rendering the tokenizer's chat template around marks.
 
     Without a template: the bare turn, a blank, the letter, and the end-of-sequence token.
-    Raises UserError where a template cannot be rendered or does not hold the turn exactly once.
     """
-    import jinja2
-    import jinja2.ext
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
     source = tokenizer.config.get("chat_template")
     if isinstance(source, list):  # several, by name
         source = {entry["name"]: entry["template"] for entry in source}.get("default")
     if not source:
         return ChatFormat(ending=tokenizer.special_token("eos_token") or "")
+    # transformers adds a block {% generation %} around the assistant's part. `if true` renders the
+    # same, and keeps the tag's dashes, which strip the whitespace next to it.
+    for tag, known in (("generation", "if true"), ("endgeneration", "endif")):
+        source = re.sub(rf"({{%[-+]?)\s*{tag}\s*([-+]?%}})", rf"\1 {known} \2", source)
+    environment = _template_environment()
+    named = {name: tokenizer.special_token(name) for name in TOKEN_NAMES}
+    fixed = {name: token for name, token in named.items() if token is not None}
+    fixed |= {"tools": None, "documents": None}
 
-    def raise_exception(message: str):
-        raise jinja2.TemplateError(message)
-
-    def to_json(value, **options) -> str:
-        return json.dumps(value, **({"ensure_ascii": False} | options))
-
-    def strftime_now(form: str) -> str:
-        import datetime
-
-        return datetime.datetime.now().strftime(form)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    # transformers marks the assistant's part with these and renders what is between them. Another tag
-    # takes their place, because a tag's dashes decide which blanks around it stay.
-    source = re.sub(r"(\{%[-+]?)\s*generation\s*([-+]?%\})", r"\1 if true \2", source)
-    source = re.sub(r"(\{%[-+]?)\s*endgeneration\s*([-+]?%\})", r"\1 endif \2", source)
-    names = (
-        "bos_token",
-        "eos_token",
-        "unk_token",
-        "pad_token",
-        "sep_token",
-        "cls_token",
-        "mask_token",
-    )
-    tokens = {name: token for name in names if (token := tokenizer.special_token(name)) is not None}
-
-    def render(turn: str, answer: str | None = None, **options) -> str:
+    def render(turn: str, *answer: str, **options) -> str:
         messages = [{"role": "user", "content": turn}]
-        if answer is not None:
-            messages.append({"role": "assistant", "content": answer})
-        given = {
-            "messages": messages,
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": answer is None,
-        }
+        messages += [{"role": "assistant", "content": letter} for letter in answer]
+        variables = fixed | {"messages": messages, "add_generation_prompt": not answer} | options
         try:
-            return environment.from_string(source).render(**given, **options, **tokens)
-        except Exception as error:  # a template is a program: whatever can go wrong in one
+            return environment.from_string(source).render(variables)
+        except Exception as error:  # a template is a program, which can fail in any way
             raise UserError(
-                f"--model: its chat template cannot render a user's turn ({type(error).__name__}: {error}); it may ask "
-                "for a system turn: correct chat_template, or delete it to ask the bare question"
+                "--model: its chat template cannot render a user's turn "
+                f"({type(error).__name__}: {error}); it may need a system turn: {REPAIR}"
             ) from None
 
-    prompt, question = render(MARK), render(MARK, enable_thinking=False)
-    answered = render(MARK, LETTER)
-    if (
-        any(text.count(MARK) != 1 for text in (prompt, question, answered))
-        or answered.count(LETTER) != 1
-    ):
-        raise UserError(
-            "--model: its chat template drops or repeats the user's turn or the answer; correct chat_template, or delete "
-            "it to ask the bare question"
-        )
-    if not question.startswith(
-        prompt
-    ):  # a template that thinks by default: without thoughts, the prompt is another
+    prompt, question = render(TURN), render(TURN, enable_thinking=False)
+    answered = render(TURN, LETTER)
+    turns = [text.count(TURN) for text in (prompt, question, answered)]
+    if [*turns, answered.count(LETTER)] != [1, 1, 1, 1]:
+        fault = "drops or repeats the user's turn or the answer"
+        raise UserError(f"--model: its chat template {fault}; {REPAIR}")
+    if not question.startswith(prompt):  # without thoughts, another prompt: it thinks by default
         prompt = question
-    before, after = prompt.split(MARK)
+    before, after = prompt.split(TURN)
     start, ending = answered.split(LETTER)
     gap = start.removeprefix(question) if start.startswith(question) else ""
-    strips = MARK + " " not in render(f" {MARK} ")
+    strips = TURN + " " not in render(f" {TURN} ")
     return ChatFormat(before, after, question[len(prompt) :], gap, ending, strips)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Chat:
     """A question's template and the chat format around it: turns texts into rows of ids.
 
-    `think_in` says to which part the empty think block belongs: the response, which is trained on, or
-    the prompt. `train_on` is the whole response or the letter alone.
+        prompt         the user's turn, up to where the assistant begins to write
+        question       prompt + empty think block, to which the scorer appends each option
+        training row   question + option + ending
+
+    `think_in`: whether the empty think block is part of the "response", and trained on, or of the
+    "prompt". `train_on`: the whole "response", or only the "letter".
     """
 
     tokenizer: Tokenizer
@@ -207,112 +164,84 @@ class Chat:
     max_length: int
     think_in: str = "response"
     train_on: str = "response"
-    format: ChatFormat | None = None  # None: the one that the tokenizer's chat template renders
+    format: ChatFormat | None = None  # None: rendered from the tokenizer's chat template
+    think: list[int] = field(init=False)  # ids of the empty think block
+    ending: list[int] = field(init=False)  # ids after the letter
 
     def __post_init__(self):
-        if self.format is None:
-            object.__setattr__(self, "format", render_chat_format(self.tokenizer))
+        self.format = self.format or render_chat_format(self.tokenizer)
+        self.think, self.ending = self._ids(self.format.think), self._ids(self.format.ending)
 
     def _pieces(self, text: str) -> list[str]:
-        """The constant text, cut at control tokens, which are the odd elements."""
+        """Constant text cut at control tokens, which are the odd elements."""
         tokens = sorted(self.tokenizer.added_tokens, key=len, reverse=True)
         return re.split(f"({'|'.join(map(re.escape, tokens))})", text) if tokens else [text]
 
-    def _ids(self, pieces: Sequence[str]) -> list[int]:
-        ids: list[int] = []
-        for i, piece in enumerate(pieces):
-            if piece:
-                (encoded,) = (
-                    [self.tokenizer.control_ids([piece])]
-                    if i % 2
-                    else self.tokenizer.encode([piece])
-                )
-                ids += encoded
+    def _ids(self, text: str) -> list[int]:
+        ids = []
+        for i, piece in enumerate(self._pieces(text)):
+            if i % 2:
+                ids += self.tokenizer.control_ids([piece])
+            elif piece:
+                ids += self.tokenizer.encode([piece])[0]
         return ids
 
-    @cached_property
+    @functools.cached_property
     def _around(self) -> tuple[list[int], str, str, list[int]]:
-        """The ids before the string that holds the turn, that string's two ends, and the ids after it.
+        """The ids before the string that holds the turn, its two ends, and the ids after it.
 
-        The string reaches from the last control token before the turn to the first one after it.
+        The string runs from the last control token before the turn to the first one after it.
         """
         before, after = self._pieces(self.format.before), self._pieces(self.format.after)
         first = [] if self.format.before else self.tokenizer.added_before()
-        ids = first + self._ids(before[:-1]), before[-1], after[0], self._ids(["", *after[1:]])
-        # Some tokenizers read a text that follows a control token otherwise than one that stands alone.
+        ids, last = first + self._ids("".join(before[:-1])), self._ids("".join(after[1:]))
+        # Some tokenizers read text after a control token differently from text on its own.
         turn = "A text."
-        whole = self.tokenizer.encode_with_control_tokens(
-            f"{self.format.before}{turn}{self.format.after}"
-        )
-        if first + whole != [*ids[0], *self.tokenizer.encode([ids[1] + turn + ids[2]])[0], *ids[3]]:
+        rendered = f"{self.format.before}{turn}{self.format.after}"
+        whole = first + self.tokenizer.encode_with_control_tokens(rendered)
+        if whole != [*ids, *self.tokenizer.encode([before[-1] + turn + after[0]])[0], *last]:
             raise UserError(
-                "--model: its tokenizer does not encode the chat template's pieces as it encodes them together; such a "
-                "tokenizer is not supported, so use --head linear on the bare text"
+                "--model: its tokenizer does not encode the chat template's pieces as it encodes "
+                "them together; use another model, or --head linear on the bare text"
             )
-        return ids
+        return ids, before[-1], after[0], last
 
-    @cached_property
-    def think(self) -> list[int]:
-        """The empty think block's ids; none where the template has no such block."""
-        return self._ids(self._pieces(self.format.think))
-
-    @cached_property
-    def _tail(self) -> str:
-        """The text between the last control token and the letter; without control tokens, all that is constant."""
-        return self._pieces(self.template[1] + self.format.after + self.format.think)[-1]
-
-    @cached_property
+    @functools.cached_property
     def options(self) -> list[list[int]]:
-        """The ids of each letter as it is tokenized after what precedes it, one or several each.
-
-        Raises UserError where the tokenizer merges a letter with the text around it.
-        """
-        letters = ascii_uppercase[: self.num_options]
+        """The ids of each letter, one or several, as tokenized in its place."""
         end = self._pieces(self.format.ending)[0]
-        tail, last = self.tokenizer.encode([self._tail, end])
-        answers = self.tokenizer.encode(
-            [f"{self._tail}{self.format.gap}{letter}" for letter in letters]
-        )
-        ended = self.tokenizer.encode(
-            [f"{self._tail}{self.format.gap}{letter}{end}" for letter in letters]
-        )
-        for letter, ids, whole in zip(letters, answers, ended, strict=True):
-            if ids[: len(tail)] != tail or whole != ids + last:
+        # The constant text after the last control token; all of it, if there is no such token.
+        tail = self._pieces(self.template[1] + self.format.after + self.format.think)[-1]
+        texts = [tail + self.format.gap + letter for letter in ascii_uppercase[: self.num_options]]
+        tail_ids, end_ids = self.tokenizer.encode([tail, end])
+        answers = self.tokenizer.encode(texts)
+        ended = self.tokenizer.encode([text + end for text in texts])
+        for text, ids, whole in zip(texts, answers, ended, strict=True):
+            if ids[: len(tail_ids)] != tail_ids or whole != ids + end_ids:
                 raise UserError(
-                    f"--model: its tokenizer merges the option {letter} with the text around it, {self._tail[-20:]!r}; use "
-                    "another model, or --prompt FILE with another ending"
+                    f"--model: its tokenizer merges the option {text[-1]} with the text around it, "
+                    f"{tail[-20:]!r}; use another model, or --prompt FILE with another ending"
                 )
-        return [ids[len(tail) :] for ids in answers]
+        return [ids[len(tail_ids) :] for ids in answers]
 
-    @cached_property
-    def ending(self) -> list[int]:
-        """What follows the letter: for Qwen3, `<|im_end|>` and the newline that closes a turn."""
-        return self._ids(self._pieces(self.format.ending))
-
-    @cached_property
+    @functools.cached_property
     def stop_ids(self) -> list[int]:
-        """The ids that end an answer: the control token after it, and the end-of-sequence and padding tokens."""
-        tokens = [
-            *self._pieces(self.format.ending)[1:2],
-            *map(self.tokenizer.special_token, ("eos_token", "pad_token")),
-        ]
+        """The control token after an answer, and the end-of-sequence and padding tokens."""
+        named = map(self.tokenizer.special_token, ("eos_token", "pad_token"))
+        tokens = [*self._pieces(self.format.ending)[1:2], *named]
         return self.tokenizer.control_ids([*dict.fromkeys(token for token in tokens if token)])
 
-    @cached_property
+    @functools.cached_property
     def response_length(self) -> int:
-        """The most ids that follow the prompt: think block, letter, ending. Seven with Qwen3's tokenizer."""
+        """The most ids that can follow a prompt. Seven with Qwen3's tokenizer."""
         return len(self.think) + max(map(len, self.options)) + len(self.ending)
 
-    def prompts(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
-        """The ids up to where the assistant begins to write, and the number of texts that were cut.
-
-        A row leaves room for the response in `max_length`. Where it is too long, the text's end is cut
-        and the turn encoded again. Raises UserError where even the empty text does not fit.
-        """
+    def prompts(self, texts: Sequence[str]) -> tuple[Rows, int]:
+        """The prompts, and how many texts were cut to leave `max_length` room for a response."""
         first, start, end, last = self._around
         before, after = self.template
 
-        def turns(texts: Sequence[str]) -> list[list[int]]:
+        def turns(texts: Sequence[str]) -> Rows:
             contents = [f"{before}{text}{after}" for text in texts]
             contents = [content.strip() for content in contents] if self.format.strips else contents
             return self.tokenizer.encode([f"{start}{content}{end}" for content in contents])
@@ -325,41 +254,36 @@ class Chat:
             while len(ids) > room:
                 if not text:
                     needed = self.max_length - room + len(ids)
-                    raise UserError(
-                        f"--max-length: {self.max_length} leaves no room for a text; the prompt alone takes {needed}"
-                    )
-                # Fewer tokens of the text by the excess; and again, should the seam have made new ones.
+                    fault = f"{self.max_length} leaves no room for a text"
+                    raise UserError(f"--max-length: {fault}; the prompt alone takes {needed}")
+                # Drop the excess from the text's end. Repeat if tokens at the seam then differ.
                 keep = min(keep - 1, len(self.tokenizer.encode([text])[0]) - (len(ids) - room))
                 text = self.tokenizer.head(text, keep)
                 (ids,) = turns([text])
             encoded[row] = ids
         return [[*first, *ids, *last] for ids in encoded], cut
 
-    def questions(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
-        """Prompts with the think block, ready for an option: the scorer's rows; and the number of texts that were cut."""
+    def questions(self, texts: Sequence[str]) -> tuple[Rows, int]:
+        """The questions, ready for an option, and how many texts were cut."""
         prompts, cut = self.prompts(texts)
         return [ids + self.think for ids in prompts], cut
 
-    def training_rows(
-        self, texts: Sequence[str], labels: Sequence[int]
-    ) -> tuple[list[list[int]], int]:
-        """Prompts with their answers, up to the last token that is trained on; and the number of texts that were cut."""
+    def training_rows(self, texts: Sequence[str], labels: Sequence[int]) -> tuple[Rows, int]:
+        """Questions with answers, up to the last trained token, and how many texts were cut."""
         questions, cut = self.questions(texts)
         ending = [] if self.train_on == "letter" else self.ending
-        options = self.options
-        return [
-            ids + options[label] + ending for ids, label in zip(questions, labels, strict=True)
-        ], cut
+        answers = [option + ending for option in self.options]
+        return [ids + answers[y] for ids, y in zip(questions, labels, strict=True)], cut
 
     def target_counts(self, label: int) -> tuple[int, int, int]:
-        """The targets at the end of a training row of this class: (format tokens, letter tokens, format tokens)."""
+        """Targets at the end of a class's training rows: tokens before, in and after the letter."""
         if self.train_on == "letter":
             return 0, len(self.options[label]), 0
         before = len(self.think) if self.think_in == "response" else 0
         return before, len(self.options[label]), len(self.ending)
 
     def saved(self) -> dict:
-        """What minicls.json needs to ask the same question again."""
+        """The part of minicls.json that `make_chat` needs to ask the same question again."""
         return {"template": list(self.template), "chat": dataclasses.asdict(self.format)}
 
 
@@ -372,15 +296,15 @@ def make_chat(
     place: Path | str = "minicls.json",
     **settings,
 ) -> Chat:
-    """The question that `Chat.saved` wrote down; where `saved` has none, the one that `prompt` names.
+    """The question that `Chat.saved` wrote down, or if it wrote none, the one that `prompt` names.
 
-    settings: `think_in` and `train_on`. Raises UserError that names `place` where the saved format is not one.
+    settings: `think_in` and `train_on`. `place`: the file to name if its chat format is damaged.
     """
     template = saved.get("template") or make_template(label_names, prompt, thinks(tokenizer))
     try:
-        form = ChatFormat(**saved["chat"]) if saved.get("chat") else None
+        chat_format = ChatFormat(**saved["chat"]) if saved.get("chat") else None
     except TypeError as error:
-        raise UserError(
-            f"{place}: its chat format is none ({error}); copy the whole model directory again"
-        ) from None
-    return Chat(tokenizer, tuple(template), len(label_names), max_length, format=form, **settings)
+        fault = f"its chat format is not valid ({error})"
+        raise UserError(f"{place}: {fault}; copy the whole model directory again") from None
+    sizes = len(label_names), max_length
+    return Chat(tokenizer, tuple(template), *sizes, format=chat_format, **settings)

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 import train_bert
 import train_qwen
 from minicls import dist, engines, scorer, weights
-from minicls.attention import Rows, attention, padded_attention
+from minicls.attention import attention, lay_out, pad_layout, padded_attention
 from minicls.batch import length_batches, pack, to_device
 from minicls.config import run
 from minicls.generate import generate
@@ -261,17 +261,19 @@ def attention_check() -> None:
     ):
         for lengths in ([1, 130, 7, 64, 1, 200], [33], [1, 1, 1]):
             torch.manual_seed(0)
-            ends = torch.tensor([0, *lengths]).cumsum(0).int()
             exact = [
                 torch.randn(sum(lengths), heads, Dh, dtype=torch.float64).requires_grad_() for heads in (H, Hkv, Hkv)
             ]
             upstream = torch.randn(sum(lengths), H, Dh, dtype=torch.float64)
-            wanted = padded_attention(*exact, Rows(ends, max(lengths)), causal)
+            rows = pack([[0] * length for length in lengths])
+            wanted = padded_attention(*exact, pad_layout(rows, torch.float64), causal)
             wanted = wanted, *torch.autograd.grad(wanted, exact, upstream)
             for dtype in (torch.bfloat16, torch.float32):
                 for way in (attention, padded_attention):
                     q, k, v = (x.detach().to(DEVICE, dtype).requires_grad_() for x in exact)
-                    output = way(q, k, v, Rows(ends.to(DEVICE), max(lengths)), causal)
+                    rows = pack([[0] * length for length in lengths], DEVICE)
+                    layout = lay_out(rows, q, Dh) if way is attention else pad_layout(rows, dtype)
+                    output = way(q, k, v, layout, causal)
                     found = output, *torch.autograd.grad(output, (q, k, v), upstream.to(DEVICE, dtype))
                     name = f"{way.__name__}, {str(dtype).removeprefix('torch.')}, heads {H}/{Hkv} of {Dh}"
                     gaps = [distance(*pair, floor=1e-2) for pair in zip(found, wanted, strict=True)]
@@ -301,7 +303,7 @@ def models() -> None:
         (model.bert if kind is weights.BERT else model.model).activation_checkpointing = checkpointing
         batch = pack(rows, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
-            logits = model(*batch, *([batch.last] if kind is weights.DECODER else []))
+            logits = model(batch, *([batch.last] if kind is weights.DECODER else []))
         F.cross_entropy(logits, torch.arange(len(rows), device=device)[: len(logits)] % logits.shape[1]).backward()
         return logits, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
@@ -433,7 +435,7 @@ def sft_loss(forward, part: list[list[int]]) -> torch.Tensor:
     labels = np.zeros(len(part), np.int64)
     targets = train_qwen.make_targets(part, labels, ENDINGS, 0, DEVICE)
     with bf16():
-        logits = forward(*targets.batch, targets.at)
+        logits = forward(targets.batch, targets.at)
     ones = torch.ones(1, device=DEVICE)
     return train_qwen.answer_loss(logits, targets, ones, 0.0, None)[0] / (7 * SFT_ROWS)
 
@@ -467,7 +469,7 @@ def sft() -> None:
 def bert_loss(forward, part: list[list[int]]) -> torch.Tensor:
     labels = to_device(np.zeros(len(part), np.int64), DEVICE)
     with bf16():
-        logits = forward(*pack(part, DEVICE))
+        logits = forward(pack(part, DEVICE))
     return F.cross_entropy(logits, labels, reduction="sum") / len(part)
 
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 import transformers
 
 import train_bert
-from minicls.attention import Rows, attention, padded_attention
-from minicls.batch import pack, step_rows
+from minicls.attention import Layout, attention, lay_out, pad_layout, padded_attention
+from minicls.batch import pack, pack_shared, step_rows
 from minicls.bert import BertConfig, BertForSequenceClassification
 from minicls.data import load_data, split_data
 from minicls.logger import read_metrics
@@ -84,7 +84,7 @@ def test_logits_loss_and_gradients_equal_transformers(values, lengths):
     ours.load_state_dict(theirs.state_dict())  # strict: the names are the same, all of them
     rows = random_rows(lengths)
     labels = torch.arange(len(rows)) % ours.config.num_labels
-    logits = ours.eval()(*pack(rows))
+    logits = ours.eval()(pack(rows))
     loss = F.cross_entropy(logits, labels)
     expected = theirs.eval()(**padded(rows), labels=labels)
     torch.testing.assert_close(logits, expected.logits, rtol=1e-4, atol=1e-5)
@@ -103,8 +103,8 @@ def test_each_dropout_acts_in_training_and_nowhere_else(place):
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     batch = pack(random_rows([9, 4]))
     plain, dropping = make_model(**off).train(), make_model(**off | {place: 0.5})
-    torch.testing.assert_close(dropping.eval()(*batch), plain(*batch), rtol=0, atol=0)
-    assert not torch.allclose(dropping.train()(*batch), plain(*batch), atol=1e-3)
+    torch.testing.assert_close(dropping.eval()(batch), plain(batch), rtol=0, atol=0)
+    assert not torch.allclose(dropping.train()(batch), plain(batch), atol=1e-3)
 
 
 def naive_attention(q, k, v, lengths, causal):
@@ -122,8 +122,9 @@ def naive_attention(q, k, v, lengths, causal):
     return torch.cat(rows)
 
 
-def packed(lengths: list[int], shared: int = 0) -> Rows:
-    return Rows(torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32), max(lengths), shared)
+def layout_of(lengths: list[int], dtype: torch.dtype, shared: int = 0) -> Layout:
+    """The layout that pads."""
+    return pad_layout(pack_shared([[0] * length for length in lengths], shared), dtype)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -135,7 +136,7 @@ def test_attention_in_bf16_goes_backward_near_fp32(causal, way):
     rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
     for tensors in (exact, rounded):
         with torch.autocast("cpu", torch.bfloat16, enabled=tensors is rounded):
-            output = padded_attention(*tensors, packed(lengths), causal)
+            output = padded_attention(*tensors, layout_of(lengths, tensors[0].dtype), causal)
         assert output.dtype == tensors[0].dtype
         output.square().sum().backward()
     for x, y in zip(exact, rounded, strict=True):
@@ -151,7 +152,9 @@ def test_attention_equals_the_naive_one(function, causal, kv_heads, lengths, way
     generator = torch.Generator().manual_seed(0)
     shapes = [(sum(lengths), heads, 8) for heads in (4, kv_heads, kv_heads)]
     q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes)
-    output = function(q, k, v, packed(lengths), causal)
+    batch = pack([[0] * length for length in lengths])
+    layout = lay_out(batch, q, 8) if function is attention else pad_layout(batch, q.dtype)
+    output = function(q, k, v, layout, causal)
     expected = naive_attention(q, k, v, lengths, causal)
     weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)  # of a loss that tells outputs apart
     found = [output, *torch.autograd.grad((output * weights).sum(), (q, k, v))]
@@ -176,7 +179,7 @@ def test_attention_to_a_shared_beginning_equals_whole_rows(causal, lengths, way)
     for x in (q, k, v):
         first, *others = x.split(own_lengths)
         whole.append(torch.cat([first, *(torch.cat([first[:shared], other]) for other in others)]))
-    output = attention(q, k, v, packed(own_lengths, shared), causal)
+    output = attention(q, k, v, layout_of(lengths, q.dtype, shared), causal)
     expected = naive_attention(*whole, lengths, causal)[own]
     weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)
     found = [output, *torch.autograd.grad((output * weights).sum(), (q, k, v))]
@@ -192,7 +195,7 @@ def test_attention_dropout_drops_probabilities_and_keeps_their_mean(trains):
 
     def outputs(seed):
         torch.manual_seed(seed)
-        return padded_attention(x, x, torch.ones_like(x), packed(lengths), dropout_p=p).detach()
+        return padded_attention(x, x, torch.ones_like(x), layout_of(lengths, x.dtype), dropout_p=p).detach()
 
     found = outputs(0)
     assert torch.equal(found, outputs(0))
@@ -209,9 +212,9 @@ def test_attention_dropout_drops_probabilities_and_keeps_their_mean(trains):
 def test_a_row_does_not_depend_on_its_batch():
     model, rows = make_model().eval(), random_rows(MANY)
     with torch.inference_mode():
-        alone = torch.cat([model(*pack([row])) for row in rows])
+        alone = torch.cat([model(pack([row])) for row in rows])
         for batch in ([*range(40)], [*range(39, -1, -1)], [*range(0, 40, 3)], [39, 0], [5, 5, 5]):
-            together = model(*pack([rows[row] for row in batch]))
+            together = model(pack([rows[row] for row in batch]))
             # Only rounding differs: kernels cut matrices of other sizes into other blocks.
             torch.testing.assert_close(together, alone[batch], rtol=1e-4, atol=1e-5)
 
@@ -226,7 +229,7 @@ def test_activation_checkpointing_changes_no_gradient(dtype):
         model.bert.activation_checkpointing = checkpointing
         torch.manual_seed(1)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
-            logits = model.train(dropout)(*batch)
+            logits = model.train(dropout)(batch)
         return gradients(model, F.cross_entropy(logits, torch.tensor([0, 1, 2])))
 
     plain = loss_gradients(False)
@@ -240,9 +243,9 @@ def test_activation_checkpointing_changes_no_gradient(dtype):
 def test_bf16_autocast_gives_fp32_logits_near_those_of_fp32():
     model, batch = make_model().eval(), pack(random_rows(MANY))
     with torch.inference_mode():
-        exact = model(*batch)
+        exact = model(batch)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(*batch)
+            logits = model(batch)
     assert logits.dtype == torch.float32
     assert not torch.equal(logits, logits.bfloat16().float())  # the head ran in fp32, it was not only cast at the end
     # bf16 has 8 bits, an error of 0.4 % an operation; a few of them in a row stay within a tenth of the logits' spread.

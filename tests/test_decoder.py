@@ -139,7 +139,7 @@ def everywhere(batch: Batch) -> torch.Tensor:
 def all_logits(model: torch.nn.Module, rows: list[list[int]]) -> list[torch.Tensor]:
     """The logits after every token of each row, without a cache."""
     batch = pack(rows)
-    return list(model(*batch, everywhere(batch)).split([len(row) for row in rows]))
+    return list(model(batch, everywhere(batch)).split([len(row) for row in rows]))
 
 
 def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -180,7 +180,7 @@ def test_logits_loss_and_gradients_equal_transformers(config, lengths, at):
     packed_targets[asked] = targets
     shift_labels = torch.full_like(their_batch["input_ids"], -100).masked_scatter(real, packed_targets)
 
-    logits = ours(*batch, asked)
+    logits = ours(batch, asked)
     loss = F.cross_entropy(logits, targets)
     expected = theirs(**their_batch, labels=shift_labels, shift_labels=shift_labels)
     assert logits.dtype == torch.float32
@@ -197,8 +197,8 @@ def test_a_shared_beginning_read_once_changes_no_logits_and_no_gradients(kind, l
     whole, once = pack(rows), pack_shared(rows, len(beginning))
     assert len(whole.input_ids) - len(once.input_ids) == len(beginning) * (len(rests) - 1)
     runs = []
-    for batch, shared in ((once, len(beginning)), (whole, 0)):
-        logits = model(*batch, *([batch.last] if kind is DecoderForCausalLM else []), shared=shared)
+    for batch in (once, whole):
+        logits = model(batch, *([batch.last] if kind is DecoderForCausalLM else []))
         runs.append((logits, gradients(model, F.cross_entropy(logits, torch.arange(len(rests)) % logits.shape[1]))))
     torch.testing.assert_close(runs[0][0], runs[1][0], rtol=1e-4, atol=2e-5)
     assert_gradients_equal(runs[0][1], runs[1][1])
@@ -217,7 +217,7 @@ def test_a_position_may_be_asked_for_twice_and_out_of_order():
     at = torch.tensor([14, 0, 5, 5, 2])
     with torch.inference_mode():
         # Only rounding differs: kernels cut matrices of other sizes into other blocks.
-        torch.testing.assert_close(model(*batch, at), model(*batch, everywhere(batch))[at], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(batch, at), model(batch, everywhere(batch))[at], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -226,7 +226,7 @@ def test_classification_equals_transformers(config, lengths):
     ours, theirs = make_pair(config, DecoderForSequenceClassification, num_labels=3, pad_token_id=PAD)
     rows = random_rows(LENGTHS[lengths])
     labels = torch.arange(len(rows)) % 3
-    logits = ours(*pack(rows))
+    logits = ours(pack(rows))
     loss = F.cross_entropy(logits, labels)
     expected = theirs(**padded(rows), labels=labels)
     torch.testing.assert_close(logits, expected.logits, rtol=1e-4, atol=2e-5)
@@ -239,7 +239,7 @@ def test_classification_reads_the_last_token_whatever_it_is():
     rows = [[3, 4, PAD], [PAD], [7, PAD, PAD]]
     with torch.inference_mode():
         expected = torch.cat([theirs(**padded([row])).logits for row in rows])
-        torch.testing.assert_close(ours(*pack(rows)), expected, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(ours(pack(rows)), expected, rtol=1e-4, atol=2e-5)
 
 
 def test_what_a_layer_keeps_for_the_backward_pass():
@@ -272,7 +272,7 @@ def test_what_a_layer_keeps_for_the_backward_pass():
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
-            model(*batch, batch.last).sum()
+            model(batch, batch.last).sum()
         kept.append(sum(storages.values()))
     in_bf16 = 2 * sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim == 2)  # the weights' copies
     activations = (
@@ -294,7 +294,7 @@ def test_activation_checkpointing_changes_no_gradient(kind, dtype):
     def loss_gradients(checkpointing):
         model.model.activation_checkpointing = checkpointing
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
-            logits = model(*batch, *last)
+            logits = model(batch, *last)
         return gradients(model, F.cross_entropy(logits, torch.tensor([0, 1, 0])))
 
     plain = loss_gradients(False)
@@ -313,7 +313,7 @@ def assert_logits_close(found: list[torch.Tensor], wanted: list[torch.Tensor]) -
 def feed(model: torch.nn.Module, cache: KVCache, chunks: list[list[int]], starts: list[int]) -> list[torch.Tensor]:
     """The logits after every token of one chunk a row."""
     batch = pack(chunks, "cpu", starts)
-    return list(model(*batch, everywhere(batch), cache).split([len(chunk) for chunk in chunks]))
+    return list(model(batch, everywhere(batch), cache).split([len(chunk) for chunk in chunks]))
 
 
 def cuts(length: int, pieces: int, rng: np.random.Generator) -> list[int]:
@@ -395,9 +395,9 @@ def test_bf16_autocast_keeps_the_head_in_fp32():
         model, batch = make_model(kind), pack(random_rows(MANY))
         last = [batch.last] if kind is DecoderForCausalLM else []
         with torch.inference_mode():
-            exact = model(*batch, *last)
+            exact = model(batch, *last)
             with torch.autocast("cpu", torch.bfloat16):
-                logits = model(*batch, *last)
+                logits = model(batch, *last)
         assert logits.dtype == torch.float32
         assert not torch.equal(
             logits, logits.bfloat16().float()
@@ -708,7 +708,7 @@ def test_what_is_saved_opens_in_transformers(kind, config, tmp_path):
     batch = pack(rows)
     with torch.inference_mode():
         expected = theirs(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits
-        logits = model(*batch) if linear else model(*batch, everywhere(batch))
+        logits = model(batch) if linear else model(batch, everywhere(batch))
     torch.testing.assert_close(logits, expected if linear else expected[real], rtol=0, atol=1e-4)
     assert logits.std(0).min() > 1e-2  # so that it is not the same whatever the text
     if linear:
@@ -736,7 +736,7 @@ def test_the_real_size_equals_transformers(shared):
     batch = pack(rows)
     with torch.inference_mode():
         expected = torch.cat([theirs.eval()(**padded([row]), logits_to_keep=1).logits[:, 0] for row in rows])
-        logits = ours.eval()(*batch, batch.last)
+        logits = ours.eval()(batch, batch.last)
     # 28 layers hand a rounding error on to one another; logits of a fresh model spread over about 0.6.
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
     assert logits.std() > 0.1

@@ -33,7 +33,7 @@ def argmax_without_cache(model, prompt: list[int], max_new_tokens: int) -> list[
     """The whole row through the model for each new token."""
     ids = list(prompt)
     for _ in range(max_new_tokens):
-        logits = model(*pack([ids]), torch.tensor([len(ids) - 1]))[0]
+        logits = model(pack([ids]), torch.tensor([len(ids) - 1]))[0]
         first, second = logits.topk(2).values
         assert first - second > 1e-3  # rounding is a hundredth of that
         ids.append(int(logits.argmax()))
@@ -112,7 +112,7 @@ def test_it_goes_no_further_than_the_last_row_needs():
     model, steps = make_model(), []
 
     def counted(*arguments):
-        steps.append(len(arguments[0]))
+        steps.append(len(arguments[0].input_ids))
         return model(*arguments)
 
     first = generate(model, PROMPTS[:1], 1, [], CPU)[0]

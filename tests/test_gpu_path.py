@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minicls import attention as attention_module
 from minicls import dist
-from minicls.attention import Rows, attention, cache_slots, has_flash
+from minicls.attention import Batch, Layout, attention, cache_slots, has_flash, lay_out, pad_layout
 from minicls.batch import pack
 from minicls.config import UserError
 from minicls.generate import generate
@@ -52,8 +52,8 @@ def taken(monkeypatch) -> list[tuple]:
     return calls
 
 
-def packed(lengths: list[int]) -> Rows:
-    return Rows(torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths))
+def layout_of(lengths: list[int], q: torch.Tensor) -> Layout:
+    return lay_out(pack([[0] * length for length in lengths]), q, q.shape[-1])
 
 
 @pytest.mark.parametrize("lengths", [[7], [1], [1, 1], MIXED], ids=str)
@@ -65,7 +65,8 @@ def test_the_varlen_kernel_gets_what_equals_the_naive_way(causal, kv_heads, leng
     shapes = [(sum(lengths), heads, 8) for heads in (4, kv_heads, kv_heads)]
     rounded = [torch.randn(shape, generator=generator).bfloat16().requires_grad_() for shape in shapes]
     exact = [x.detach().float().requires_grad_() for x in rounded]
-    output, expected = attention(*rounded, packed(lengths), causal), naive_attention(*exact, lengths, causal)
+    output = attention(*rounded, layout_of(lengths, rounded[0]), causal)
+    expected = naive_attention(*exact, lengths, causal)
     assert output.dtype == torch.bfloat16 and len(taken) == 1
     upstream = torch.randn(output.shape, generator=generator).bfloat16()
     found = [output, *torch.autograd.grad(output, rounded, upstream)]
@@ -93,7 +94,7 @@ def test_which_cards_and_heads_flash_takes(head_dim, dtype, major, taken, monkey
 
 def test_head_sizes_that_flash_refuses_go_the_padded_way(taken):
     q = torch.randn(sum(MIXED), 2, 26, dtype=torch.bfloat16)
-    output = attention(q, q, q, packed(MIXED))
+    output = attention(q, q, q, layout_of(MIXED, q))
     torch.testing.assert_close(output.float(), naive_attention(*[q.float()] * 3, MIXED, False), rtol=0.01, atol=0.03)
     assert not taken
 
@@ -201,7 +202,7 @@ def test_bert_with_dropout_trains_in_one_graph_for_all_lengths(graphs):
     forward = compiled(model)
     with bf16_autocast():
         for lengths in SHAPES:
-            forward(*pack(random_rows(lengths))).sum().backward()
+            forward(pack(random_rows(lengths))).sum().backward()
     assert graphs() == 1
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
@@ -212,7 +213,7 @@ def test_bert_classifies_in_one_graph_for_all_lengths(graphs):
     with torch.inference_mode(), bf16_autocast():
         for lengths in SHAPES:
             batch = pack(random_rows(lengths))
-            torch.testing.assert_close(forward(*batch), model(*batch), rtol=0.05, atol=0.05)
+            torch.testing.assert_close(forward(batch), model(batch), rtol=0.05, atol=0.05)
     assert graphs() == 1
 
 
@@ -227,7 +228,7 @@ def test_a_decoder_trains_in_one_graph_for_all_lengths(checkpointing, graphs):
             batch = pack(random_rows(lengths))
             model.zero_grad()
             with bf16_autocast():
-                forward(*batch, batch.last).square().mean().backward()
+                forward(batch, batch.last).square().mean().backward()
         gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
     assert graphs() == 1
     torch.testing.assert_close(*gradients, rtol=0.05, atol=0.05 * gradients[0].abs().max().item())
@@ -331,7 +332,7 @@ def test_operations_a_layer(make, training, allowed):
     for layers in (2, 3):
         model = make(num_hidden_layers=layers).train(training)
         with Operations() as operations, bf16_autocast():
-            model(*batch, *([batch.last] if make is make_model else []))
+            model(batch, *([batch.last] if make is make_model else []))
         counts.append(operations.number)
     assert counts[1] - counts[0] <= allowed
 
@@ -339,13 +340,13 @@ def test_operations_a_layer(make, training, allowed):
 def test_a_layout_and_slots_ask_a_gpu_for_no_number():
     """Each would make the host wait until all that is under way is done."""
     with FakeTensorMode():  # has shapes and no numbers: asking for one is an error
-        ends = torch.tensor([0, 3, 5, 9], dtype=torch.int32)
-        rows = Rows(ends, 4)
-        rows.lay_out(9, torch.bfloat16)
-        (tokens, mask), places = rows.padded[0][0], rows.padded[1]
-        assert (tokens.shape, mask.shape, places.shape) == ((3, 4), (3, 1, 1, 4), (9,))
+        ends, ids = torch.tensor([0, 3, 5, 9], dtype=torch.int32), torch.arange(9)
+        batch = Batch(ids, ids, ends, 4)
+        layout = pad_layout(batch, torch.bfloat16)
+        ((pad_index, mask),) = layout.groups
+        assert (pad_index.shape, mask.shape, layout.unpad_index.shape) == ((3, 4), (3, 1, 1, 4), (9,))
         for S in (5, 20):
-            cache_slots(torch.arange(9), ends, 4, S, torch.bfloat16, 2)
+            cache_slots(batch, torch.empty(9, 8, dtype=torch.bfloat16), S, 2)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -435,7 +436,7 @@ def test_bytes_that_a_layer_keeps_a_token(monkeypatch):
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), bf16_autocast():
-            model(*batch, batch.last).sum()
+            model(batch, batch.last).sum()
         kept.append(sum(storages.values()))
     weights = 2 * sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim == 2)  # the copies in bf16
     attention_kept = 4 * (H + Hkv) * Dh + 2 * (H + 2 * Hkv) * Dh + 2 * H * Dh + 4 * H

@@ -212,7 +212,7 @@ def test_a_minicls_json_with_no_chat_format(chat, qwen_run, tmp_path):
     asked = json.loads((copy / "minicls.json").read_text())
     (copy / "minicls.json").write_text(json.dumps(asked | {"chat": chat}))
     with pytest.raises(
-        UserError, match=r"^[^\n]*run: its chat format is none .*; copy the whole model directory again$"
+        UserError, match=r"^[^\n]*run: its chat format is not valid .*; copy the whole model directory again$"
     ):
         minicls.Classifier(copy, "cpu")
 

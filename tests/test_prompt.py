@@ -110,9 +110,10 @@ def test_as_many_options_as_letters():
 @pytest.mark.parametrize(
     ("names", "parts"),
     [
-        (["a", "", "c"], ["--label-names", "class 1", "empty"]),
-        (["a", " \t", "c"], ["--label-names", "class 1", "empty"]),
-        (["a", "b", "a "], ["--label-names", "classes 0 and 2", "'a'", "different names"]),
+        (["a", "", "c"], ["--label-names", "class 1", "''", "different names of one line"]),
+        (["a", " \t", "c"], ["--label-names", "class 1", "''", "different names of one line"]),
+        (["a", "b\nc"], ["--label-names", "class 1", "'b\\nc'", "different names of one line"]),
+        (["a", "b", "a "], ["--label-names", "class 2", "'a'", "different names of one line"]),
     ],
 )
 def test_names_that_make_no_options(names, parts):

@@ -186,10 +186,10 @@ class Counted:
     def __init__(self, model: torch.nn.Module):
         self.model, self.tokens, self.logits = model, [], []
 
-    def __call__(self, input_ids, position_ids, cu_seqlens, max_seqlen, at, cache=None):
-        self.tokens.append(len(input_ids))
+    def __call__(self, batch, at, cache=None):
+        self.tokens.append(len(batch.input_ids))
         self.logits.append(len(at))
-        return self.model(input_ids, position_ids, cu_seqlens, max_seqlen, at, cache)
+        return self.model(batch, at, cache)
 
 
 @pytest.mark.parametrize("options", ["one token", "of different lengths"])

@@ -169,7 +169,7 @@ def test_loss_is_the_mean_over_the_rows_of_the_step(calm, tmp_path):
     model, _, _ = weights.build_model(weights.BERT, weights.read_config(run), run, 0, torch.device("cpu"))
     rows, _ = bert_rows(load_tokenizer(run), data.train.texts, max_length=512)
     with torch.no_grad():
-        logits = torch.cat([model.eval()(*pack([row])) for row in rows])
+        logits = torch.cat([model.eval()(pack([row])) for row in rows])
     row_losses = torch.nn.functional.cross_entropy(
         logits, torch.from_numpy(data.train.labels), reduction="none"
     ).numpy()

@@ -258,7 +258,7 @@ def test_targets_of_a_hand_made_batch():
     each = [-logits[i].double().softmax(0)[token].log().item() for i, token in enumerate(targets.ids.tolist())]
     letters = 0.5 * each[2] + 3.0 * (each[6] + each[7])
     expected = [sum(each) - each[2] - each[6] - each[7] + letters, letters]
-    loss = answer_loss(lambda *_, shared: logits, targets, 1, None, 0.0)
+    loss = answer_loss(lambda *_: logits, targets, None, 0.0)
     assert loss.tolist() == pytest.approx(expected, rel=1e-5)
 
 
@@ -279,7 +279,7 @@ def test_smoothing_of_a_hand_made_batch():
     format_loss = -sum(
         likelihoods[i][token].item() for i, token in ((0, 10), (2, 12), (3, 10), (5, 12), (6, 10), (8, 12))
     )
-    loss = answer_loss(lambda *_, shared: logits, targets, 0, letter_ids, 0.1)
+    loss = answer_loss(lambda *_: logits, targets, letter_ids, 0.1)
     assert loss.tolist() == pytest.approx([format_loss + letters, letters], rel=1e-5)
 
 

@@ -330,7 +330,7 @@ def test_a_run_directory_opens_in_transformers_with_the_same_results(bert_run):
         ids[mask.bool()].tolist() for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
     ] == rows
     with torch.inference_mode():
-        expected, logits = theirs(**encoded).logits, ours.eval()(*pack(rows))
+        expected, logits = theirs(**encoded).logits, ours.eval()(pack(rows))
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
     assert logits.std(0).min() > 20 * (logits - expected).abs().max()  # so that it is not the same whatever the text
     table = pq.read_table(bert_run / "predictions.parquet").to_pydict()
