@@ -217,9 +217,10 @@ def _split_files(directory: Path, card: "_Card") -> tuple[dict[str, list[Path]],
     """The files of each split, by the card's data_files or else by name; and why the others are not read."""
     root, files, unread = directory / card.folder, defaultdict(list), {}
     for split, patterns in card.data_files.items():
-        # Path.glob takes "data/**" for folders only.
-        names = [name for pattern in patterns for name in glob.glob(pattern, root_dir=root, recursive=True)]  # noqa: PTH207
-        files[split] = sorted({root / name for name in names if (root / name).is_file() and _format(root / name)})
+        matches = set()
+        for pattern in patterns:  # not by Path.glob, which takes "data/**" for folders only
+            matches |= {root / name for name in glob.glob(pattern, root_dir=root, recursive=True)}  # noqa: PTH207
+        files[split] = sorted(file for file in matches if file.is_file() and _format(file))
         if not files[split]:
             problem = f"no readable file matches its data_files for the {split} split, {card.folder}{patterns[0]}"
             raise UserError(f"{card.file}: {problem}; restore the files, or remove data_files from README.md")
