@@ -3,17 +3,16 @@
     python -m minicls baseline --data DIR                        # TF-IDF of words and pairs of words
     python -m minicls baseline --data DIR --features MODEL_DIR   # mean-pooled last hidden states, not trained
 
-The flags that choose rows are the training scripts': with the same ones, the baseline is fitted on the same training
-rows and tested on the same test rows as a run of theirs. It writes a run directory for `python -m minicls report`, but
-keeps no model.
+The flags that choose rows are those of the training scripts. With the same flags, the baseline is fitted and tested on
+the rows of a run of theirs. It writes a run directory for `python -m minicls report`, but saves no model.
 
-TF-IDF is scikit-learn's TfidfVectorizer on lower-cased words and pairs of neighbouring words (a Chinese or Japanese
-character is a word), with 1 + ln(count) for count, fitted on the training rows. Embeddings are the mean over all tokens
-of a row, [CLS] and [SEP] included, as sentence-transformers pools; neither normalised nor standardised. The classifier
-is scikit-learn's LogisticRegression (L2, lbfgs), its C the one of 0.01, 0.1, … 1,000 with the best macro F1 on the
-validation rows, of equals the one with the lowest loss. With `--validation-size` these are held out as the scripts hold
-them out, and the classifier is never fitted on them. Without, a fifth of the training rows (stratified) chooses C, and
-the classifier is then fitted on all of them.
+TF-IDF is scikit-learn's TfidfVectorizer on lower-cased words and pairs of neighbouring words (each Chinese or Japanese
+character is a word), with 1 + ln(count) for count, fitted on the training rows. An embedding is the mean over all
+tokens of a row, [CLS] and [SEP] included, as sentence-transformers pools; it is neither normalised nor standardised.
+The classifier is scikit-learn's LogisticRegression (L2, lbfgs). Its C is the one of 0.01, 0.1, … 1,000 with the best
+macro F1 on the validation rows; of equals, the one with the lowest loss. Rows held out with `--validation-size`, as the
+scripts hold them out, are never fitted on. Without validation rows, a stratified fifth of the training rows chooses C,
+and the classifier is then fitted on all training rows.
 """
 
 import dataclasses
@@ -36,9 +35,9 @@ from minicls.predict import EVAL_TOKENS
 from minicls.tokenizer import Tokenizer, bert_rows, load_tokenizer
 
 GRID = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)  # of C, the inverse of the L2 penalty
-CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # no blanks between words: a character is one
+CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # written without blanks: a character is a word
 WORD = rf"[{CJK}]|[^\W{CJK}]+"
-NEVER = 30.0  # nats that a class without training rows is behind the likeliest: the loss stays finite
+NEVER = 30.0  # nats by which a class without training rows is behind the likeliest: the loss stays finite
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Settings:
 def embeddings(
     directory: Path, splits: Sequence[Split], s: Settings, device: torch.device
 ) -> tuple[list[np.ndarray], Tokenizer]:
-    """The mean of each row's last hidden states, (n, D) float32 of each split, and the tokenizer."""
+    """The mean of each row's last hidden states, (n, D) float32 for each split, and the tokenizer."""
     config, tokenizer = weights.read_config(directory, weights.BERT), load_tokenizer(directory)
     model, fresh, load_report = weights.build_model(weights.BERT, config, directory, 0, device)
     print(f"{directory}: {load_report}" + " (the head and the pooler are not used)" * bool(fresh))
@@ -90,32 +89,31 @@ def embeddings(
         means = np.zeros((len(rows), model.config.hidden_size), np.float32)
         for batch in length_batches(rows, EVAL_TOKENS[on_gpu(device)]):
             packed = pack([rows[row] for row in batch], device)
-            everywhere = torch.arange(len(packed.input_ids), device=device)
+            every_token = torch.arange(len(packed.input_ids), device=device)
             with torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bf16"):
-                hidden = model.bert(packed, everywhere).float()  # (N, D)
+                hidden = model.bert(packed, every_token).float()  # (N, D)
             lengths = packed.cu_seqlens.diff().long()  # (B,)
-            sums = hidden.new_zeros(len(batch), hidden.shape[1])
-            sums.index_add_(0, torch.arange(len(batch), device=device).repeat_interleave(lengths), hidden)
+            row_of_token = torch.arange(len(batch), device=device).repeat_interleave(lengths)  # (N,)
+            sums = hidden.new_zeros(len(batch), hidden.shape[1]).index_add_(0, row_of_token, hidden)
             means[batch] = (sums / lengths[:, None]).cpu().numpy()
         embedded.append(means)
     return embedded, tokenizer
 
 
 def tfidf(fitted_on: Sequence[str], *texts: Sequence[str]) -> list:
-    """Sparse TF-IDF vectors of the first texts, which are fitted on, and of the others."""
+    """Sparse TF-IDF vectors of the first texts, on which the vectorizer is fitted, and of the others."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=WORD)
     try:
         return [vectorizer.fit_transform(fitted_on), *map(vectorizer.transform, texts)]
     except ValueError as error:  # an empty vocabulary
-        raise UserError(
-            f"--features tfidf: no word in the training texts ({error}); is --text-column the right one?"
-        ) from None
+        problem = f"no word in the training texts ({error})"
+        raise UserError(f"--features tfidf: {problem}; is --text-column the right one?") from None
 
 
 def fit(features, labels: np.ndarray, C: float, s: Settings):
-    """The logistic regression of these rows: labels are class indices (n,)."""
+    """The logistic regression of features (n, D) on class indices (n,)."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -129,12 +127,10 @@ def fit(features, labels: np.ndarray, C: float, s: Settings):
 
 
 def logits(model, features, num_labels: int) -> torch.Tensor:
-    """(n, C) float64: their softmax is the model's probabilities. A class without training rows is NEVER behind the
-    best."""
+    """(n, C) float64, whose softmax is the model's probabilities. Classes without training rows are NEVER behind."""
     scores = model.decision_function(features)
-    scores = (
-        np.stack([np.zeros_like(scores), scores], axis=1) if scores.ndim == 1 else scores
-    )  # two classes have one score
+    if scores.ndim == 1:  # two classes have one score
+        scores = np.stack([np.zeros_like(scores), scores], axis=1)
     full = np.repeat(scores.max(1, keepdims=True) - NEVER, num_labels, axis=1)
     full[:, model.classes_] = scores
     return torch.from_numpy(full)
@@ -142,11 +138,11 @@ def logits(model, features, num_labels: int) -> torch.Tensor:
 
 def main(argv: list[str] | None = None) -> None:
     s = parse(Settings, argv, __doc__, "python -m minicls baseline")
-    for name in ("max_length", "dtype") if s.features == "tfidf" else ():
+    unused = ("max_length", "dtype") if s.features == "tfidf" else ()
+    for name in unused:
         if getattr(s, name) != getattr(Settings, name):
-            raise UserError(
-                f"--{name.replace('_', '-')}: --features tfidf has no use for it; leave it out, or name a model"
-            )
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag}: --features tfidf does not use it; leave it out, or name a model")
     device = dist.start(s.device, s.threads)
     checkpoint.check_output_dir(s.output_dir)
     data = load_data(s.data, s.text_column, s.label_column, s.label_names, test_size=s.test_size)
@@ -154,12 +150,12 @@ def main(argv: list[str] | None = None) -> None:
     print(*describe(data, validation), sep="\n")
     train, labels, num_labels = data.train, data.train.labels, len(data.label_names)
     if len(np.unique(labels)) < 2:
-        raise UserError(
-            f"--data: the {len(train)} training rows are all {data.label_names[labels[0]]}; use rows of two classes or more"
-        )
-    inside = stratified_rows(train, max(1, len(train) // 5)) if validation is None else np.array([], np.int64)
-    rest = np.setdiff1d(np.arange(len(train)), inside)
-    chooses = validation or train.select(inside)
+        problem = f"the {len(train)} training rows are all {data.label_names[labels[0]]}"
+        raise UserError(f"--data: {problem}; use rows of two classes or more")
+    # Rows to choose C on: the validation rows, else a fifth of the training rows. `rest` is fitted on meanwhile.
+    fifth = stratified_rows(train, max(1, len(train) // 5)) if validation is None else np.array([], np.int64)
+    rest = np.setdiff1d(np.arange(len(train)), fifth)
+    choosing = validation or train.select(fifth)
 
     import sklearn
     from threadpoolctl import threadpool_limits
@@ -167,36 +163,35 @@ def main(argv: list[str] | None = None) -> None:
     started, tokenizer, revision = time.perf_counter(), None, None
     with threadpool_limits(s.threads):
         if s.features == "tfidf":
-            # Where C is chosen, no word of the rows that choose it is known before.
-            part, chooses_part = tfidf(train.select(rest).texts, chooses.texts)
-            whole, test = tfidf(train.texts, data.test.texts)
+            # While C is chosen, the words of the rows that choose it are unknown.
+            rest_features, choosing_features = tfidf(train.select(rest).texts, choosing.texts)
+            train_features, test_features = tfidf(train.texts, data.test.texts)
         else:
             directory, revision = weights.find_model(s.features, flag="--features")
-            (whole, test, chooses_part), tokenizer = embeddings(directory, (train, data.test, chooses), s, device)
-            part = whole[rest]
-        tried = {}
-        if len(np.unique(labels[rest])) > 1:
-            for C in GRID:
-                scored = logits(fit(part, labels[rest], C, s), chooses_part, num_labels)
-                tried[C] = results.evaluate_logits(scored, chooses.labels)[0]
-                print(f"C {C:g}: validation accuracy {tried[C]['accuracy']:.4f}, macro F1 {tried[C]['f1']:.4f}")
-        else:
+            features, tokenizer = embeddings(directory, (train, data.test, choosing), s, device)
+            train_features, test_features, choosing_features = features
+            rest_features = train_features[rest]
+        tried = {}  # C -> its scores on the choosing rows
+        for C in GRID if len(np.unique(labels[rest])) > 1 else ():
+            candidate = fit(rest_features, labels[rest], C, s)
+            tried[C], _ = results.evaluate_logits(logits(candidate, choosing_features, num_labels), choosing.labels)
+            print(f"C {C:g}: validation accuracy {tried[C]['accuracy']:.4f}, macro F1 {tried[C]['f1']:.4f}")
+        if not tried:
             print("too few training rows to choose C by")
         C = max(tried, key=lambda C: (tried[C]["f1"], -tried[C]["loss"]), default=1.0)
-        model = fit(whole, labels, C, s)
+        model = fit(train_features, labels, C, s)
         train_seconds = time.perf_counter() - started
         started = time.perf_counter()
-        scored = {"test": logits(model, test, num_labels)}
+        split_logits = {"test": logits(model, test_features, num_labels)}
         if validation:
-            scored["validation"] = logits(model, chooses_part, num_labels)
+            split_logits["validation"] = logits(model, choosing_features, num_labels)
 
     run_dir = checkpoint.new_run_dir(s.output_dir, "baseline")
     about = {"script": "baseline", "C": C, "scikit_learn": sklearn.__version__, "total_steps": 0, "revision": revision}
     about |= {"data_revision": data.revision, "data_fingerprint": data.fingerprint(), "num_train_rows": len(train)}
-    unused = {"dtype": None, "max_length": None} if s.features == "tfidf" else {}
-    checkpoint.write_run_info(run_dir, dataclasses.asdict(s) | unused, device, about)
+    checkpoint.write_run_info(run_dir, dataclasses.asdict(s) | dict.fromkeys(unused), device, about)
     logger = Logger(run_dir, 0, 0)
-    scores, _ = results.evaluate_logits(scored["test"], data.test.labels)
+    scores, _ = results.evaluate_logits(split_logits["test"], data.test.labels)
     state = {"step": 0, "train_seconds": train_seconds, "eval_seconds": time.perf_counter() - started, "evaluations": 1}
     state |= {"samples": len(train), "tokens": 0, "best_on_test": [0, scores["f1"]], "best_on_validation": None}
     if tried:
@@ -204,8 +199,8 @@ def main(argv: list[str] | None = None) -> None:
         state["best_on_validation"] = [0, tried[C]["f1"]]
     logger.event("eval", 0, split="test", **scores)
     logger.close()
-    print(f"C {C:g}, fitted on {len(train):,} rows with {whole.shape[1]:,} features of {s.features}")
-    written = results.write_results(run_dir, data, validation, tokenizer, scored, state, 0, device)
+    print(f"C {C:g}, fitted on {len(train):,} rows with {train_features.shape[1]:,} features of {s.features}")
+    written = results.write_results(run_dir, data, validation, tokenizer, split_logits, state, 0, device)
     print(results.summary(written))
     print(f"confusion matrix: {plots.plot_confusion(written['confusion'], data.label_names, run_dir)}")
     print(f"run: {run_dir}")

@@ -1,4 +1,4 @@
-"""All that an offline smoke run needs: sizes of models, two small tokenizers, and synthetic texts."""
+"""All that an offline smoke run needs: model sizes, two small tokenizers, and synthetic texts."""
 
 import random
 from collections import Counter
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from minicls.tokenizer import Tokenizer
+from minicls.tokenizer import BERT_TOKENS, Tokenizer
 
-# config.json of the models that can be made without files. The tiny ones are big enough to learn the synthetic texts and
-# small enough for a minute on a CPU; 32 dimensions are the smallest head that vLLM serves.
+# config.json of the models that can be made without files. The tiny ones are large enough to learn the synthetic texts,
+# and small enough to do so in a minute on a CPU. vLLM serves no attention head below 32 dimensions.
 SIZES = {
     "tiny-bert": {
         "model_type": "bert",
@@ -48,109 +48,96 @@ SIZES = {
     },
 }
 
+CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast"}  # of both tokenizers
+
 
 def train_bert_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """A small uncased WordPiece tokenizer in BERT's format, for `--model tiny`: every character, then the commonest words.
+    """A small uncased WordPiece tokenizer in BERT's format: every character, then the most common words.
 
-    Not the library's WordPieceTrainer: it numbers the pieces in the order of a hash table, another one in every process.
+    The library's WordPieceTrainer numbers the pieces in the order of a hash table, which differs in every process.
     """
     tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    counts = Counter(
-        word
-        for text in texts
-        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))
-    )
+    counts = Counter()
+    for text in texts:
+        words = tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))
+        counts.update(word for word, _ in words)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     characters = sorted({character for word in counts for character in word})
-    words = [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+    words = sorted(counts, key=lambda word: (-counts[word], word))
     pieces = [*special, *characters, *(f"##{character}" for character in characters), *words]
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces[: max(vocab_size, len(special))]))}
     tokenizer.model = models.WordPiece(vocab, unk_token="[UNK]")
     tokenizer.add_special_tokens(special)
-    # Not for us, who put [CLS] and [SEP] in by id, but for who opens the saved file with transformers.
+    # minicls inserts [CLS] and [SEP] by id; this is for those who open the saved file with transformers.
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"]))
-    names = {
-        "cls_token": "[CLS]",
-        "sep_token": "[SEP]",
-        "pad_token": "[PAD]",
-        "unk_token": "[UNK]",
-        "mask_token": "[MASK]",
-    }
-    return Tokenizer(
-        tokenizer.to_str(), {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, **names}
-    )
+    return Tokenizer(tokenizer.to_str(), CONFIG | {"model_max_length": 512} | BERT_TOKENS)
 
 
 QWEN_CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 
-# How Qwen cuts a text before its byte pairs are merged: a run of letters, single digits, punctuation with line breaks, blanks.
+# How Qwen splits a text before it merges byte pairs: letters, single digits, punctuation with line breaks, blanks.
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# Qwen's chat format without tools and thoughts, for who serves a tiny model's directory.
+# Qwen's chat format without tools and thoughts, for serving a tiny model's directory.
 QWEN_CHAT_TEMPLATE = (
-    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{%- endfor %}"
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
-    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}{%- endif %}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}"
+    "{%- endif %}{%- endif %}"
 )
 
 
 def train_qwen_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """A small byte-level BPE tokenizer in Qwen's format, for `--model tiny` and models trained from nothing.
+    """A small byte-level BPE tokenizer in Qwen's format.
 
-    Every byte is a token, then merges by frequency (Sennrich et al., arXiv 1508.07909), so that no text has unknown parts.
+    Every byte is a token, so no text has unknown parts; merges by frequency follow (Sennrich et al., arXiv 1508.07909).
     """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    pattern = pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pattern, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     size = max(vocab_size - len(QWEN_CONTROL_TOKENS), len(alphabet))
-    tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    )
-    # After the merges, as in Qwen's own file, and like there not all of them called special.
-    tokenizer.add_tokens(
-        [AddedToken(token, special=token.startswith("<|"), normalized=False) for token in QWEN_CONTROL_TOKENS]
-    )
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    # As in Qwen's own file, they come after the merges, and some are not marked special.
+    for token in QWEN_CONTROL_TOKENS:
+        tokenizer.add_tokens([AddedToken(token, special=token.startswith("<|"), normalized=False)])
     names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": QWEN_CHAT_TEMPLATE}
-    return Tokenizer(
-        tokenizer.to_str(), {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 4096, **names}
-    )
+    return Tokenizer(tokenizer.to_str(), CONFIG | {"model_max_length": 4096} | names)
 
 
-# A few words of each class, and words that tell nothing.
+# Words that hint at a class, and words that do not.
 _TOPIC_WORDS = (
     "minister election treaty embassy border troops parliament rebels ceasefire refugees president sanctions envoy "
     "hostages province militants diplomats capital protest summit",
-    "coach season striker playoff champion stadium defeat inning goal medal tournament quarterback league injury victory "
-    "rookie racket relay referee penalty",
+    "coach season striker playoff champion stadium defeat inning goal medal tournament quarterback league injury "
+    "victory rookie racket relay referee penalty",
     "shares profit merger quarter investors earnings oil bank stocks revenue analysts dividend retailer inflation "
     "shareholders bankruptcy lender trade pension forecast",
     "software internet satellite browser scientists chip telescope virus wireless server researchers laptop genome "
     "broadband spacecraft encryption robot download network fossil",
 )
 _COMMON_WORDS = (
-    "the a of in on for with after before over new early late another first last big small two three more than said says "
-    "reported announced expected could will may monday tuesday friday week month year today people group officials plan "
-    "deal record talks team company world home top major long open move set back next against under"
+    "the a of in on for with after before over new early late another first last big small two three more than said "
+    "says reported announced expected could will may monday tuesday friday week month year today people group "
+    "officials plan deal record talks team company world home top major long open move set back next against under"
 )
 
 
 def synthetic_texts(n: int) -> tuple[list[str], list[int]]:
     """n news-like texts in AG News' four classes and their labels, the same in every process.
 
-    A text's words hint at its class, some at a wrong one, and one label in twenty is wrong, so that no model gets every
-    row right and a model that has learned nothing gets a quarter.
+    Some words of a text hint at its class, fewer at a random one, and one label in twenty is random. So no model gets
+    every row right, and a model that has learned nothing gets a quarter.
     """
     rng = random.Random(0)
     topics, common = [words.split() for words in _TOPIC_WORDS], _COMMON_WORDS.split()
@@ -160,9 +147,8 @@ def synthetic_texts(n: int) -> tuple[list[str], list[int]]:
         words = []
         for _ in range(rng.randint(12, 40)):
             draw = rng.random()
-            words.append(
-                rng.choice(topics[topic] if draw < 0.16 else topics[rng.randrange(4)] if draw < 0.3 else common)
-            )
+            choices = topics[topic] if draw < 0.16 else topics[rng.randrange(4)] if draw < 0.3 else common
+            words.append(rng.choice(choices))
         texts.append(" ".join(words).capitalize() + ".")
         labels.append(rng.randrange(4) if rng.random() < 0.05 else topic)
     return texts, labels

@@ -188,7 +188,7 @@ def test_two_training_rows_choose_no_C(tmp_path, capsys):
 
 
 def test_mistakes_are_told_in_one_line(news, tmp_path):
-    with pytest.raises(UserError, match="--max-length: --features tfidf has no use for it"):
+    with pytest.raises(UserError, match="--max-length: --features tfidf does not use it"):
         run(tmp_path / "run", news, "--max-length", "8")
     with pytest.raises(UserError, match="--data: the 2 training rows are all x"):
         run(tmp_path / "run", write_csv(tmp_path / "one", [("a", "x"), ("b", "x")]), "--label-names", "x", "y")

@@ -353,7 +353,7 @@ CARDS = {  # what `datasets` makes of it: the names, or an error. It reads a nam
     "no features": ("---\ndataset_info:\n  splits: []\n---\n", ("0", "1")),
     "a head of another kind": ("---\n- a\n- b\n---\n", ("0", "1")),
     "broken, but without classes": ("---\nlicense: [\n---\n", ("0", "1")),
-    "several configs": (card(*TWO), "configs one and two .*--label-names or labels.txt"),
+    "several configs": (card(*TWO), "config one and .*, config two do not .*--label-names or labels.txt"),
     "several, one without names": (card(TWO[0], ("two", "")).replace("names: \n", "names: []\n").replace("names: []", "num_classes: 2"), "class names"),
     "two default configs": (card(*TWO, configs="configs:\n- config_name: default\n- config_name: two\n  default: true"), "default and two are both"),
     "a gap": (card((None, "{'0': neg, '2': pos}")), "none for index 1 of 2; number them"),
@@ -396,7 +396,7 @@ def test_parquet_files_must_agree_about_the_class_names(tmp_path):
     rows = [("a", 0), ("b", 1)]
     write(tmp_path, as_parquet(rows, metadata[0]), "parquet", as_parquet(rows, metadata[1]))
     with pytest.raises(
-        UserError, match=r"test.parquet and train.parquet do not have the same class names; .*--label-names"
+        UserError, match=r"train.parquet and .*test.parquet do not have the same class names; .*--label-names"
     ):
         load_data(str(tmp_path))
     write(tmp_path, as_parquet(rows, metadata[0]), "parquet", as_parquet(rows))
@@ -409,10 +409,10 @@ DATA_FILES = {  # what a card's default config says: the files of train and test
     "{train: b/train.csv, test: test.csv, extra: b/test.csv}": ("b/train.csv", "test.csv"),
     "[{split: train, path: 'b/**'}, {split: test, path: test.csv}]": ("b/test.csv, b/train.csv", "test.csv"),
     "": ("train.csv", "test.csv"),
-    "[{split: train, path: c/train.csv}, {split: test, path: test.csv}]": "name c/train.csv for the train split, which is not here",
+    "[{split: train, path: c/train.csv}, {split: test, path: test.csv}]": "no readable file matches .* train split, c/train.csv",
     "[{split: train, path: train.csv}]": "no test split .*test.csv .README.md's data_files do not name it.*; .*--test-size",
     "b/train.csv": "no test split",
-    "[{split: train, path: train.csv}, {split: train, path: b/train.csv}]": "name a split twice",
+    "[{split: train, path: train.csv}, {split: train, path: b/train.csv}]": "name the train split twice",
     "[{split: validation, path: train.csv}, {split: dev, path: b/train.csv}]": "name the validation split twice",
     "[{path: train.csv}]": "not as `datasets` writes them",
     "[[train.csv]]": "not as `datasets` writes them",
@@ -717,7 +717,7 @@ def test_a_run_warns_of_what_looks_wrong_with_its_classes():
     assert ids[1:] == ["warning: 300 classes for 300 training rows; is --label-column the right one?"]
     alike = [(f"{name} {i}", name) for name in ("good", "Good", "good ", "bad", "b ad") for i in range(3)]
     assert described(alike, [("t", "bad")])[1:] == [
-        "warning: the classes 'Good', 'good', 'good ' differ in case or blanks alone; are they one?"
+        "warning: the classes 'Good', 'good', 'good ' differ only in case or blanks; are they the same?"
     ]
     broken = described([(f"{name} {i}", name) for name in ("good\nnews", "bad") for i in range(3)], [("t", "bad")])
     assert broken == [

@@ -169,7 +169,7 @@ FLAGS = {  # flags -> parts of the message
     "--validation-size 8": ["--validation-size", "8", "pass less"],
     "--validation-size 9": ["--validation-size", "9", "8", "pass less"],
     "--validation-size 0.99": ["--validation-size", "8", "pass less"],
-    "--validation-size 2.5": ["--validation-size", "2.5", "whole number", "share below 1"],
+    "--validation-size 2.5": ["--validation-size", "2.5", "whole number", "fraction below 1"],
     "--validation-size inf": ["--validation-size", "inf", "finite"],
     "--test-size 4": ["--test-size", "data has a test split (test.csv)", "leave the flag out"],
     "--data synthetic --test-size 4": ["--test-size", "synthetic", "leave the flag out"],
@@ -262,7 +262,7 @@ DATA = {  # what is wrong: (file, content, parts of the message); other files of
     "torn parquet": ("train.parquet", GOOD[:-20], ["train.parquet", "not a readable parquet file", "write it again"]),
     "scribbled parquet": ("train.parquet", GOOD[:4] + b"\xff" * 40 + GOOD[44:], ["train.parquet", "not a readable parquet file"]),
     "csv named parquet": ("train.parquet", CSV.encode(), ["train.parquet", "not a readable parquet file"]),
-    "parquet named csv": ("train.csv", GOOD, ["train.csv", "a parquet file, not text", "name"]),
+    "parquet named csv": ("train.csv", GOOD, ["train.csv", "a parquet file, not text", "suffix"]),
     "spreadsheet named csv": ("train.csv", b"PK\3\4" + bytes(40), ["train.csv", "spreadsheet", "save it as CSV"]),
     "torn gzip": ("train.csv.gz", gzip.compress(CSV.encode())[:-9], ["train.csv.gz", "not a readable gzip file", "write it again"]),
     "gzip by name alone": ("train.csv.gz", b"\x1f\x8bno", ["train.csv.gz", "not a readable gzip file", "write it again"]),
@@ -287,20 +287,20 @@ DATA = {  # what is wrong: (file, content, parts of the message); other files of
     "utf-16": ("train.csv", CSV.encode("utf-16"), ["train.csv, line 1", "UTF-8", "UTF-16", "convert"]),
     "utf-16 without a mark": ("train.csv", CSV.encode("utf-16-le"), ["train.csv, line 1", "UTF-8", "UTF-16LE", "convert"]),
     "test without labels": ("test.csv", b"text,id\na,1\n", ["test.csv", "'label'", "--label-column", "minicls predict"]),
-    "test with empty labels": ("test.csv", b"text,label\na,\nb, \n", ["test.csv", "none of its rows has a label", "minicls predict"]),
+    "test with empty labels": ("test.csv", b"text,label\na,\nb, \n", ["test.csv, line 2", "no test row has a label", "minicls predict"]),
     "test with labels of -1": ("test.csv", b"text,label\na,-1\nb,-1\n", ["test.csv, line 2", "-1", "minicls predict"]),
     "one class": ("train.csv", b"text,label\na,good\nb,good\n", ["data", "'label'", "all 'good'", "two classes or more"]),
     "no test split": ("test.xlsx", b"PK\3\4", ["data", "no test split", "test.xlsx (a spreadsheet", "--test-size 0.2"]),
     "columns of a data frame": ("train.json", b'{"text": {"0": "a"}, "label": {"0": "good"}}', ["train.json, line 1", "{'0': 'a'}", "fix"]),
     "json over several lines": ("train.json", b'{\n"text": "a",\n"label": "good"}', ["train.json, line 1", "not valid JSON", "array of objects"]),
-    "broken array": ("train.json", b'[{"text": "a", "label": "bad"},', ["train.json", "not valid JSON", "fix it"]),
+    "broken array": ("train.json", b'[{"text": "a", "label": "bad"},', ["train.json", "not valid JSON", "fix the row"]),
     "array of lists": ("train.json", b'[["a", "good"]]', ["train.json, item 1", "not a JSON object"]),
     "array of texts": ("train.json", b'["a", "good"]', ["train.json, item 1", "not a JSON object"]),
     "array with a column missing": ("train.json", b'[{"text": "a", "label": 0}, {"text": "b"}]', ["train.json, item 2", "'label'"]),
     "broken text in UTF-8": ("train.csv", ("text,label\n股票下跌,财经\n" * 3).encode() + b"\xe8\x82,x\n", ["train.csv, line 7", "most of the file is", "drop the row"]),
     "latin-1 jsonl": ("train.jsonl", b'{"text": "a", "label": 0}\n{"text": "\xe9", "label": 1}', ["train.jsonl, line 2", "UTF-8", "convert"]),
-    "text not UTF-8 in parquet": ("train.parquet", parquet({"text": not_utf8(b"a", b"\xff"), "label": [0, 1]}), ["row 1", "UTF-8", "convert"]),
-    "label not UTF-8 in parquet": ("train.parquet", parquet({"text": ["a", "b"], "label": not_utf8(b"a", b"\xff")}), ["row 1", "UTF-8"]),
+    "text not UTF-8 in parquet": ("train.parquet", parquet({"text": not_utf8(b"a", b"\xff"), "label": [0, 1]}), ["train.parquet", "UTF8", "index 1", "write it again"]),
+    "label not UTF-8 in parquet": ("train.parquet", parquet({"text": ["a", "b"], "label": not_utf8(b"a", b"\xff")}), ["train.parquet", "UTF8", "index 1"]),
     "half a character": ("train.jsonl", b'{"text": "a", "label": "bad"}\n{"text": "\\ud83d", "label": "good"}', ["train.jsonl, line 2", "fix"]),
     "field too many": ("train.csv", CSV.encode() + b"one, two,good\n", ["train.csv, line 10", "3 fields", "2", "quote"]),
     "field too few, after a long row": ("train.csv", b'text,label\n"two\nlines",good\nalone\n', ["train.csv, line 4", "1 fields", "2"]),
@@ -384,7 +384,7 @@ def test_the_command_that_an_encoding_error_names_makes_the_file_readable(conten
 
 def test_an_encoding_that_nothing_tells_is_not_guessed(here):
     (here / "data" / "train.csv").write_bytes("text,label\nПривет как дела,хорошо\n".encode("cp1251"))
-    check(here, call(), ["train.csv, line 2", "not UTF-8", "editor tells the encoding", "iconv -f E "])
+    check(here, call(), ["train.csv, line 2", "not UTF-8", "editor shows the encoding", "iconv -f E "])
 
 
 @pytest.mark.parametrize(

@@ -297,19 +297,20 @@ def test_a_tokenizer_or_a_length_beyond_the_embeddings_is_a_user_error():
 
 @pytest.mark.parametrize("max_shard_size", ["1GB", "4KB"])
 @pytest.mark.parametrize(
-    "kind", ["BertForSequenceClassification", "BertModel", "BertForPreTraining", "BertForMaskedLM"]
+    "their_class", ["BertForSequenceClassification", "BertModel", "BertForPreTraining", "BertForMaskedLM"]
 )
-def test_what_transformers_saves_opens_here(kind, max_shard_size, tmp_path):
+def test_what_transformers_saves_opens_here(their_class, max_shard_size, tmp_path):
     torch.manual_seed(0)
     labels = {i: f"class {i}" for i in range(3)}
-    theirs = getattr(transformers, kind)(
+    theirs = getattr(transformers, their_class)(
         transformers.BertConfig(**SIZES, id2label=labels, label2id={v: k for k, v in labels.items()})
     )
     theirs.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     assert (tmp_path / "model.safetensors").exists() == (max_shard_size == "1GB")
     model, fresh, _ = build(tmp_path)
     expected = {
-        name if kind != "BertModel" else f"bert.{name}": parameter for name, parameter in theirs.named_parameters()
+        name if their_class != "BertModel" else f"bert.{name}": parameter
+        for name, parameter in theirs.named_parameters()
     }
     assert fresh == model.keys() - expected.keys()
     assert fresh <= HEAD | POOLER
@@ -397,7 +398,7 @@ NOT_SOFTMAX = {
     ),
     "numbered from 1": ({"num_labels": 2}, {"id2label": {"1": "no", "2": "yes"}}, "0, 1, 2"),
     "a list": ({"num_labels": 2}, {"id2label": ["no", "yes"]}, "0, 1, 2"),
-    "one name twice": ({"num_labels": 2}, {"id2label": {"0": "yes", "1": "yes"}}, "two classes with the name 'yes'"),
+    "one name twice": ({"num_labels": 2}, {"id2label": {"0": "yes", "1": "yes"}}, "two classes named 'yes'"),
 }
 
 
@@ -497,12 +498,12 @@ def test_a_tied_model_with_another_head_in_its_file_is_refused(model_type, max_s
     theirs = getattr(transformers, f"{model_type}ForCausalLM")(config)
     linear = weights.DECODER_LINEAR
 
-    def load(kind=weights.DECODER):
+    def load(architecture=weights.DECODER):
         theirs.save_pretrained(tmp_path, max_shard_size=max_shard_size)
-        values = weights.read_config(edit_config(tmp_path, tie_word_embeddings=True), kind)
-        return weights.build_model(kind, values, tmp_path, 0, torch.device("cpu"))
+        values = weights.read_config(edit_config(tmp_path, tie_word_embeddings=True), architecture)
+        return weights.build_model(architecture, values, tmp_path, 0, torch.device("cpu"))
 
-    with pytest.raises(UserError, match=r"lm_head.weight is another .*tie_word_embeddings"):
+    with pytest.raises(UserError, match=r"lm_head.weight differs from .*tie_word_embeddings"):
         load()
     assert load(linear)[1] == {"score.weight"}
     with torch.no_grad():
@@ -544,7 +545,7 @@ def test_a_changed_model_does_not_pass_for_transformers_class(change, tmp_path, 
 
     monkeypatch.setattr(BertForSequenceClassification, "__init__", init)
     run_dir = train(tmp_path / "run", "--max-steps", "2", "--dtype", "fp32")
-    assert "opens in minicls alone" in capsys.readouterr().out
+    assert "only minicls opens what is saved" in capsys.readouterr().out
     assert json.loads((run_dir / "config.json").read_text())["architectures"] == [
         "MiniclsBertForSequenceClassification"
     ]
@@ -570,8 +571,8 @@ def test_an_unchanged_model_has_transformers_parameters(name, config):
         "intermediate_size": 24,
     }
     their_config = theirs.config_class(**sizes, **config, pad_token_id=0)
-    kind = weights.ARCHITECTURES[name]
-    model, *_ = weights.build_model(kind, their_config.to_dict(), None, 0, torch.device("cpu"))
+    architecture = weights.ARCHITECTURES[name]
+    model, *_ = weights.build_model(architecture, their_config.to_dict(), None, 0, torch.device("cpu"))
     assert {n for n, _ in model.named_parameters()} == {n for n, _ in theirs(their_config).named_parameters()}
     assert weights.class_name(model) == name and not weights.is_own(model)
 
