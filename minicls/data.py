@@ -319,7 +319,7 @@ class _Card:
         names = {}
         for info in infos:
             place = f"{self.file}, config {info.get('config_name', 'default')}"
-            types = {feature.get("name"): feature.get("dtype") for feature in self._mappings(info, "features")}
+            types = {str(feature.get("name")): feature.get("dtype") for feature in self._mappings(info, "features")}
             dtype, names[place] = types.get(label_column), None
             if isinstance(dtype, dict) and "class_label" in dtype:
                 label = dtype["class_label"]

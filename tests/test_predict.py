@@ -110,7 +110,7 @@ def test_text_files_of_other_systems(bert_run, tmp_path, capsys):
 def test_texts_that_are_no_text(argument, bert_run, monkeypatch):
     """Python hands bytes that are not UTF-8 on as halves of characters, or refuses them."""
     with pytest.raises(
-        UserError, match=r"FILE\|TEXT: the text is no valid Unicode" if argument else "standard input: not utf-8"
+        UserError, match=r"FILE\|TEXT: the text is not valid Unicode" if argument else "standard input: not utf-8"
     ):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"abc \xff\n"), "utf-8"))
         main(["predict", str(bert_run), *(["abc \udcff"] if argument else [])])
@@ -534,7 +534,7 @@ def test_a_classifier_in_a_notebook(bert_run):
         ("Shares fell.", r"'Shares fell.' is one text, not a list"),
         (["a", None], r"texts\[1\]: the text is None"),
         (["a", "b", float("nan")], r"texts\[2\]: the text is nan"),
-        (["\ud83d"], r"texts\[0\]: the text is no valid Unicode"),
+        (["\ud83d"], r"texts\[0\]: the text is not valid Unicode"),
         ([["a"]], r"texts\[0\]: the text is \['a'\]"),
     ],
 )
