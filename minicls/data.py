@@ -533,10 +533,18 @@ def _read_parquet(file: Path, columns: dict[str, str], whole: bool) -> Iterator[
         parquet = pq.ParquetFile(file)
         _check_columns(file, parquet.schema_arrow.names, columns)
         table = parquet.read(columns=None if whole else list(columns))
-        table.validate(full=True)  # strings may not be UTF-8
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]}); write it again") from None
-    for number, row in enumerate(table.to_pylist()):
+    try:
+        rows = table.to_pylist()
+    except UnicodeDecodeError:
+        for number in range(len(table)):
+            try:
+                table.slice(number, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                raise UserError(f"{file}, row {number}: not UTF-8 ({error.reason}); convert the file") from None
+        raise
+    for number, row in enumerate(rows):
         yield f"{file}, row {number}", row
 
 
