@@ -20,7 +20,15 @@ import torch.nn.functional as F
 
 from minicls import checkpoint, dist, plots, results, weights
 from minicls.batch import pack, step_rows, to_device
-from minicls.config import TrainingSettings, parse, run_main, setting
+from minicls.config import (
+    EVAL_EVERY,
+    EVALUATION,
+    SAVE_EVERY,
+    TrainingSettings,
+    parse,
+    run_main,
+    setting,
+)
 from minicls.data import describe, describe_rows, load_splits
 from minicls.optim import class_weights, cosine_lr, make_optimizer
 from minicls.predict import classify_rows
@@ -41,17 +49,8 @@ class Settings(TrainingSettings):
     learning_rate: float = setting(1e-5, "peak of the cosine schedule", minimum=0)
     warmup_ratio: float = setting(0.0, "fraction of steps used for warm-up", minimum=0, maximum=1)
     weight_decay: float = setting(1e-6, "of matrices and embeddings alone", minimum=0)
-    eval_every: float = setting(
-        0.1,
-        "steps between evaluations; below 1 a fraction of all steps; 0: only after the last",
-        minimum=0,
-        group="evaluation and checkpoints",
-    )
-    save_every: float = setting(
-        0.1,
-        "steps between checkpoints, below 1 a fraction; 0: only the last and the best on validation",
-        minimum=0,
-    )
+    eval_every: float = setting(0.1, EVAL_EVERY, minimum=0, group=EVALUATION)
+    save_every: float = setting(0.1, SAVE_EVERY, minimum=0, group=EVALUATION)
 
 
 def batch_loss(

@@ -25,7 +25,17 @@ import torch.nn.functional as F
 from minicls import checkpoint, dist, plots, results, weights
 from minicls.attention import Batch, on_gpu
 from minicls.batch import pack_shared, step_rows, to_device
-from minicls.config import TrainingSettings, UserError, flag_of, parse, run_main, setting
+from minicls.config import (
+    EVAL_EVERY,
+    EVALUATION,
+    SAVE_EVERY,
+    TrainingSettings,
+    UserError,
+    flag_of,
+    parse,
+    run_main,
+    setting,
+)
 from minicls.data import describe, describe_rows, load_splits
 from minicls.optim import class_weights, cosine_lr, make_optimizer
 from minicls.predict import classify_rows
@@ -42,39 +52,22 @@ class Settings(TrainingSettings):
 
     model: str = setting("Qwen/Qwen3-0.6B", "hub id, directory, or tiny", group="model")
     head: str = setting("options", "option perplexity or linear", choices=("options", "linear"))
-    linear_input: str = setting(
-        "text", "input of the linear head: the text or the question", choices=("text", "prompt")
-    )
+    linear_input: str = setting("text", "input of the linear head", choices=("text", "prompt"))
     prompt: str = setting(
         "published",
         f"the question: {', '.join(PROMPTS)}, or a text file with {{text}} and {{options}} in it",
     )
-    think_in: str = setting(
-        "response", "part that the empty think block belongs to", choices=("response", "prompt")
-    )
-    train_on: str = setting(
-        "response", "the whole response or only the letter", choices=("response", "letter")
-    )
-    normalize: str = setting(
-        "mean", "an option's log-likelihood per token, or its sum", choices=("mean", "sum")
-    )
+    think_in: str = setting("response", "place of the think block", choices=("response", "prompt"))
+    train_on: str = setting("response", "tokens to train on", choices=("response", "letter"))
+    normalize: str = setting("mean", "log-likelihood per token or summed", choices=("mean", "sum"))
     epochs: float = setting(1.0, "passes over the training rows", minimum=0, group="optimisation")
     global_batch_size: int = setting(96, "rows of an optimizer step, over all ranks", minimum=1)
     micro_batch_size: int = setting(12, "rows of a forward pass, at most", minimum=1)
     learning_rate: float = setting(1.2e-5, "peak of the cosine schedule", minimum=0)
     warmup_ratio: float = setting(0.01, "fraction of steps used for warm-up", minimum=0, maximum=1)
     weight_decay: float = setting(0.0, "of matrices and embeddings alone", minimum=0)
-    eval_every: float = setting(
-        0.2,
-        "steps between evaluations; below 1 a fraction of all steps; 0: only after the last",
-        minimum=0,
-        group="evaluation and checkpoints",
-    )
-    save_every: float = setting(
-        0.2,
-        "steps between checkpoints, below 1 a fraction; 0: only the last and the best on validation",
-        minimum=0,
-    )
+    eval_every: float = setting(0.2, EVAL_EVERY, minimum=0, group=EVALUATION)
+    save_every: float = setting(0.2, SAVE_EVERY, minimum=0, group=EVALUATION)
 
 
 class Targets(NamedTuple):

@@ -68,6 +68,12 @@ def setting(
     return dataclasses.field(default=default, metadata=about)
 
 
+# For settings whose defaults differ between the scripts.
+EVALUATION = "evaluation and checkpoints"
+EVAL_EVERY = "steps between evaluations; below 1 a fraction of all steps; 0: only after the last"
+SAVE_EVERY = "steps between checkpoints; below 1 a fraction of all steps; 0: only the last and the best on validation"
+
+
 @dataclass(frozen=True)
 class DataSettings:
     """The rows: shared by every command that reads a data set, so that equal flags mean equal rows."""
@@ -113,7 +119,7 @@ class TrainingSettings(DataSettings):
     output_dir: str | None = setting(
         None,
         "run directory, new or empty; unset: runs/<script>-<time>",
-        group="evaluation and checkpoints",
+        group=EVALUATION,
     )
     keep_checkpoints: int = setting(2, "newest checkpoints to keep, in addition to the best on validation", minimum=1)
     log_every: int = setting(10, "steps between lines of metrics.jsonl", minimum=1)
