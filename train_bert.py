@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from minicls import checkpoint, dist, plots, results, weights
+from minicls.attention import Batch
 from minicls.batch import pack, step_rows, to_device
 from minicls.config import (
     EVAL_EVERY,
@@ -55,17 +56,17 @@ class Settings(TrainingSettings):
 
 def batch_loss(
     model: torch.nn.Module,
-    rows: list[list[int]],
+    batch: Batch,
     labels: np.ndarray,
     row_weights: torch.Tensor,
     label_smoothing: float,
 ) -> torch.Tensor:
-    """The summed cross-entropy of B training rows, each times its class's weight; a scalar.
+    """The summed cross-entropy of B packed rows, each times its class's weight; a scalar.
 
-    rows: ids of each row; labels: (B,) int64 class indices; row_weights: (C,) fp32.
+    labels: (B,) int64 class indices; row_weights: (C,) fp32.
     """
-    targets = to_device(labels, row_weights.device)  # (B,)
-    logits = model(pack(rows, row_weights.device))  # (B, C) fp32
+    logits = model(batch)  # (B, C) fp32
+    targets = to_device(labels, logits.device)  # (B,)
     losses = F.cross_entropy(  # (B,)
         logits, targets, reduction="none", label_smoothing=label_smoothing
     )
@@ -158,10 +159,10 @@ def main(argv: list[str] | None = None) -> None:
                 checkpoint.seed_everything(s.seed, step, micro_step, dist.rank())
                 if not len(share):  # the last window of an epoch may be too short for all ranks
                     continue
-                ids = [rows["train"][row] for row in share]
+                batch = pack([rows["train"][row] for row in share], device)
                 with autocast:
                     loss = batch_loss(
-                        forward, ids, labels[share], row_weights_on_device, s.label_smoothing
+                        forward, batch, labels[share], row_weights_on_device, s.label_smoothing
                     )
                 (loss / total_weight).backward()
                 step_loss += loss.detach() / total_weight

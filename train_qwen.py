@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from minicls import checkpoint, dist, plots, results, weights
-from minicls.attention import Batch, on_gpu
+from minicls.attention import Batch
 from minicls.batch import pack_shared, step_rows, to_device
 from minicls.config import (
     EVAL_EVERY,
@@ -37,12 +37,14 @@ from minicls.config import (
     setting,
 )
 from minicls.data import describe, describe_rows, load_splits
+from minicls.kernels import on_gpu
 from minicls.optim import class_weights, cosine_lr, make_optimizer
 from minicls.predict import classify_rows
 from minicls.prompt import PROMPTS, make_chat, make_template
 from minicls.scorer import common_prefix, score
 from minicls.tiny import SIZES, train_qwen_tokenizer
 from minicls.tokenizer import load_tokenizer, text_rows
+from train_bert import batch_loss
 
 
 @dataclass(frozen=True)
@@ -126,26 +128,6 @@ def answer_loss(
         losses = losses.index_copy(0, targets.letters, smoothed)
     losses = losses * targets.weights
     return torch.stack([losses.sum(), losses[targets.letters].sum()])
-
-
-def linear_loss(
-    model: torch.nn.Module,
-    rows: list[list[int]],
-    labels: np.ndarray,
-    row_weights: torch.Tensor,
-    shared: int,
-    label_smoothing: float,
-) -> torch.Tensor:
-    """The summed cross-entropy of B training rows, each times its class's weight; a scalar.
-
-    rows: ids of each row; labels: (B,) int64 class indices; row_weights: (C,) fp32.
-    """
-    targets = to_device(labels, row_weights.device)  # (B,)
-    logits = model(pack_shared(rows, shared, row_weights.device))  # (B, C) fp32
-    losses = F.cross_entropy(  # (B,)
-        logits, targets, reduction="none", label_smoothing=label_smoothing
-    )
-    return (losses * row_weights[targets]).sum()
 
 
 def check_head(s: Settings) -> None:
@@ -237,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     lines.append(f"example: {data.label_names[labels[0]]} <- {example}")
     lines.append(f"{s.model}: {load_report}; {dist.device_name(device)}")
 
-    # 3. The loss: `answer_loss` or `linear_loss`, with one weight for each class.
+    # 3. The loss: `answer_loss` or, for a linear head, BERT's; with one weight for each class.
     row_weights = class_weights(labels, len(data.label_names), s.class_weights)  # (C,)
     row_weights_on_device = torch.from_numpy(row_weights).to(device)
     classes = range(len(data.label_names))
@@ -255,18 +237,15 @@ def main(argv: list[str] | None = None) -> None:
         letters = torch.tensor([option[0] for option in chat.options], device=device)  # (O,)
         if s.train_on == "response":
             lines.append(
-                f"loss: the mean over the {counts[0].sum()} tokens of an answer, of which only "
-                f"{counts[0][1]} depend on the text. Compare answer_loss (the letter) with BERT's "
-                "loss; format_loss covers the fixed tokens"
+                "loss covers the whole answer; compare answer_loss, the letter's, with BERT's"
             )
     # On a CPU, the tokens that all rows begin with go through the model once a batch: less to
     # compute, the same loss and gradients. A GPU's attention kernel wants every row whole.
     shared = 0
     if not on_gpu(device):
-        answers = counts[labels].sum(1) if s.head == "options" else np.zeros(len(labels), int)
-        ends = [len(row) - n for row, n in zip(rows["train"], answers, strict=True)]
+        answers = counts[labels].sum(1) if s.head == "options" else np.ones(len(labels), int)
         shared = len(
-            common_prefix([row[:end] for row, end in zip(rows["train"], ends, strict=True)])
+            common_prefix([row[:-n] for row, n in zip(rows["train"], answers, strict=True)])
         )
         if shared:
             lines.append(f"all rows begin with the same {shared} tokens, computed once a batch")
@@ -312,11 +291,10 @@ def main(argv: list[str] | None = None) -> None:
                             ids, labels[share], counts, row_weights, shared, device
                         )
                         losses = answer_loss(forward, targets, letters, s.label_smoothing)
-                    else:
-                        losses = linear_loss(
-                            *(forward, ids, labels[share], row_weights_on_device, shared),
-                            s.label_smoothing,
-                        ).expand(2)
+                    else:  # a linear head's loss is BERT's
+                        batch = pack_shared(ids, shared, device)
+                        arguments = labels[share], row_weights_on_device, s.label_smoothing
+                        losses = batch_loss(forward, batch, *arguments).expand(2)
                 (losses[0] / total_weight).backward()
                 step_losses += losses.detach()
 

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-GPUS = ("cuda",)  # device types; tests add the CPU to run the GPU branches over a reference kernel
+from minicls.kernels import gpu_attention, has_flash, matmul_dtype, on_gpu, plain_attention
+
 # Rows per padded group on a CPU. Sorted by length, 16 rows waste little on padding and still fill
 # a kernel: on AG News lengths (64 rows, 12 heads) this takes half the time of one group of 64.
 ROWS_PER_GROUP = 16
@@ -42,26 +43,6 @@ class Batch(NamedTuple):
     def last(self) -> Tensor:
         """The index of each row's last token, (B,) int64: the one a language model continues."""
         return self.cu_seqlens[1:].long() - 1
-
-
-def on_gpu(device: torch.device) -> bool:
-    """Whether to do what is fast on a GPU. All code that depends on the device type asks here."""
-    return device.type in GPUS
-
-
-def matmul_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of matrix products with x: autocast's if enabled, else x's own."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether flash kernels apply: half precision, head size 8 to 256, compute capability 8.0."""
-    if not on_gpu(device) or dtype not in (torch.float16, torch.bfloat16):
-        return False
-    if head_dim % 8 or head_dim > 256:
-        return False
-    return device.type != "cuda" or torch.cuda.get_device_properties(device).major >= 8
 
 
 class Layout(NamedTuple):
@@ -138,9 +119,8 @@ def positions_up_to(last: Tensor, S: int, dtype: torch.dtype) -> Tensor:
     """
     if not on_gpu(last.device):
         return torch.arange(S, device=last.device) <= last
-    positions = torch.arange(
-        (S // 8 + 1) * 8, device=last.device
-    )  # always above S: one case to compile
+    padded = (S // 8 + 1) * 8  # always above S: one case to compile
+    positions = torch.arange(padded, device=last.device)
     return torch.where(positions <= last, 0.0, -torch.inf).to(dtype)[..., :S]
 
 
@@ -199,7 +179,7 @@ def cache_slots(batch: Batch, x: Tensor, S: int, group: int) -> CacheSlots:
         return CacheSlots(rows, positions, positions, S, None)
     columns = torch.arange(N, device=x.device) - batch.cu_seqlens[rows]  # (N,)
     last = positions.new_zeros(B, T).index_put((rows, columns), positions)  # (B, T)
-    last = last.repeat(1, group) if gpu else last  # `_gpu_attention` stacks a group's queries
+    last = last.repeat(1, group) if gpu else last  # `gpu_attention` stacks a group's queries
     mask = positions_up_to(last[:, None, :, None], S, matmul_dtype(x))
     return CacheSlots(rows, positions, columns, T, mask)
 
@@ -225,10 +205,10 @@ def _dense_attention(q, k, v, mask, causal, dropout_p=0.0) -> Tensor:
     """
     with torch.autocast(q.device.type, enabled=False):  # it would change dtypes
         if on_gpu(q.device):
-            return _gpu_attention(q, k, v, mask, causal, dropout_p)
+            return gpu_attention(q, k, v, mask, causal, dropout_p)
         # The CPU's fused kernel has no dropout, takes as long in fp32, and twice the time in bf16.
         if k.shape[2] <= MAX_PLAIN or dropout_p > 0.0:
-            return _plain_attention(q, k, v, mask, causal, dropout_p)
+            return plain_attention(q, k, v, mask, causal, dropout_p)
         # Its backward pass is several times as fast in fp32 as in bf16.
         upcast = q.requires_grad and q.dtype == torch.bfloat16
         inputs = [x.float() for x in (q, k, v)] if upcast else (q, k, v)
@@ -236,37 +216,3 @@ def _dense_attention(q, k, v, mask, causal, dropout_p=0.0) -> Tensor:
         grouped = {"enable_gqa": True} if q.shape[1] > k.shape[1] else {}
         output = F.scaled_dot_product_attention(*inputs, mask, is_causal=causal, **grouped)
         return output.to(q.dtype)
-
-
-def _plain_attention(q, k, v, mask, causal, dropout_p) -> Tensor:
-    (H, T, Dh), (Hkv, S) = q.shape[1:], k.shape[1:3]
-    group = H // Hkv
-    # Query heads that share keys are stacked along T, until the end. Softmax is row-wise, and with
-    # dynamic T a compiled reshape would cost an integer division per element.
-    q = q.unflatten(1, (Hkv, group)).flatten(2, 3) * Dh**-0.5  # (B, Hkv, group * T, Dh)
-    # Copying strided keys takes a fraction of the time that a product with them would.
-    scores = q @ k.contiguous().transpose(2, 3)  # (B, Hkv, group * T, S)
-    if causal:
-        mask = torch.ones(1, 1, T, S, dtype=torch.bool).tril()
-    if mask is not None:
-        mask = mask if mask.shape[2] == 1 else mask.repeat(1, 1, group, 1)
-        scores.masked_fill_(~mask, -torch.inf)
-    return (F.dropout(scores.softmax(-1), dropout_p) @ v).view(-1, H, T, Dh)
-
-
-def _gpu_attention(q, k, v, mask, causal, dropout_p) -> Tensor:
-    """Flash takes grouped heads but no mask, the memory-efficient kernel a mask but no groups.
-
-    Given both, PyTorch computes all T * S scores in several passes: so pick one of the two.
-    """
-    (H, T, Dh), Hkv = q.shape[1:], k.shape[1]
-    group = H // Hkv
-    if group > 1 and mask is not None:  # per row (rows, 1, 1, S) or query (B, 1, group * T, S)
-        q = q.unflatten(1, (Hkv, group)).flatten(2, 3)  # (B, Hkv, group * T, Dh)
-        output = F.scaled_dot_product_attention(q, k, v, mask, dropout_p)
-        return output.unflatten(2, (group, T)).flatten(1, 2)  # (B, H, T, Dh)
-    if group > 1 and has_flash(q.device, q.dtype, Dh):
-        return F.scaled_dot_product_attention(q, k, v, None, dropout_p, causal, enable_gqa=True)
-    if group > 1:
-        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))  # (B, H, S, Dh)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal)

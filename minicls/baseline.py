@@ -26,10 +26,10 @@ import numpy as np
 import torch
 
 from minicls import checkpoint, dist, plots, results, weights
-from minicls.attention import on_gpu
 from minicls.batch import length_batches, pack
 from minicls.config import UserError, parse, setting
 from minicls.data import Split, describe, load_data, split_data, stratified_rows
+from minicls.kernels import on_gpu
 from minicls.logger import Logger
 from minicls.predict import EVAL_TOKENS
 from minicls.tokenizer import Tokenizer, bert_rows, load_tokenizer

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from minicls.attention import on_gpu
 from minicls.batch import length_batches, pack
 from minicls.decoder import KVCache
+from minicls.kernels import on_gpu
 from minicls.tokenizer import Tokenizer
 
 # In a batch with its answers, on a CPU and on a GPU. A GPU decodes 200 rows in the time of one.

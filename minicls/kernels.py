@@ -1,4 +1,4 @@
-"""Operations with hand-written gradients for a CPU: RMSNorm and the rotation of queries and keys; and one shared cast.
+"""Which kernels a device has, RMSNorm and rotary embedding with hand-written gradients, and dense attention.
 
 On a CPU an elementwise operation costs the bytes it moves. These functions convert to fp32 once, keep less for the
 backward pass than autograd would, and overwrite intermediate results.
@@ -8,7 +8,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minicls.attention import matmul_dtype, on_gpu
+GPUS = ("cuda",)  # device types; tests add the CPU to run the GPU branches over a reference kernel
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether to do what is fast on a GPU. All code that depends on the device type asks here."""
+    return device.type in GPUS
+
+
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of matrix products with x: autocast's if enabled, else x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether flash kernels apply: half precision, head size 8 to 256, compute capability 8.0."""
+    if not on_gpu(device) or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if head_dim % 8 or head_dim > 256:
+        return False
+    return device.type != "cuda" or torch.cuda.get_device_properties(device).major >= 8
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -67,3 +87,41 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def cast_once(x: Tensor) -> Tensor:
     """Casts x to autocast's dtype, if autocast is enabled, so that several linear layers share the copy."""
     return x.to(matmul_dtype(x))
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> Tensor:
+    """softmax(q kᵀ / √Dh) v multiplied out, for a CPU. q: (B, H, T, Dh); k, v: (B, Hkv, S, Dh).
+
+    mask: broadcasts to (B, H, T, S); None: every key is seen, or with `causal` no later one.
+    """
+    (H, T, Dh), (Hkv, S) = q.shape[1:], k.shape[1:3]
+    group = H // Hkv
+    # Query heads that share keys are stacked along T, until the end. Softmax is row-wise, and with
+    # dynamic T a compiled reshape would cost an integer division per element.
+    q = q.unflatten(1, (Hkv, group)).flatten(2, 3) * Dh**-0.5  # (B, Hkv, group * T, Dh)
+    # Copying strided keys takes a fraction of the time that a product with them would.
+    scores = q @ k.contiguous().transpose(2, 3)  # (B, Hkv, group * T, S)
+    if causal:
+        mask = torch.ones(1, 1, T, S, dtype=torch.bool).tril()
+    if mask is not None:
+        mask = mask if mask.shape[2] == 1 else mask.repeat(1, 1, group, 1)
+        scores.masked_fill_(~mask, -torch.inf)
+    return (F.dropout(scores.softmax(-1), dropout_p) @ v).view(-1, H, T, Dh)
+
+
+def gpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> Tensor:
+    """The same on a GPU. Flash takes grouped heads but no mask, the memory-efficient kernel a mask but no groups.
+
+    Given both, PyTorch computes all T * S scores in several passes: so pick one of the two.
+    """
+    (H, T, Dh), Hkv = q.shape[1:], k.shape[1]
+    group = H // Hkv
+    if group > 1 and mask is not None:  # per row (rows, 1, 1, S) or query (B, 1, group * T, S)
+        q = q.unflatten(1, (Hkv, group)).flatten(2, 3)  # (B, Hkv, group * T, Dh)
+        output = F.scaled_dot_product_attention(q, k, v, mask, dropout_p)
+        return output.unflatten(2, (group, T)).flatten(1, 2)  # (B, H, T, Dh)
+    if group > 1 and has_flash(q.device, q.dtype, Dh):
+        return F.scaled_dot_product_attention(q, k, v, None, dropout_p, causal, enable_gqa=True)
+    if group > 1:
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))  # (B, H, S, Dh)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal)

@@ -24,10 +24,10 @@ from torch import nn
 
 from minicls import checkpoint, dist, plots, weights
 from minicls import results as result_files
-from minicls.attention import on_gpu
 from minicls.batch import length_batches, pack, to_device
 from minicls.config import DataSettings, UserError, flag_of, parse, setting
 from minicls.data import Split, checked_text, describe, lines_of, load_splits, read_rows
+from minicls.kernels import on_gpu
 from minicls.logger import Logger
 from minicls.prompt import make_chat
 from minicls.scorer import score

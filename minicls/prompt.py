@@ -7,9 +7,7 @@ one token: encoding the parts separately gives other ids.
 """
 
 import dataclasses
-import datetime
 import functools
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,13 +16,12 @@ from string import ascii_uppercase
 
 from minicls.config import UserError
 from minicls.data import AG_NEWS_LABELS
-from minicls.tokenizer import TOKEN_NAMES, Tokenizer
+from minicls.tokenizer import CHAT_TEMPLATE_REMEDY, Tokenizer
 
 PROMPTS = {file.stem: file for file in sorted((Path(__file__).parent / "prompts").glob("*.txt"))}
 # The published prompts speak of news. These words replace theirs for data other than AG News.
 NEWS = {"news article": "text", "Article": "Text", "新闻文章": "文本", "文章": "文本"}
 TURN, LETTER = "\u2063minicls\u2063", "\u2063A\u2063"  # marks for the user's turn and the answer
-REPAIR = "correct chat_template, or delete it to ask the bare question"
 Rows = list[list[int]]
 
 
@@ -83,60 +80,25 @@ class ChatFormat:
     strips: bool = False  # whether the template strips whitespace around the turn
 
 
-def _template_environment():
-    """Jinja as transformers' `apply_chat_template` sets it up, in a sandbox."""
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str):
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    environment.globals["raise_exception"] = raise_exception
-    return environment
-
-
 def render_chat_format(tokenizer: Tokenizer) -> ChatFormat:
     """Learns the format by rendering the tokenizer's chat template around marks.
 
     Without a template: the bare turn, a blank, the letter, and the end-of-sequence token.
     """
-    source = tokenizer.config.get("chat_template")
-    if isinstance(source, list):  # several, by name
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    if not source:
+    if not tokenizer.chat_template:
         return ChatFormat(ending=tokenizer.special_token("eos_token") or "")
-    # transformers adds a block {% generation %} around the assistant's part. `if true` renders the
-    # same, and keeps the tag's dashes, which strip the whitespace next to it.
-    for tag, known in (("generation", "if true"), ("endgeneration", "endif")):
-        source = re.sub(rf"({{%[-+]?)\s*{tag}\s*([-+]?%}})", rf"\1 {known} \2", source)
-    environment = _template_environment()
-    named = {name: tokenizer.special_token(name) for name in TOKEN_NAMES}
-    fixed = {name: token for name, token in named.items() if token is not None}
-    fixed |= {"tools": None, "documents": None}
 
     def render(turn: str, *answer: str, **options) -> str:
         messages = [{"role": "user", "content": turn}]
         messages += [{"role": "assistant", "content": letter} for letter in answer]
-        variables = fixed | {"messages": messages, "add_generation_prompt": not answer} | options
-        try:
-            return environment.from_string(source).render(variables)
-        except Exception as error:  # a template is a program, which can fail in any way
-            raise UserError(
-                "--model: its chat template cannot render a user's turn "
-                f"({type(error).__name__}: {error}); it may need a system turn: {REPAIR}"
-            ) from None
+        return tokenizer.apply_chat_template(messages, not answer, **options)
 
     prompt, question = render(TURN), render(TURN, enable_thinking=False)
     answered = render(TURN, LETTER)
     turns = [text.count(TURN) for text in (prompt, question, answered)]
     if [*turns, answered.count(LETTER)] != [1, 1, 1, 1]:
         fault = "drops or repeats the user's turn or the answer"
-        raise UserError(f"--model: its chat template {fault}; {REPAIR}")
+        raise UserError(f"--model: its chat template {fault}; {CHAT_TEMPLATE_REMEDY}")
     if not question.startswith(prompt):  # without thoughts, another prompt: it thinks by default
         prompt = question
     before, after = prompt.split(TURN)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from minicls import dist
-from minicls.attention import on_gpu
 from minicls.batch import length_batches, pack, to_device
 from minicls.decoder import KVCache
+from minicls.kernels import on_gpu
 
 # In a batch and its cache, on a CPU and on a GPU. Speed and memory depend on it, no score does.
 MAX_TOKENS = 1536, 16_384

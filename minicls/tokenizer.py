@@ -6,7 +6,10 @@ are marked special before loading, and the code that knows a format inserts its 
 words added to a BERT vocabulary (`add_tokens`) are vocabulary, and are matched in a text as transformers matches them.
 """
 
+import datetime
+import functools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +22,7 @@ CHUNK = 10_000  # texts at a time: the library's encodings are some ten times la
 # Control tokens, by their names in tokenizer_config.json.
 BERT_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
 TOKEN_NAMES = ("bos_token", "eos_token", *BERT_TOKENS)
+CHAT_TEMPLATE_REMEDY = "correct chat_template, or delete it to ask the bare question"
 # Fields of tokenizer_config.json that BertTokenizer builds its normalizer from, and their names in tokenizer.json.
 BERT_NORMALIZER = {"do_lower_case": "lowercase", "strip_accents": "strip_accents"}
 BERT_NORMALIZER |= {"tokenize_chinese_chars": "handle_chinese_chars"}
@@ -127,6 +131,46 @@ class Tokenizer:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
         finally:
             self._tokenizer.encode_special_tokens = True
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja source of the chat template, the default one if there are several by name."""
+        source = self.config.get("chat_template")
+        if isinstance(source, list):
+            source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        return source
+
+    def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool, **options) -> str:
+        """The messages in the model's chat format; equals transformers' method of this name.
+
+        Raises UserError if the template fails: it is a program, which can fail in any way.
+        """
+        import jinja2
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def raise_exception(message: str):
+            raise jinja2.TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        environment.globals["raise_exception"] = raise_exception
+        # transformers adds a block {% generation %} around the assistant's part. `if true` renders the same, and keeps
+        # the tag's dashes, which strip the whitespace next to it.
+        source = self.chat_template
+        for tag, known in (("generation", "if true"), ("endgeneration", "endif")):
+            source = re.sub(rf"({{%[-+]?)\s*{tag}\s*([-+]?%}})", rf"\1 {known} \2", source)
+        named = {name: self.special_token(name) for name in TOKEN_NAMES}
+        variables = {name: token for name, token in named.items() if token is not None}
+        variables |= {"tools": None, "documents": None, "messages": messages}
+        variables |= {"add_generation_prompt": add_generation_prompt} | options
+        try:
+            return environment.from_string(source).render(variables)
+        except Exception as error:
+            problem = f"its chat template cannot render a user's turn ({type(error).__name__}: {error})"
+            raise UserError(f"--model: {problem}; it may need a system turn: {CHAT_TEMPLATE_REMEDY}") from None
 
     def save(self, directory: Path, text_length: int | None = None, pad_token_id: int | None = None) -> None:
         """Writes tokenizer.json and tokenizer_config.json, from which transformers' AutoTokenizer encodes alike.

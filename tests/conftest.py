@@ -71,7 +71,7 @@ def as_on_a_gpu(monkeypatch):
     """The branches that a GPU takes, on the CPU, over a reference kernel."""
     import flash_reference  # noqa: F401 - it registers the kernel
 
-    monkeypatch.setattr("minicls.attention.GPUS", ("cuda", "cpu"))
+    monkeypatch.setattr("minicls.kernels.GPUS", ("cuda", "cpu"))
 
 
 @pytest.fixture(params=["multiplied out", "fused", "as on a GPU"])

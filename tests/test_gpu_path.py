@@ -23,10 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minicls import attention as attention_module
 from minicls import dist
-from minicls.attention import Batch, Layout, attention, cache_slots, has_flash, lay_out, pad_layout
+from minicls.attention import Batch, Layout, attention, cache_slots, lay_out, pad_layout
 from minicls.batch import pack
 from minicls.config import UserError
 from minicls.generate import generate
+from minicls.kernels import has_flash
 from minicls.scorer import score
 
 CPU = torch.device("cpu")
@@ -357,7 +358,7 @@ def test_scripts_train_as_on_a_cpu(name, bert_run, tmp_path, monkeypatch, taken)
         flags += ["--model", str(without_dropout(bert_run, tmp_path / "model"))]
     gpu = train(tmp_path / "gpu", *flags, script=SCRIPTS[name])
     assert taken
-    monkeypatch.setattr(attention_module, "GPUS", ("cuda",))
+    monkeypatch.setattr("minicls.kernels.GPUS", ("cuda",))
     cpu = train(tmp_path / "cpu", *flags, script=SCRIPTS[name])
     found, expected = ([loss for _, loss, _ in losses(run)] for run in (gpu, cpu))
     assert found == pytest.approx(expected, rel=0.01) and found != expected

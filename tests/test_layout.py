@@ -15,10 +15,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# From the bottom to the top: a module imports only what stands before it. A new module gets its place here; some wait to
-# be written.
+# From the bottom to the top: a module imports only what stands before it. A new module gets its place here.
 ORDER = [
-    *("__init__", "config", "attention", "kernels", "bert", "decoder", "optim", "metrics", "dist", "batch"),
+    *("__init__", "config", "kernels", "attention", "bert", "decoder", "optim", "metrics", "dist", "batch"),
     *("tokenizer", "tiny", "data", "prompt", "weights", "logger", "checkpoint", "scorer", "generate", "results"),
     *("plots", "predict", "engines", "comparison", "baseline", "__main__", "train_bert", "train_qwen", "bench"),
 ]
