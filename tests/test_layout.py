@@ -15,8 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# From the bottom to the top: a module imports only what stands before it. A new module gets its place here; some wait to
-# be written.
+# From the bottom to the top: a module imports only what stands before it. A new module gets its place here.
 ORDER = [
     "__init__",
     "config",
@@ -39,6 +38,7 @@ ORDER = [
     "generate",
     "predict",
     "engines",
+    "serving",
     "results",
     "plots",
     "comparison",
