@@ -7,6 +7,7 @@ Nothing here looks at a clock: figures are exact.
 
 import importlib.util
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -294,6 +295,15 @@ def test_an_engine_that_cannot_start_is_rows_that_say_why(bert_run, tmp_path, ca
         ("offline", "failed"),
     ]
     assert all("does not start (No such file" in row["reason"] for row in read_rows(tmp_path))
+
+
+def test_a_side_that_fails_leaves_its_rows_and_its_last_words(monkeypatch):
+    code = "import sys; print('loading'); print('ROW {}'); sys.exit('Traceback\\nerror: no memory')"
+    monkeypatch.setattr(bench, "side_process", lambda s, side: ([sys.executable, "-c", code], None))
+    rows = bench.start_side(bench.Settings(), "transformers")
+    assert next(rows) == {}
+    with pytest.raises(UserError, match=r"^no memory$"):
+        next(rows)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")

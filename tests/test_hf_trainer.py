@@ -12,6 +12,7 @@ from conftest import ROOT
 
 from minicls.config import UserError
 from minicls.data import load_data
+from minicls.predict import Reader
 from minicls.results import speed_table
 from results import hf_trainer
 
@@ -100,6 +101,20 @@ def test_a_decoders_labels_are_its_targets(qwen_run):
     batch = hf_trainer.collate(hf_trainer.training_examples(settings, data, rows))
     assert batch["labels"].shape == batch["input_ids"].shape == batch["attention_mask"].shape
     assert (batch["labels"] >= 0).sum(1).tolist() == [7, 7]
+
+
+def test_training_asks_the_default_question_whatever_the_run_was_asked(qwen_run, tmp_path):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((qwen_run / name).read_bytes())
+    template = ("Say what this is: ", " Answer:")
+    (tmp_path / "run.json").write_text(json.dumps({"template": template}))
+    assert Reader(tmp_path).settings == {"template": [*template]}  # a run.json that says no more than that is no error
+    assert Reader(tmp_path).chat.template == template
+    data, rows = load_data("synthetic"), np.array([3, 1])
+    ours, default = (
+        hf_trainer.training_examples(hf_trainer.Settings(model=str(d)), data, rows) for d in (tmp_path, qwen_run)
+    )
+    assert ours == default
 
 
 @pytest.mark.slow
