@@ -38,7 +38,8 @@ demo: .venv/stamp  ## train both on synthetic news, and a baseline: no network, 
 		'    .venv/bin/python train_bert.py --model MODEL_DIR --data DIR --epochs 15 --learning-rate 5e-4 --global-batch-size 32 --warmup-ratio 0.1'
 
 bench: .venv/stamp-dev  ## requests per second of BERT-base and Qwen3-0.6B with random weights: no network, but minutes a model
-	$(BIN)/python bench.py --model-size real --data $(DATA) $(BENCH) --rounds 1
+	$(BIN)/python bench.py --init random --bert bert-base-cased --qwen Qwen3-0.6B --qwen-linear Qwen3-0.6B \
+		--data $(DATA) $(BENCH) --rounds 1
 
 test: .venv/stamp-dev  ## the tests that take seconds each
 	$(BIN)/python -m pytest -m "not slow"

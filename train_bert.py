@@ -33,7 +33,7 @@ from minicls.config import (
 from minicls.data import describe, describe_rows, load_splits
 from minicls.optim import class_weights, cosine_lr, make_optimizer
 from minicls.predict import classify_rows
-from minicls.tiny import SIZES, train_bert_tokenizer
+from minicls.tiny import new_model
 from minicls.tokenizer import bert_rows, load_tokenizer
 
 
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     if directory:
         config, tokenizer = weights.read_config(directory, weights.BERT), load_tokenizer(directory)
     else:
-        config, tokenizer = SIZES["tiny-bert"], train_bert_tokenizer(data.train.texts, 2000)
+        config, tokenizer = new_model("tiny-bert", data.train.texts, vocab_size=2000)
     config = {"vocab_size": len(tokenizer)} | config | weights.label_config(data.label_names)
     source = None if run.random_weights else directory
     model, _, load_report = weights.build_model(weights.BERT, config, source, s.seed, device)

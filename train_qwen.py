@@ -42,7 +42,7 @@ from minicls.optim import class_weights, cosine_lr, make_optimizer
 from minicls.predict import classify_rows
 from minicls.prompt import PROMPTS, make_chat, make_template
 from minicls.scorer import common_prefix, score
-from minicls.tiny import SIZES, train_qwen_tokenizer
+from minicls.tiny import new_model
 from minicls.tokenizer import load_tokenizer, text_rows
 from train_bert import batch_loss
 
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         start, end = make_template(data.label_names, s.prompt, no_think=True) if asks else ("", "")
         turns = [start + text + end for text in data.train.texts]
-        config, tokenizer = SIZES["tiny-qwen3"], train_qwen_tokenizer(turns, 2000)
+        config, tokenizer = new_model("tiny-qwen3", turns, vocab_size=2000)
     config = {"vocab_size": len(tokenizer)} | config | weights.label_config(data.label_names)
     eos, pad = tokenizer.eos_and_pad(config)
     # transformers does not train the padding token's embedding. A row with options has no padding

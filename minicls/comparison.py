@@ -580,26 +580,50 @@ def _crossing_cells(cross: dict, sizes: Sequence[int], names: tuple[str, str]) -
 
 
 def read_bench(file: Path) -> list[dict]:
-    """The rows of a bench.json of `bench.py --task rps`."""
+    """The rows of a bench.json."""
     try:
-        bench = json.loads(file.read_text(encoding="utf-8"))
-        rows = bench["rows"] if isinstance(bench, dict) else bench
-        _ = [row[key] for row in rows for key in ("model", "engine", "method", "mode", "status")]
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        needed = ("model", "engine", "method", "mode", "status", "requests_per_second", "num_requests", "accuracy")
+        _ = [row[key] for row in rows for key in needed]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--bench: {file} is no result of bench.py --task rps ({error}); pass its bench.json") from None
+        raise UserError(f"--bench: {file} is no result of bench.py ({error}); pass its bench.json") from None
     return rows
 
 
+def _rate(row: dict) -> str | None:
+    return f"{row['requests_per_second']:.2f}" if row["requests_per_second"] else None
+
+
+def _latencies(row: dict) -> str | None:
+    latencies = [row.get(f"latency_p{percentile}_ms") for percentile in (50, 90, 99)]
+    shown = [f"{latency:,.0f}" if latency >= 100 else f"{latency:.1f}" for latency in latencies if latency is not None]
+    return " / ".join(shown) or None
+
+
+BENCH_COLUMNS = {
+    "model": lambda row: row["model"],
+    "engine": lambda row: f"{row['engine']} {row.get('engine_version') or ''}".strip(),
+    "method": lambda row: row["method"],
+    "mode": lambda row: row["mode"],
+    "dtype": lambda row: row.get("dtype"),
+    "hardware": lambda row: row.get("device"),
+    "requests/s": _rate,
+    "latency p50 / p90 / p99, ms": _latencies,
+    "in time": lambda row: None if row.get("slo_attainment") is None else f"{row['slo_attainment']:.1%}",
+    "tokens/s": lambda row: row.get("input_tokens_per_second") and f"{row['input_tokens_per_second']:,.0f}",
+    "peak GiB": lambda row: row.get("peak_memory_bytes") and f"{row['peak_memory_bytes'] / 2**30:.2f}",
+    "requests": lambda row: row["num_requests"],
+    "accuracy": lambda row: row["accuracy"],
+    "agreement": lambda row: row.get("agreement"),
+    "status": lambda row: f"{row['status']}: {row['reason']}" if row.get("reason") else row["status"],
+}
+
+
 def bench_table(rows: Sequence[dict]) -> str:
-    header = ["model", "engine", "method", "mode", "dtype", "hardware", "requests/s", "p50, ms", "requests", "accuracy"]
-    lines = []
-    for row in rows:
-        engine = f"{row['engine']} {row.get('engine_version') or ''}".strip()
-        rates = [row.get(key) and f"{row[key]:.2f}" for key in ("requests_per_second", "latency_p50_ms")]
-        what = [row["model"], engine, row["method"], row["mode"], row.get("dtype"), row.get("device"), *rates]
-        status = f"{row['status']}: {row['reason']}" if row.get("reason") else row["status"]
-        lines.append([*what, *(row.get(key) for key in ("num_requests", "accuracy", "agreement")), status])
-    return markdown([*header, "agreement", "status"], lines)
+    """Markdown of the rows of a bench.json, without the columns in which no row has a value."""
+    columns = {header: [cell(row) for row in rows] for header, cell in BENCH_COLUMNS.items()}
+    columns = {header: cells for header, cells in columns.items() if any(cell is not None for cell in cells)}
+    return markdown([*columns], zip(*columns.values(), strict=True))
 
 
 def write_report(runs: dict[str, Run], bench: Sequence[dict], out: Path) -> str:
@@ -707,7 +731,7 @@ def write_report(runs: dict[str, Run], bench: Sequence[dict], out: Path) -> str:
     if points:
         plots.plot_learning_curves(points, out / "rows.png")
     if bench:
-        plots.plot_deploy(bench, out / "deploy.png")
+        plots.plot_requests(bench, out / "deploy.png")
     (out / "report.md").write_text("\n\n".join(["# Report", *parts]) + "\n", encoding="utf-8")
     said = [
         runs_table(runs),

@@ -118,29 +118,39 @@ def plot_confusion(confusion: Sequence[Sequence[int]], label_names: Sequence[str
     return run_dir / "confusion.png"
 
 
-def plot_rps(rows: Sequence[dict], output_dir: Path) -> Path:
-    """rps.png: requests per second of bench.json's valid rows as bars, a panel for each mode, a colour for each
-    engine."""
+def plot_requests(rows: Sequence[dict], file: Path) -> Path:
+    """The valid rows of a bench.json: accuracy with its 95 % interval, where there is any, and requests per second in a
+    panel for each mode. A line for each model, engine and method; a colour for each model."""
     rows = [row for row in rows if row["status"] == "ok"]
     plt, _ = _pyplot([row["model"] for row in rows])
-    modes, engines = (list(dict.fromkeys(row[key] for row in rows)) for key in ("mode", "engine"))
-    tallest = max([sum(row["mode"] == mode for row in rows) for mode in modes], default=1)
     names = {id(row): f"{row['model']}, {row['engine']}, {row['method']}" for row in rows}
-    longest = max(map(len, names.values()), default=0) * 0.065  # inches, at 8 points
-    size = ((3.5 + longest) * max(1, len(modes)), 1.5 + 0.4 * tallest)
-    figure, panels = plt.subplots(1, max(1, len(modes)), figsize=size, layout="constrained", squeeze=False)
-    for axes, mode in zip(panels[0], modes, strict=False):
-        of_mode = [row for row in rows if row["mode"] == mode][::-1]  # the first on top
-        rates = [row["requests_per_second"] for row in of_mode]
-        bars = axes.barh(range(len(of_mode)), rates, color=[f"C{engines.index(row['engine'])}" for row in of_mode])
-        axes.bar_label(bars, [_plain(rate) for rate in rates], padding=3, fontsize=8)
-        axes.set_yticks(range(len(of_mode)), [names[id(row)] for row in of_mode], fontsize=8)
-        axes.set(xlabel="requests per second", title=mode, xlim=(0, 1.25 * max(rates)))  # room for the figures
-        axes.xaxis.set_major_locator(plt.MaxNLocator(5))
-        axes.xaxis.set_major_formatter("{x:,g}")
-    figure.savefig(output_dir / "rps.png", dpi=120)
+    lines, models = list(dict.fromkeys(names.values())), list(dict.fromkeys(row["model"] for row in rows))
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    scored = any(row["accuracy"] is not None for row in rows)
+    titles = ["accuracy, 95 % interval"] * scored + [f"requests per second, {mode}" for mode in modes]
+    longest = max(map(len, lines), default=0) * 0.065  # inches, at 8 points
+    size = (longest + 3.2 * max(1, len(titles)), 1.2 + 0.3 * len(lines))
+    figure, axes = plt.subplots(1, max(1, len(titles)), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for row in rows:
+        place, color = lines.index(names[id(row)]), f"C{models.index(row['model'])}"
+        if row["accuracy"] is not None:
+            accuracy, (low, high) = row["accuracy"], metrics.accuracy_interval(row["accuracy"], row["num_requests"])
+            bars = [[accuracy - low], [high - accuracy]]
+            axes[0, 0].errorbar(accuracy, place, xerr=bars, fmt="o", color=color, capsize=3)
+        panel = axes[0, scored + modes.index(row["mode"])]
+        bar = panel.barh(place, row["requests_per_second"], color=color)
+        panel.bar_label(bar, [_plain(row["requests_per_second"])], padding=3, fontsize=8)
+        panel.margins(x=0.25)  # room for the figures
+    for panel, title in zip(axes[0], titles, strict=False):
+        panel.set_title(title, fontsize=9)
+        panel.grid(axis="x", alpha=0.3)
+        panel.xaxis.set_major_locator(plt.MaxNLocator(5))
+        panel.xaxis.set_major_formatter("{x:,g}")
+    axes[0, 0].set_yticks(range(len(lines)), lines, fontsize=8)
+    axes[0, 0].invert_yaxis()  # the first on top
+    figure.savefig(file, dpi=120)
     plt.close(figure)
-    return output_dir / "rps.png"
+    return file
 
 
 def plot_learning_curves(curves: dict[str, Sequence[tuple[int, float, float, float, int]]], file: Path) -> None:
@@ -174,41 +184,6 @@ def plot_learning_curves(curves: dict[str, Sequence[tuple[int, float, float, flo
             0.99, 0.02, "hollow: one seed, interval of test rows only", transform=axes.transAxes, ha="right", fontsize=8
         )
     figure.legend(loc="outside lower center", fontsize=9)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
-
-
-def plot_deploy(rows: Sequence[dict], file: Path) -> None:
-    """Accuracy over requests per second of bench.json's valid rows: a panel for each mode, a colour for each model, a
-    marker for each engine and method."""
-    rows = [row for row in rows if row["status"] == "ok" and row.get("accuracy") is not None]
-    plt, _ = _pyplot([row["model"] for row in rows])
-    models, modes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "mode"))
-    ways = list(dict.fromkeys((row["engine"], row["method"]) for row in rows))
-    markers = "osD^vP*X<>ph"
-    size = (max(7.0, 5.0 * len(modes)), 5.0 + 0.2 * (len(models) + len(ways)))
-    figure, panels = plt.subplots(1, max(1, len(modes)), figsize=size, layout="constrained", sharey=True, squeeze=False)
-    for axes, mode in zip(panels[0], modes or [""], strict=True):
-        for row in (row for row in rows if row["mode"] == mode):
-            x, y, color = row["requests_per_second"], row["accuracy"], f"C{models.index(row['model'])}"
-            low, high = metrics.accuracy_interval(y, row["num_requests"]) if row.get("num_requests") else (y, y)
-            marker = markers[ways.index((row["engine"], row["method"])) % len(markers)]
-            axes.errorbar(x, y, [[y - low], [high - y]], fmt=marker, color=color, capsize=3, alpha=0.8, clip_on=False)
-        axes.set(xscale="log", xlabel="requests per second", title=mode)
-        axes.xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:,g}")
-        axes.xaxis.set_minor_formatter("")
-        axes.margins(x=0.15)
-        axes.grid(alpha=0.3)
-    bottom, top = panels[0, 0].get_ylim()
-    panels[0, 0].set(ylabel="accuracy, 95 % interval", ylim=(max(0.0, bottom), min(1.0, top)))
-    handles = [plt.Line2D([], [], color=f"C{i}", linewidth=6, label=model) for i, model in enumerate(models)]
-    for i, way in enumerate(ways):
-        handles.append(
-            plt.Line2D([], [], color="0.3", marker=markers[i % len(markers)], linestyle="", label=", ".join(way))
-        )
-    if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9)
     figure.savefig(file, dpi=120)
     plt.close(figure)
 

@@ -302,24 +302,24 @@ def folded(group: Sequence[Run], names: Sequence[str]) -> tuple[str, str, str]:
 
 
 def speed_table(benches: list[dict]) -> str:
-    """Markdown of bench.json files, a line for each peer: rates, the ratio with its spread over rounds, and peak
-    memory."""
+    """Markdown of what results/hf_trainer.py wrote, a line for each peer: rates, their ratio with its range over rounds,
+    and peak memory. Older files with the task `score` compare option scoring."""
     header = ["measured", "model", "against", "minicls, rows/s", "peer, rows/s", "times as fast", "peak memory, GiB"]
     peers = {"train": "HF Trainer {}", "score": "transformers {}, a pass a question"}
-    rows = []
+    lines = []
     for bench in benches:
         ours, *others = bench["rows"]
         s = bench["settings"]
         for theirs in others:
-            ratios = bench["speedup_of_each_round"][theirs["side"]]
-            extremes, rounds = f"{min(ratios):.2f} to {max(ratios):.2f}", len(ratios)
             peer = "vLLM {}" if theirs["side"] == "vllm" else peers[bench["task"]]
-            what = f"{bench['task']}, {s['dtype']}" + ", minicls compiled" * s["compile"]
-            row = [what, Path(s["bert"] or s["qwen"]).name, peer.format(theirs["version"])]
-            row += [f"{side['samples_per_second']:.2f}" for side in (ours, theirs)]
-            row.append(f"**{bench['speedup'][theirs['side']]:.2f}** ({extremes}, {rounds} round{'s' * (rounds > 1)})")
-            rows.append([*row, " against ".join(f"{side['peak_memory_bytes'] / 2**30:.1f}" for side in (ours, theirs))])
-    return markdown(header, rows)
+            measured = f"{bench['task']}, {s['dtype']}" + ", minicls compiled" * s["compile"]
+            ratios, median = bench["speedup_of_each_round"][theirs["side"]], bench["speedup"][theirs["side"]]
+            spread = f"{min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} rounds" if len(ratios) > 1 else "1 round"
+            rates = [f"{side['samples_per_second']:.2f}" for side in (ours, theirs)]
+            memory = " against ".join(f"{side['peak_memory_bytes'] / 2**30:.1f}" for side in (ours, theirs))
+            line = [measured, Path(s["bert"] or s["qwen"]).name, peer.format(theirs["version"]), *rates]
+            lines.append([*line, f"**{median:.2f}** ({spread})", memory])
+    return markdown(header, lines)
 
 
 def results_table(folders: Sequence[Path]) -> str:

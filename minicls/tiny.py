@@ -32,6 +32,19 @@ SIZES = {
         "rope_theta": 10_000.0,
         "tie_word_embeddings": True,
     },
+    # 3.1M parameters in four layers, trained from random weights in results/; the vocabulary is what its tokenizer has.
+    "qwen3-small": {
+        "model_type": "qwen3",
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "intermediate_size": 768,
+        "max_position_embeddings": 4096,
+        "rope_theta": 10_000.0,
+        "tie_word_embeddings": True,
+    },
     "bert-base-cased": {"model_type": "bert", "vocab_size": 28_996},  # the rest are BertConfig's defaults
     "Qwen3-0.6B": {
         "model_type": "qwen3",
@@ -113,6 +126,21 @@ def train_qwen_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
         tokenizer.add_tokens([AddedToken(token, special=token.startswith("<|"), normalized=False)])
     names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": QWEN_CHAT_TEMPLATE}
     return Tokenizer(tokenizer.to_str(), CONFIG | {"model_max_length": 4096} | names)
+
+
+def new_model(size: str, texts: Sequence[str], vocab_size: int) -> tuple[dict, Tokenizer]:
+    """The config.json of one of SIZES and a small tokenizer learned from `texts`: a model to give random weights.
+
+    For a decoder, the texts should stand in their prompt, so that its words become tokens, too.
+    """
+    if SIZES[size]["model_type"] == "bert":
+        tokenizer = train_bert_tokenizer(texts, vocab_size)
+        config = {"architectures": ["BertForSequenceClassification"]}
+    else:
+        tokenizer = train_qwen_tokenizer(texts, vocab_size)
+        pad, end = tokenizer.control_ids(["<|endoftext|>", "<|im_end|>"])
+        config = {"architectures": ["Qwen3ForCausalLM"], "eos_token_id": end, "pad_token_id": pad}
+    return {"vocab_size": len(tokenizer)} | config | SIZES[size], tokenizer
 
 
 # Words that hint at a class, and words that do not.

@@ -1,9 +1,10 @@
-"""Questions a second of lm-evaluation-harness beside minicls' scorer: the same prompts, weights and cores, in turn.
+"""Questions a second of lm-evaluation-harness against minicls' scorer: the same prompts, weights and cores, in turn.
 
-    LM_EVAL/bin/python results/lm_harness.py --model DIR --data data/ag_news --minicls-python .venv/bin/python --output FILE
+    LM_EVAL/bin/python results/lm_harness.py --model RUN --data DIR --minicls-python .venv/bin/python --output FILE
 
-For an environment of its own (`pip install torch==2.13.0 "lm-eval[hf]==0.4.13"`). DIR is a Qwen3 with weights. The harness gets
-each whole prompt as one text with the letters as options, in batches of 16; its clock holds tokenisation, as minicls' does.
+Runs in an environment of its own (`pip install torch==2.13.0 "lm-eval[hf]==0.4.13"`). RUN is a finished run of
+train_qwen.py. The harness gets each whole prompt as one text, with the letters as options, in batches of 16. Both clocks
+include tokenization.
 """
 
 import argparse
@@ -26,8 +27,7 @@ import transformers
 from lm_eval.models.huggingface import HFLM
 
 from minicls.data import load_data, stratified_rows
-from minicls.prompt import Chat, make_template
-from minicls.tokenizer import load_tokenizer
+from minicls.predict import Reader
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", type=Path, required=True)
@@ -41,16 +41,15 @@ args = parser.parse_args()
 
 torch.set_num_threads(args.threads)
 data = load_data(args.data)
-tokenizer = load_tokenizer(args.model)
-chat = Chat(tokenizer, make_template(data.label_names, no_think=True), len(data.label_names), 512)
+reader = Reader(args.model, 512)
 test = data.test.select(stratified_rows(data.test, args.num_questions))
-questions = chat.questions(test.texts)[0]
-flags = ["--task", "score", "--side", "minicls", "--qwen", args.model, "--data", args.data]
-flags += ["--num-questions", args.num_questions, "--threads", args.threads]
+questions = reader.rows(test.texts)
+flags = ["--side", "minicls", "--qwen", args.model, "--data", args.data, "--mode", "offline", "--min-seconds", 0]
+flags += ["--num-requests", args.num_questions, "--threads", args.threads]
 
 with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / "questions.jsonl"
-    texts = [tokenizer.decode(ids) for ids in questions]
+    texts = [reader.tokenizer.decode(ids) for ids in questions]
     rows = [{"text": text, "label": int(label)} for text, label in zip(texts, test.labels, strict=True)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     task = {
@@ -71,17 +70,17 @@ with tempfile.TemporaryDirectory() as folder:
     rounds = []
     for _ in range(args.rounds):
         command = [args.minicls_python, ROOT / "bench.py", *flags]
-        said = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=True).stdout
-        ours = json.loads(said.splitlines()[-1])
+        output = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=True).stdout
+        rows = [json.loads(line.removeprefix("ROW ")) for line in output.splitlines() if line.startswith("ROW ")]
+        (ours,) = (row for row in rows if row["method"] == "score")
         started = time.perf_counter()
-        found = lm_eval.simple_evaluate(model=model, tasks=[task], bootstrap_iters=0, log_samples=True)
-        seconds = time.perf_counter() - started
-        answers = [
-            max(range(len(row["filtered_resps"])), key=lambda o: row["filtered_resps"][o][0])
-            for row in found["samples"]["options"]
-        ]
+        results = lm_eval.simple_evaluate(model=model, tasks=[task], bootstrap_iters=0, log_samples=True)
+        seconds = {"minicls_seconds": len(questions) / ours["requests_per_second"]}
+        seconds["lm_eval_seconds"] = time.perf_counter() - started
+        samples = [sample["filtered_resps"] for sample in results["samples"]["options"]]
+        answers = [max(range(len(options)), key=lambda o: options[o][0]) for options in samples]
         same = sum(a == b for a, b in zip(answers, ours["predictions"], strict=True))
-        rounds.append({"minicls_seconds": ours["seconds"][0], "lm_eval_seconds": seconds, "same_answers": same})
+        rounds.append(seconds | {"same_answers": same})
         print(rounds[-1], flush=True)
 result = {
     "rounds": rounds,

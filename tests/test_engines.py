@@ -1,9 +1,9 @@
-"""Engines give the same answers, and requests as they come are timed from the moment they were due.
+"""Engines give the same answers, and in mode server latency counts from the moment a request was due.
 
     python -m pytest tests/test_engines.py      (vLLM's answers: tests/test_vllm.py)
 
-Time is a clock that the tests turn: no figure depends on how fast anything runs. Answers in fp32: other orders of addition
-give log-probabilities within 1e-4, and the same tokens.
+The tests turn the clock: no figure depends on how fast anything runs. Answers are in fp32, where other orders of addition
+give log-probabilities within 1e-4 and the same tokens.
 """
 
 import shutil
@@ -18,9 +18,8 @@ import torch
 from conftest import ROOT
 from runs import train
 
-import bench
 import train_qwen
-from minicls import dist, engines
+from minicls import dist, engines, serving
 from minicls.config import UserError
 from minicls.data import load_data, split_data
 from minicls.predict import Reader
@@ -59,7 +58,7 @@ def test_classify(name, texts, request):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled(bert_run, texts):
-    """One row alone and several together are two graphs, and the second is asked twice: neither may fall back or remember."""
+    """One row alone and several together are two graphs, and the second is asked twice: neither falls back to eager."""
     rows = Reader(bert_run).rows(texts)
     compiled, plain = (
         engines.Minicls(bert_run, torch.float32, CPU, compile=True),
@@ -68,9 +67,7 @@ def test_compiled(bert_run, texts):
     assert compiled.version == f"{plain.version}, compiled"
     for asked in (rows[:1], rows, rows[5:], rows[2:3]):
         torch.testing.assert_close(compiled.classify(asked), plain.classify(asked), rtol=0, atol=1e-4)
-    assert (
-        torch._dynamo.utils.counters["stats"]["unique_graphs"] < 10
-    )  # of few graphs: not one a layer, or one a request
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] < 10  # not one a layer, nor one a request
 
 
 def test_score_and_generate(qwen_run, texts):
@@ -78,14 +75,14 @@ def test_score_and_generate(qwen_run, texts):
     chat = Reader(qwen_run).chat
     questions = chat.questions(texts)[0]
     expected = ours.score(questions, chat.options)
-    assert (expected.exp().sum(1) < 1).all()  # of all tokens, the letters are some
+    assert (expected.exp().sum(1) < 1).all()  # other tokens have a share, too
     torch.testing.assert_close(theirs.score(questions, chat.options), expected, rtol=0, atol=1e-4)
     ours.forget()
     one_by_one = torch.cat([ours.score([row], chat.options) for row in questions])
     torch.testing.assert_close(one_by_one, expected, rtol=0, atol=1e-4)
     assert ours.prefix.begins(questions) and len(ours.prefix.ids) > 20  # read once for those that follow
-    all_logits = engines.Transformers(qwen_run, torch.float32, CPU, batch_size=1, logits_to_keep=0)
-    torch.testing.assert_close(all_logits.score(questions[:2], chat.options), expected[:2], rtol=0, atol=1e-4)
+    harness = engines.Harness(qwen_run, torch.float32, CPU)
+    torch.testing.assert_close(harness.score(questions[:2], chat.options), expected[:2], rtol=0, atol=1e-4)
     prompts = chat.prompts(texts)[0]
     stop = ours.generate(prompts, 2, [])[0][1:]  # a token that does come
     answers = ours.generate(prompts, 8, stop)
@@ -107,11 +104,11 @@ def test_bf16_weights(bert_run, texts):
 
 def test_arrivals():
     """A Poisson process: gaps of mean and deviation 1 / rate (n = 20,000: within 3 %, four standard errors), seeded."""
-    due = engines.arrivals(5.0, 20_000, seed=1)
+    due = serving.arrivals(5.0, 20_000, seed=1)
     gaps = np.diff(due, prepend=0)
     assert (gaps > 0).all() and abs(gaps.mean() * 5 - 1) < 0.03 and abs(gaps.std() * 5 - 1) < 0.03
-    np.testing.assert_array_equal(due[:10], engines.arrivals(5.0, 10, seed=1))
-    assert (due[:10] != engines.arrivals(5.0, 10, seed=2)).all()
+    np.testing.assert_array_equal(due[:10], serving.arrivals(5.0, 10, seed=1))
+    assert (due[:10] != serving.arrivals(5.0, 10, seed=2)).all()
 
 
 class FakeFeed:
@@ -143,7 +140,7 @@ def serve(feed: FakeFeed, seconds: Callable[[int], float], max_tokens=100, max_w
         batches.append(rows)
         return [sum(row) for row in rows]
 
-    return *engines.serve_batches(feed.due, feed, answer, max_tokens, max_wait), batches
+    return *serving.serve_batches(feed.due, feed, answer, max_tokens, max_wait), batches
 
 
 def test_a_calm_engine_takes_its_service_time():
@@ -170,17 +167,18 @@ def test_batches_keep_to_the_budget_and_lose_nothing():
 def test_a_stall_shows_in_the_tail():
     """One call of fifty takes ten seconds. The nine requests that arrive meanwhile wait, and their latency says so."""
     latencies, _, _ = serve(FakeFeed(np.arange(50.0)), lambda call: 10.0 if call == 20 else 0.125)
-    row = bench.figures(latencies, 50.0, 50, tokens=1)
+    row = serving.figures(latencies, 50.0, 50, tokens=1, slo_ms=1000)
     assert row["latency_p50_ms"] == 125 and row["latency_p99_ms"] > 9000
-    assert sum(latency > 1 for latency in latencies) == 10 and bench.slo_attainment(latencies, 1000) == 0.8
+    assert sum(latency > 1 for latency in latencies) == 10 and row["slo_attainment"] == 0.8
 
 
 @pytest.mark.parametrize(("rate", "share"), [(4, 1.0), (16, 0.08)])
 def test_overload_shows_in_slo_attainment(rate, share):
-    """An engine of 8 requests a second, a row a batch. At 16 a second a request waits 1/16 s longer than the one before."""
+    """An engine of 8 requests a second, one row a batch. At 16 a second, each waits 1/16 s longer than the previous."""
     due = np.arange(200) / rate
     latencies, _, _ = serve(FakeFeed(due), lambda call: 0.125, max_tokens=1)
-    assert bench.slo_attainment(latencies, 1000) == pytest.approx(share, abs=0.006)
+    row = serving.figures(latencies, due[-1], 200, tokens=1, slo_ms=1000)
+    assert row["slo_attainment"] == pytest.approx(share, abs=0.006)
     assert latencies[-1] == pytest.approx(0.125 if rate == 4 else 200 / 8 - due[-1])
 
 
@@ -193,7 +191,7 @@ def test_texts_are_tokenized_in_a_thread_whose_errors_come_out():
             raise UserError("no such text")
         return [i]
 
-    feed = engines.Feed([0.0, 0.0, 0.0], encode)
+    feed = serving.Feed([0.0, 0.0, 0.0], encode)
     assert [feed.poll(None), feed.poll(None)] == [(0, [0]), (1, [1])]
     with pytest.raises(UserError, match="no such text"):
         feed.poll(None)
@@ -207,10 +205,10 @@ def test_a_server_gets_each_request_in_a_thread_of_its_own():
         barrier.wait()
         return i * i
 
-    latencies, answers = engines.serve_each([0.0, 0.0, 0.0], answer)
+    latencies, answers = serving.serve_each([0.0, 0.0, 0.0], answer)
     assert answers == [0, 1, 4] and min(latencies) > 0
     with pytest.raises(ZeroDivisionError):
-        engines.serve_each([0.0, 0.0], lambda i: 1 / i)
+        serving.serve_each([0.0, 0.0], lambda i: 1 / i)
 
 
 def test_memory_of_a_process_leaves_out_that_of_its_parent():

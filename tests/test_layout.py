@@ -19,7 +19,18 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
     *("__init__", "config", "kernels", "attention", "bert", "decoder", "optim", "metrics", "dist", "batch"),
     *("tokenizer", "tiny", "data", "prompt", "weights", "logger", "checkpoint", "scorer", "generate", "results"),
-    *("plots", "predict", "engines", "comparison", "baseline", "__main__", "train_bert", "train_qwen", "bench"),
+    *(
+        "plots",
+        "predict",
+        "engines",
+        "serving",
+        "comparison",
+        "baseline",
+        "__main__",
+        "train_bert",
+        "train_qwen",
+        "bench",
+    ),
 ]
 MODELS = ["bert", "decoder"]
 OPTIONAL = {

@@ -583,11 +583,8 @@ LACKING = {
 }
 
 
-@pytest.mark.parametrize(
-    "bench", [[BENCH, BENCH | LACKING], {"rows": [BENCH, BENCH | LACKING]}], ids=["list", "dictionary"]
-)
-def test_requests_beside_accuracy(bench, bert_run, tmp_path):
-    (tmp_path / "bench.json").write_text(json.dumps(bench))
+def test_requests_beside_accuracy(bert_run, tmp_path):
+    (tmp_path / "bench.json").write_text(json.dumps([BENCH, BENCH | LACKING]))
     first, second = read_table(
         report(tmp_path / "out", bert_run, "--bench", tmp_path / "bench.json")["Which one to deploy"]
     )
@@ -671,7 +668,7 @@ def test_files_in_the_way_or_broken(bert_run, tmp_path):
         report(tmp_path / "out", bert_run, broken)
     for text in ("{", "[1]", '{"task": "score"}', '[{"model": "bert"}]'):
         (tmp_path / "bench.json").write_text(text)
-        with pytest.raises(UserError, match=r"--bench: .*bench.json is no result of bench.py --task rps"):
+        with pytest.raises(UserError, match=r"--bench: .*bench.json is no result of bench.py"):
             report(tmp_path / "out", bert_run, "--bench", tmp_path / "bench.json")
     assert not (tmp_path / "out").exists()
 
