@@ -27,10 +27,11 @@ import torch
 
 from minicls import checkpoint, dist, plots, results, weights
 from minicls.batch import length_batches, pack
-from minicls.config import UserError, parse, setting
-from minicls.data import Split, describe, load_data, split_data, stratified_rows
+from minicls.config import DataSettings, UserError, flag_of, parse, setting
+from minicls.data import Split, describe, load_splits, stratified_rows
 from minicls.kernels import on_gpu
 from minicls.logger import Logger
+from minicls.metrics import evaluate_logits
 from minicls.predict import EVAL_TOKENS
 from minicls.tokenizer import Tokenizer, bert_rows, load_tokenizer
 
@@ -41,36 +42,18 @@ NEVER = 30.0  # nats by which a class without training rows is behind the likeli
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The rows are chosen as train_bert.py and train_qwen.py choose them."""
+class Settings(DataSettings):
+    """The rows are those of a training run with the same flags. Validation rows choose C."""
 
-    features: str = setting("tfidf", "tfidf, or a BERT to embed the texts with: hub id or directory")
-    data: str = setting("fancyzhx/ag_news", "hub id, directory, or synthetic")
-    text_column: str = setting("text", "column of the texts")
-    label_column: str = setting("label", "column of the labels: class indices or class names")
-    label_names: tuple[str, ...] | None = setting(None, "class names in the order of their indices")
-    output_dir: str | None = setting(None, "run directory, new or empty; unset: runs/baseline-<time>")
+    features: str = setting("tfidf", "tfidf, or a BERT to embed the texts with: hub id or directory", group="model")
     class_weights: str = setting(
-        "none", "balanced: each class weighs the same in the loss", choices=("none", "balanced")
-    )
-    validation_size: float = setting(
-        0.0,
-        "training rows (below 1: a share of them) to hold out and choose C by; 0: the validation split of --data, "
-        "else a fifth of them, fitted on afterwards",
-        minimum=0,
-    )
-    test_size: float = setting(0.0, "the same, to test on where --data has no test split", minimum=0)
-    max_train_rows: int | None = setting(
-        None, "use a stratified sample of the training rows, drawn by --seed", minimum=1
-    )
-    max_eval_rows: int | None = setting(
-        None, "use a stratified sample of the test rows, the same for every seed", minimum=1
+        "none", "balanced: each class has the same weight in the loss", choices=("none", "balanced")
     )
     max_length: int = setting(512, "tokens of a row to embed, [CLS] and [SEP] included", minimum=3)
-    dtype: str = setting("bf16", "of embedding: bf16 is autocast over fp32 weights", choices=("bf16", "fp32"))
-    device: str | None = setting(None, "cpu, cuda or cuda:N, of embedding; unset: cuda if there is one")
+    output_dir: str | None = setting(None, "run directory, new or empty; unset: runs/baseline-<time>", group="machine")
+    dtype: str = setting("bf16", "dtype of embedding: bf16 is autocast over fp32 weights", choices=("bf16", "fp32"))
+    device: str | None = setting(None, "device of embedding: cpu, cuda or cuda:N; unset: cuda if there is one")
     threads: int | None = setting(None, "CPU threads; unset: the libraries' choice", minimum=1)
-    seed: int = setting(42, "of the sample of --max-train-rows", minimum=0)
 
 
 @torch.inference_mode()
@@ -141,12 +124,11 @@ def main(argv: list[str] | None = None) -> None:
     unused = ("max_length", "dtype") if s.features == "tfidf" else ()
     for name in unused:
         if getattr(s, name) != getattr(Settings, name):
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag}: --features tfidf does not use it; leave it out, or name a model")
+            raise UserError(f"{flag_of(name)}: --features tfidf does not use it; leave it out, or name a model")
     device = dist.start(s.device, s.threads)
     checkpoint.check_output_dir(s.output_dir)
-    data = load_data(s.data, s.text_column, s.label_column, s.label_names, test_size=s.test_size)
-    data, validation = split_data(data, s.validation_size, s.max_train_rows, s.max_eval_rows, s.seed)
+    data, splits = load_splits(s)
+    validation = splits.get("validation")
     print(*describe(data, validation), sep="\n")
     train, labels, num_labels = data.train, data.train.labels, len(data.label_names)
     if len(np.unique(labels)) < 2:
@@ -174,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
         tried = {}  # C -> its scores on the choosing rows
         for C in GRID if len(np.unique(labels[rest])) > 1 else ():
             candidate = fit(rest_features, labels[rest], C, s)
-            tried[C], _ = results.evaluate_logits(logits(candidate, choosing_features, num_labels), choosing.labels)
+            tried[C], _ = evaluate_logits(logits(candidate, choosing_features, num_labels), choosing.labels)
             print(f"C {C:g}: validation accuracy {tried[C]['accuracy']:.4f}, macro F1 {tried[C]['f1']:.4f}")
         if not tried:
             print("too few training rows to choose C by")
@@ -191,9 +173,9 @@ def main(argv: list[str] | None = None) -> None:
     about |= {"data_revision": data.revision, "data_fingerprint": data.fingerprint(), "num_train_rows": len(train)}
     checkpoint.write_run_info(run_dir, dataclasses.asdict(s) | dict.fromkeys(unused), device, about)
     logger = Logger(run_dir, 0, 0)
-    scores, _ = results.evaluate_logits(split_logits["test"], data.test.labels)
-    state = {"step": 0, "train_seconds": train_seconds, "eval_seconds": time.perf_counter() - started, "evaluations": 1}
-    state |= {"samples": len(train), "tokens": 0, "best_on_test": [0, scores["f1"]], "best_on_validation": None}
+    scores, _ = evaluate_logits(split_logits["test"], data.test.labels)
+    state = checkpoint.new_state() | {"train_seconds": train_seconds, "samples": len(train), "evaluations": 1}
+    state |= {"eval_seconds": time.perf_counter() - started, "best_on_test": [0, scores["f1"]]}
     if tried:
         logger.event("eval", 0, split="validation", **tried[C])
         state["best_on_validation"] = [0, tried[C]["f1"]]
