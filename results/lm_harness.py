@@ -1,9 +1,10 @@
-"""Questions a second of lm-evaluation-harness beside minicls' scorer: the same prompts, weights and cores, in turn.
+"""Times lm-evaluation-harness against minicls' scorer: the same prompts, weights and cores, in turn.
 
-    LM_EVAL/bin/python results/lm_harness.py --model DIR --data data/ag_news --minicls-python .venv/bin/python --output FILE
+    LM_EVAL/bin/python results/lm_harness.py --model DIR --data data/ag_news --minicls-python .venv/bin/python \\
+        --output FILE
 
-For an environment of its own (`pip install torch==2.13.0 "lm-eval[hf]==0.4.13"`). DIR is a Qwen3 with weights. The harness gets
-each whole prompt as one text with the letters as options, in batches of 16; its clock holds tokenisation, as minicls' does.
+Runs in an environment of its own (`pip install torch==2.13.0 "lm-eval[hf]==0.4.13"`). DIR is a Qwen3 with weights. The
+harness gets each prompt as one text with the letters as options, in batches of 16. Both clocks include tokenisation.
 """
 
 import argparse
