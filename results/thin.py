@@ -3,10 +3,10 @@
     python results/thin.py runs/bert results/bert      # from a run directory into a new directory
     python results/thin.py results/bert                # in place
 
-A thin run has run.json without absolute paths; results.json, scores by class with six decimals; of metrics.jsonl all
-evaluations and the losses of some 20 steps; of predictions.parquet, and of validation.parquet where a run had 20,000
-training rows or more, the columns row, label, prediction, probability (of the prediction), text_hash and num_tokens, in
-small types. A report on thin runs differs in one figure: a training loss is the mean over the steps kept.
+A thin run has run.json without absolute paths; results.json, scores by class with seven decimals; of metrics.jsonl all
+evaluations and the mean losses of at most 10 groups of steps before each test; of predictions.parquet, and of
+validation.parquet where a run had 20,000 training rows or more, the columns row, label, prediction, probability (of the
+prediction), text_hash and num_tokens, in small types.
 """
 
 import json
@@ -17,8 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-TRAIN_LINES = 20
-TRAIN_KEYS = ("event", "step", "loss", "answer_loss")
+MAX_TRAIN_LINES = 10  # between two tests
 VALIDATION_FROM = 20_000  # training rows
 TYPES = {"row": np.int32, "label": np.int16, "prediction": np.int16, "text_hash": np.int32, "num_tokens": np.int32}
 ENCODINGS = {"row": "DELTA_BINARY_PACKED", "text_hash": "PLAIN"}
@@ -39,16 +38,20 @@ def thin_predictions(source: Path, target: Path) -> None:
 
 
 def thin_metrics(source: Path, target: Path) -> None:
-    """Keeps all evaluations, and the losses of every n-th training line up to the last."""
-    events = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-    train = [event for event in events if event["event"] == "train"]
-    stride = -(-len(train) // TRAIN_LINES) or 1
-    kept = {event["step"] for event in train[::-stride]}
-    thin = [
-        event if event["event"] != "train" else {key: event[key] for key in TRAIN_KEYS if key in event}
-        for event in events
-        if event["event"] != "train" or event["step"] in kept
-    ]
+    """Keeps all evaluations; merges the training lines between two tests into equal parts, which keeps their mean."""
+    thin, train = [], []
+    for event in [*map(json.loads, source.read_text(encoding="utf-8").splitlines()), None]:
+        if event and event["event"] == "train":
+            train.append(event)
+            continue
+        if train and (event is None or event["split"] == "test"):
+            parts = max(n for n in range(1, MAX_TRAIN_LINES + 1) if len(train) % n == 0)
+            for part in np.split(np.array(train), parts):
+                losses = {key: [e[key] for e in part] for key in ("loss", "answer_loss") if key in part[0]}
+                means = {key: float(np.mean(values)) for key, values in losses.items()}
+                thin.append({"event": "train", "step": part[-1]["step"]} | means)
+            train = []
+        thin += [event] if event else []
     target.write_text("".join(f"{json.dumps(event)}\n" for event in thin), encoding="utf-8")
 
 
@@ -73,7 +76,7 @@ def thin_run(source: Path, target: Path) -> None:
         if wanted and (source / name).is_file():
             thin_predictions(source / name, target / name)
     for scores in results["per_class"].values():
-        scores |= {key: round(value, 6) for key, value in scores.items()}
+        scores |= {key: round(value, 7) for key, value in scores.items()}
     write_object(target / "results.json", results)
 
 
