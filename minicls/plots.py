@@ -1,4 +1,4 @@
-"""Pictures of a run, loss and accuracy curves and the confusion matrix, and of several side by side."""
+"""Pictures of a run (loss and accuracy curves, the confusion matrix) and of several runs together."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +9,11 @@ from minicls import metrics, results
 from minicls.logger import read_metrics
 from minicls.results import shown
 
-NUMBERED = 100  # classes that a confusion matrix shows one by one; of more, those with most mistakes
+MAX_CLASSES = 100  # that a confusion matrix shows one by one; of more, those with most mistakes
 
 
 def _pyplot(texts: Sequence[str] = ()):
-    """pyplot, with a font for the characters of these texts, and whether one is installed that has them all."""
+    """pyplot with a font for the characters of these texts, and whether an installed font has them all."""
     import matplotlib
 
     matplotlib.use("Agg")  # a file, not a window
@@ -24,17 +24,14 @@ def _pyplot(texts: Sequence[str] = ()):
         font = font_manager.get_font(path)
         return all(font.get_char_index(ord(character)) for character in characters)
 
-    default = font_manager.findfont(font_manager.FontProperties(family=matplotlib.rcParamsDefault["font.family"]))
+    families = matplotlib.rcParamsDefault["font.family"]
+    default = font_manager.findfont(font_manager.FontProperties(family=families))
     lacking = {character for character in set("".join(texts)) if not has(default, {character})}
     # The Last Resort font has every character, as a box.
-    fonts = (
-        [font for font in font_manager.fontManager.ttflist if not font.name.startswith("Last Resort")]
-        if lacking
-        else []
-    )
+    fonts = [font for font in font_manager.fontManager.ttflist if not font.name.startswith("Last Resort")]
     fonts.sort(key=lambda font: (font.style != "normal", font.weight != 400))
-    name = next((font.name for font in fonts if has(font.fname, lacking)), None)
-    matplotlib.rcParams["font.family"] = [*matplotlib.rcParamsDefault["font.family"], *([name] if name else [])]
+    name = next((font.name for font in fonts if has(font.fname, lacking)), None) if lacking else None
+    matplotlib.rcParams["font.family"] = [*families, *([name] if name else [])]
     return plt, name is not None or not lacking
 
 
@@ -44,23 +41,20 @@ def _plain(value: float) -> str:
 
 
 def plot_curves(run_dir: Path) -> Path:
-    """curves.png out of metrics.jsonl: losses on the left, accuracy and F1 on the right, over steps."""
+    """curves.png from metrics.jsonl: losses on the left, accuracy and F1 on the right, over steps."""
     plt, _ = _pyplot()
     events = read_metrics(run_dir)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    train = [e for e in events if e["event"] == "train"]
-    for name, color, label in (("loss", "0.7", "train"), ("answer_loss", "tab:green", "train, the letter alone")):
-        if train and name in train[0]:
-            left.plot([e["step"] for e in train], [e[name] for e in train], color=color, label=label, linewidth=1)
+    train = [event for event in events if event["event"] == "train"]
+    for key, color, label in (("loss", "0.7", "train"), ("answer_loss", "tab:green", "train, the letter alone")):
+        if train and key in train[0]:
+            left.plot([e["step"] for e in train], [e[key] for e in train], color=color, label=label, linewidth=1)
     for split, color in (("validation", "tab:orange"), ("test", "tab:blue")):
-        evals = [e for e in events if e["event"] == "eval" and e["split"] == split]
-        steps = [e["step"] for e in evals]
-        if evals:
-            left.plot(steps, [e["loss"] for e in evals], "o-", color=color, label=split, markersize=4)
-            right.plot(
-                steps, [e["accuracy"] for e in evals], "o-", color=color, label=f"{split} accuracy", markersize=4
-            )
-            right.plot(steps, [e["f1"] for e in evals], "x--", color=color, label=f"{split} macro F1", markersize=5)
+        evaluations = [event for event in events if event["event"] == "eval" and event["split"] == split]
+        lines = ((left, "loss", "", "o-"), (right, "accuracy", " accuracy", "o-"), (right, "f1", " macro F1", "x--"))
+        for axes, key, score, style in lines if evaluations else ():
+            steps, values = zip(*((event["step"], event[key]) for event in evaluations), strict=True)
+            axes.plot(steps, values, style, color=color, label=split + score, markersize=4)
     left.set(xlabel="step", ylabel="cross-entropy, nats", title="Loss", ylim=(0, None))
     right.set(xlabel="step", title="Accuracy and macro F1")
     for axes in (left, right):
@@ -73,11 +67,10 @@ def plot_curves(run_dir: Path) -> Path:
 
 
 def plot_confusion(confusion: Sequence[Sequence[int]], label_names: Sequence[str], run_dir: Path) -> Path:
-    """confusion.png: a picture of a (C, C) confusion matrix; shade is the share of the true class, so that small
-    classes show.
+    """confusion.png from a (C, C) confusion matrix, shaded by the share of the true class, so that small classes show.
 
-    Of more than NUMBERED classes, it shows those with most mistakes, and all others together. Where no installed font
-    has the characters of the names, classes are shown by their indices, and a line is printed that says so.
+    Of more than MAX_CLASSES classes it shows those with most mistakes, and all others merged. Where no installed font
+    has the characters of the names, their indices stand for them, and a printed line says so.
     """
     counts = np.asarray(confusion)
     names = [name if len(name) <= 28 else f"{name[:27]}…" for name in map(shown, label_names)]
@@ -89,9 +82,9 @@ def plot_confusion(confusion: Sequence[Sequence[int]], label_names: Sequence[str
         )
         names = [str(i) for i in range(len(names))]
     title = f"Test rows: {counts.sum():,}"
-    if len(counts) > NUMBERED:
+    if len(counts) > MAX_CLASSES:
         mistakes = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
-        kept = np.sort(np.argsort(-mistakes, kind="stable")[: NUMBERED // 2])
+        kept = np.sort(np.argsort(-mistakes, kind="stable")[: MAX_CLASSES // 2])
         place = np.full(len(counts), len(kept))
         place[kept] = np.arange(len(kept))
         merged = np.zeros((len(kept) + 1, len(kept) + 1), counts.dtype)
@@ -99,20 +92,20 @@ def plot_confusion(confusion: Sequence[Sequence[int]], label_names: Sequence[str
         title += f"; the {len(kept)} classes with most mistakes, and the {len(counts) - len(kept)} others"
         counts, names = merged, [*(names[i] for i in kept), "all others"]
     C = len(counts)
-    cell, small = (0.62, 9) if C <= 10 else (0.4, 8) if C <= 30 else (0.22, 7)  # inches, points
-    longest = max(map(len, names)) * small / 72 * 0.6  # inches
+    cell, points = (0.62, 9) if C <= 10 else (0.4, 8) if C <= 30 else (0.22, 7)  # inches; font size
+    longest = max(map(len, names)) * points / 72 * 0.6  # inches
     size = 2.0 + max(cell * C, 2.5)
     figure, axes = plt.subplots(figsize=(size + longest + 1.0, size + longest * 0.9), layout="constrained")
     image = axes.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, label="share of the true class", shrink=0.8)
     slanted = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if longest > 0.9 * size / C else {}
-    axes.set_xticks(range(C), names, fontsize=small, **slanted)
-    axes.set_yticks(range(C), names, fontsize=small)
+    axes.set_xticks(range(C), names, fontsize=points, **slanted)
+    axes.set_yticks(range(C), names, fontsize=points)
     axes.set(xlabel="predicted", ylabel="true", title=title)
     for i, j in np.argwhere(counts):
-        dark = counts[i, j] > 0.5 * counts[i].sum()
-        digits = small if C <= 30 else 5
-        axes.text(j, i, counts[i, j], ha="center", va="center", color="white" if dark else "black", fontsize=digits)
+        color = "white" if counts[i, j] > 0.5 * counts[i].sum() else "black"
+        fontsize = points if C <= 30 else 5
+        axes.text(j, i, counts[i, j], ha="center", va="center", color=color, fontsize=fontsize)
     figure.savefig(run_dir / "confusion.png", dpi=120, bbox_inches="tight")  # a square in a frame of any shape
     plt.close(figure)
     return run_dir / "confusion.png"
@@ -153,23 +146,19 @@ def plot_requests(rows: Sequence[dict], file: Path) -> Path:
     return file
 
 
-def plot_learning_curves(curves: dict[str, Sequence[tuple[int, float, float, float, int]]], file: Path) -> None:
-    """Accuracy over training rows: of each name, points (rows, accuracy, low, high, seeds); those of one seed are
-    hollow."""
+def plot_learning_curves(curves: dict[str, Sequence], file: Path, dpi: int = 120) -> None:
+    """Accuracy over training rows: by label the points (rows, accuracy, low, high, seeds); a single seed is hollow."""
     plt, _ = _pyplot([*curves])
     figure, axes = plt.subplots(figsize=(8, 5 + 0.25 * len(curves)), layout="constrained")
-    for i, (name, points) in enumerate(curves.items()):
-        rows, accuracy, low, high, seeds = np.array(points, float).T
-        rows = rows * 1.025 ** (i - (len(curves) - 1) / 2)  # side by side, or bars of equal sizes would hide each other
-        bars = np.maximum(
-            0, [accuracy - low, high - accuracy]
-        )  # a percentile interval need not hold the figure of a few rows
+    for i, (label, points) in enumerate(curves.items()):
         color = f"C{i}"
-        axes.plot(rows, accuracy, color=color, label=name)
+        rows, accuracy, low, high, seeds = np.array(points, float).T
+        rows = rows * 1.025 ** (i - (len(curves) - 1) / 2)  # spread, or bars of equal sizes would hide each other
+        bars = np.maximum(0, [accuracy - low, high - accuracy])  # a percentile interval of few rows may exclude it
+        faces = ["white" if n == 1 else color for n in seeds]
+        axes.plot(rows, accuracy, color=color, label=label)
         axes.errorbar(rows, accuracy, bars, fmt="none", ecolor=color, capsize=3)
-        axes.scatter(
-            rows, accuracy, s=28, zorder=3, edgecolors=color, facecolors=["white" if n == 1 else color for n in seeds]
-        )
+        axes.scatter(rows, accuracy, s=28, zorder=3, edgecolors=color, facecolors=faces)
     axes.set(
         xscale="log", xlabel="training rows", ylabel="accuracy on test, 95 % interval", title="What more labels buy"
     )
@@ -180,11 +169,10 @@ def plot_learning_curves(curves: dict[str, Sequence[tuple[int, float, float, flo
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     if any(point[4] == 1 for points in curves.values() for point in points):
-        axes.text(
-            0.99, 0.02, "hollow: one seed, interval of test rows only", transform=axes.transAxes, ha="right", fontsize=8
-        )
+        note = "hollow: one seed, interval of test rows only"
+        axes.text(0.99, 0.02, note, transform=axes.transAxes, ha="right", fontsize=8)
     figure.legend(loc="outside lower center", fontsize=9)
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=dpi)
     plt.close(figure)
 
 

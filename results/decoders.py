@@ -1,15 +1,17 @@
 """Encoder against decoder with pretrained weights on both sides: every run of results/decoders, from one command.
 
     python results/decoders.py --data DIR --banking77 DIR --minilm DIR --smollm2 DIR --out results/decoders
-    python results/decoders.py ... --parts grid rows --workers 6        # some parts; runs at once on one device
+    python results/decoders.py ... --parts rows extras --workers 6      # some parts; runs at once on one device
 
-`--data` is AG News with its `labels.txt`; `--minilm` is all-MiniLM-L6-v2, `--smollm2` SmolLM2-135M-Instruct. Runs
-that are finished are skipped, so a second command goes on where the first one stopped. A model's learning rate comes from
-its grid, which is chosen on validation rows: the best of three, extended by one while the winner is at an edge. What is kept of a
-run is all that `minicls report` reads; its weights are deleted.
+`--data` is AG News with its `labels.txt`; `--minilm` is all-MiniLM-L6-v2, `--smollm2` SmolLM2-135M-Instruct. Finished
+runs are skipped, so the command can be repeated after an interruption. A model's learning rate is chosen on validation
+rows from a grid of three, which grows by one rate while the best is at an edge. Runs are kept in thin form (thin.py),
+without weights.
 """
 
 import argparse
+import importlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -19,51 +21,38 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from results.thin import thin_run
 
-KEPT = ("run.json", "results.json", "metrics.jsonl", "predictions.parquet", "validation.parquet")
 RECIPES = {  # script, model, flags
     "minilm": ("train_bert", "minilm", []),
     "smollm2-linear": ("train_qwen", "smollm2", ["--head", "linear"]),
     "smollm2-options": ("train_qwen", "smollm2", ["--train-on", "letter"]),
 }
-BASELINES = ("tfidf", "frozen-minilm")  # logistic regression, which chooses its C itself
+BASELINES = ("tfidf", "frozen-minilm")  # logistic regression, which chooses its own C
 GRIDS = {"minilm": [5e-5, 1e-4, 2e-4], "smollm2-linear": [2e-5, 5e-5, 1e-4], "smollm2-options": [2e-5, 5e-5, 1e-4]}
 BATCH = 16
-SEEDS = {100: 3, 1000: 3, 5000: 3, 20_000: 1, 62_629: 1}
-BANKING = {770: 3, 2310: 3, 10_003: 1}  # all rows: no validation rows are left
+FLAGS = "--warmup-ratio 0.1 --weight-decay 0.01 --eval-every 0 --save-every 0 --keep-checkpoints 1 --log-every 25"
+SEEDS = {100: 3, 1000: 3, 5000: 3, 20_000: 1, 62_629: 1}  # training rows -> seeds
+BANKING = {770: 3, 2310: 3, 10_003: 1}  # rows -> seeds; 10,003 are all rows, which leaves none for validation
 
 
 def num_steps(rows: int) -> int:
-    """One rule for every model: four epochs, two from 5,000 rows on and one from 20,000 on, but at least 150 steps of 16."""
+    """The same for every model: four epochs, two from 5,000 rows and one from 20,000, but at least 150 steps of 16."""
     epochs = 4 if rows < 5000 else 2 if rows < 20_000 else 1
     return max(150, epochs * math.ceil(rows / BATCH))
 
 
 def banking_steps(rows: int) -> int:
-    """Seventy-seven classes take longer: fifteen epochs, at least 500 steps of 16, at most 3,000."""
+    """Seventy-seven classes take longer: fifteen epochs, but 500 to 3,000 steps of 16."""
     return min(3000, max(500, 15 * math.ceil(rows / BATCH)))
 
 
 def jobs_of_grid(recipe: str, rates: list[float], data: str) -> list[dict]:
     rows, steps = (1000, num_steps(1000)) if data == "data" else (2310, banking_steps(2310))
     prefix = "grid" if data == "data" else "banking77-grid"
-    return [
-        {
-            "name": f"{prefix}-{recipe}-{rate:g}",
-            "recipe": recipe,
-            "data": data,
-            "rows": rows,
-            "steps": steps,
-            "rate": rate,
-            "seed": 42,
-        }
-        for rate in rates
-    ]
+    shared = {"recipe": recipe, "data": data, "rows": rows, "steps": steps, "seed": 42, "test_rows": 2000}
+    return [shared | {"name": f"{prefix}-{recipe}-{rate:g}", "rate": rate} for rate in rates]
 
 
 def flags_of(job: dict, args: argparse.Namespace) -> tuple[str, list[str]]:
@@ -72,63 +61,22 @@ def flags_of(job: dict, args: argparse.Namespace) -> tuple[str, list[str]]:
     flags += ["--max-eval-rows", str(job["test_rows"])] if job.get("test_rows") else []
     flags += ["--device", args.device] if args.device else []
     flags += ["--threads", str(args.threads)] if args.threads else []
+    flags += ["--dtype", args.dtype] if args.dtype and job["recipe"] != "tfidf" else []
+    if job["recipe"] == "zero-shot":
+        return "minicls.__main__", ["evaluate", args.smollm2, *flags]
     if job["recipe"] in BASELINES:
         return "minicls.baseline", [*flags, "--features", "tfidf" if job["recipe"] == "tfidf" else args.minilm]
     script, model, more = RECIPES[job["recipe"]]
     flags += [*more, *job.get("flags", []), "--model", getattr(args, model), "--max-steps", str(job["steps"])]
-    flags += [
-        "--global-batch-size",
-        str(BATCH),
-        "--micro-batch-size",
-        str(BATCH),
-        "--learning-rate",
-        f"{job['rate']:g}",
-    ]
-    flags += [
-        "--warmup-ratio",
-        "0.1",
-        "--weight-decay",
-        "0.01",
-        "--eval-every",
-        "0",
-        "--save-every",
-        "0",
-        "--keep-checkpoints",
-        "1",
-    ]
-    flags += ["--log-every", "25"]
-    return script, flags
-
-
-def copy_thin(source: Path, target: Path) -> None:
-    """Copies predictions with the probability of the predicted class alone, in small types: a quarter of the bytes."""
-    columns = pq.read_table(source).to_pydict()
-    predictions = np.array(columns["prediction"], np.int16)
-    probabilities = np.stack([columns[name] for name in columns if name.startswith("probability_")], axis=1)  # (n, C)
-    thin = {
-        "row": np.array(columns["row"], np.int32),
-        "label": np.array(columns["label"], np.int16),
-        "prediction": predictions,
-    }
-    thin["probability"] = probabilities[np.arange(len(predictions)), predictions].astype(np.float32).round(4)
-    thin["text_hash"] = np.array(columns["text_hash"]).astype(np.int32)
-    if None not in columns["num_tokens"]:
-        thin["num_tokens"] = np.array(columns["num_tokens"], np.int32)
-    encoding = {"row": "DELTA_BINARY_PACKED", "text_hash": "PLAIN"}
-    words = ["label", "prediction", "probability", "num_tokens"]
-    words = [name for name in words if name in thin]
-    pq.write_table(
-        pa.table(thin), target, compression="zstd", compression_level=19, use_dictionary=words, column_encoding=encoding
-    )
+    flags += f"--global-batch-size {BATCH} --micro-batch-size {BATCH} --learning-rate {job['rate']:g}".split()
+    return script, [*flags, *FLAGS.split()]
 
 
 def run(job: dict, args: argparse.Namespace) -> str:
-    """Trains one run in this process and keeps its result files; returns a line about it."""
-    import importlib
-
+    """Trains one run in this process and keeps its thin form; returns a line about it."""
     out = Path(args.out) / job["name"]
     if (out / "results.json").is_file():
-        return f"{job['name']}: is there"
+        return f"{job['name']}: exists"
     begin = time.perf_counter()
     work = Path(args.work) / job["name"]
     shutil.rmtree(work, ignore_errors=True)
@@ -142,24 +90,13 @@ def run(job: dict, args: argparse.Namespace) -> str:
             return f"{job['name']}: FAILED {type(error).__name__}: {error}"
         finally:
             sys.stdout, sys.stderr = saved
-    out.mkdir(parents=True, exist_ok=True)
-    info = json.loads((work / "run.json").read_text())
-    for name in {"model", "data", "features"} & info["settings"].keys():  # paths of this machine say nothing elsewhere
-        info["settings"][name] = Path(info["settings"][name]).name
-    info["settings"]["output_dir"] = None
-    (work / "run.json").write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n")
-    for name in sorted(KEPT, reverse=True):  # results.json last: it says that the run is whole
-        if name.endswith(".parquet"):
-            if (work / name).is_file() and (name == "predictions.parquet" or job["rows"] >= 20_000):
-                copy_thin(work / name, out / name)
-        elif name != "results.json":
-            shutil.copy(work / name, out / name)
-    shutil.copy(work / "results.json", out / "results.json")
+    thin_run(work, out)
     if job["name"] not in args.keep:
         shutil.rmtree(work)
     results = json.loads((out / "results.json").read_text())
     seconds = time.perf_counter() - begin
-    return f"{job['name']}: accuracy {results['accuracy']:.4f}, {results['train_seconds']:.0f} s of training, {seconds:.0f} s in all"
+    trained = f"{results['train_seconds']:.0f} s of training"
+    return f"{job['name']}: accuracy {results['accuracy']:.4f}, {trained}, {seconds:.0f} s in all"
 
 
 def worker(queue, lines, args: argparse.Namespace) -> None:
@@ -200,17 +137,11 @@ def validation_f1(name: str, args: argparse.Namespace) -> float:
 
 
 def choose_rates(workers: Workers, args: argparse.Namespace, data: str, recipes: list[str]) -> dict[str, float]:
-    """The learning rate of each recipe that is best on validation; a grid whose winner is at an edge grows by one."""
+    """Each recipe's best learning rate on validation; a grid whose best rate is at an edge grows by one."""
     grids = {recipe: list(GRIDS[recipe]) for recipe in recipes}
     while True:
         jobs = [job for recipe, rates in grids.items() for job in jobs_of_grid(recipe, rates, data)]
-        workers.do(
-            [
-                {**job, "test_rows": 2000}
-                for job in jobs
-                if not (Path(args.out) / job["name"] / "results.json").is_file()
-            ]
-        )
+        workers.do([job for job in jobs if not (Path(args.out) / job["name"] / "results.json").is_file()])
         best, grown = {}, False
         for recipe, rates in grids.items():
             scores = {job["rate"]: validation_f1(job["name"], args) for job in jobs_of_grid(recipe, rates, data)}
@@ -234,10 +165,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--device")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--dtype", help="fp32 for a CPU without bf16; unset: each script's default")
     parser.add_argument("--work", default="runs/decoders")
-    parser.add_argument(
-        "--keep", nargs="*", default=[], help="runs whose directories, with their weights, stay in --work"
-    )
+    parser.add_argument("--keep", nargs="*", default=[], help="runs whose directories stay in --work, weights included")
     parser.add_argument("--sizes", nargs="+", type=int, default=[*SEEDS])
     args = parser.parse_args()
     Path(args.work).mkdir(parents=True, exist_ok=True)
@@ -248,36 +178,21 @@ def main() -> None:
         rates = choose_rates(workers, args, "data", [*RECIPES])
         print("learning rates:", rates, flush=True)
         if "rows" in args.parts:
-            jobs += [
-                {
-                    "name": f"{recipe}-{rows}-{seed}",
-                    "recipe": recipe,
-                    "data": "data",
-                    "rows": rows,
-                    "steps": num_steps(rows),
-                }
-                | {"rate": rates.get(recipe), "seed": seed, "test_rows": 2000 if rows < 20_000 else None}
-                for rows in args.sizes
-                for recipe in (*RECIPES, *BASELINES)
-                for seed in range(42, 42 + (1 if rows == 5000 and recipe.startswith("smollm2") else SEEDS[rows]))
-                if rows < 62_629 or recipe == "minilm"
-            ]
+            for rows, recipe in itertools.product(args.sizes, (*RECIPES, *BASELINES)):
+                if rows == 62_629 and recipe == "smollm2-options":
+                    continue
+                seeds = 1 if rows == 5000 and recipe.startswith("smollm2") else SEEDS[rows]
+                job = {"recipe": recipe, "data": "data", "rows": rows, "steps": num_steps(rows)}
+                job |= {"rate": rates.get(recipe), "test_rows": 2000 if rows < 20_000 else None}
+                names = {seed: f"{recipe}-{rows}-{seed}" for seed in range(42, 42 + seeds)}
+                jobs += [job | {"name": name, "seed": seed} for seed, name in names.items()]
         if "extras" in args.parts:
             extras = {"options-first": ["--prompt", "options-first"], "response": ["--train-on", "response"]}
-            jobs += [
-                {"name": f"smollm2-{name}-1000-{seed}", "recipe": "smollm2-options", "data": "data", "rows": 1000}
-                | {
-                    "steps": num_steps(1000),
-                    "rate": rates["smollm2-options"],
-                    "seed": seed,
-                    "test_rows": 2000,
-                    "flags": flags,
-                }
-                for name, flags in extras.items()
-                for seed in (42, 43, 44)
-            ]
-            zero = {"name": "smollm2-zero-shot", "recipe": "smollm2-options", "data": "data", "rows": 1000, "steps": 1}
-            jobs.append(zero | {"rate": 0.0, "seed": 42, "test_rows": 2000, "flags": ["--eval-only"]})
+            extra = {"recipe": "smollm2-options", "data": "data", "rows": 1000, "test_rows": 2000}
+            trained = extra | {"steps": num_steps(1000), "rate": rates["smollm2-options"]}
+            for (name, flags), seed in itertools.product(extras.items(), (42, 43, 44)):
+                jobs.append(trained | {"name": f"smollm2-{name}-1000-{seed}", "seed": seed, "flags": flags})
+            jobs.append(extra | {"name": "smollm2-zero-shot", "recipe": "zero-shot", "steps": 1, "seed": 42})
     if "banking77" in args.parts:
         linear = ["minilm", "smollm2-linear"]
         rates = choose_rates(workers, args, "banking77", linear)

@@ -3,7 +3,7 @@
 #
 #     for part in bert long harder qwen; do results/experiments.sh $part; done
 #
-# Wants models/, data/ as in results/README.md; writes runs/. A run that has its results is not run again.
+# Needs models/ and data/ as in results/README.md; writes runs/. Finished runs are skipped.
 set -euo pipefail
 
 train() { # SCRIPT NAME FLAGS...
@@ -16,7 +16,7 @@ qwen() { train train_qwen.py "$1" --init random --learning-rate 6e-4 --train-on 
 
 case $1 in
 bert)
-    # Learning rate by seed, to be chosen by F1 on 400 held-out training rows.
+    # Learning rate by seed, chosen by F1 on 400 held-out training rows.
     for rate in 1e-4 3e-4 1e-3; do
         for seed in 42 43; do
             bert "grid-$rate-$seed" --data data/ag_news --learning-rate $rate --seed $seed --max-train-rows 1000 \
@@ -28,7 +28,7 @@ bert)
     bert rows-bert-1000 --data data/ag_news --learning-rate 3e-4 --max-train-rows 1000 --epochs 2 --max-eval-rows 2000
     bert rows-bert-10000 --data data/ag_news --learning-rate 3e-4 --max-train-rows 10000 --epochs 1 --max-eval-rows 2000
     bert rows-bert-all --data data/ag_news --learning-rate 3e-4 --epochs 1 --max-eval-rows 2000
-    # The last one on the whole test set, beside Qwen3's.
+    # The last model on the whole test set, for comparison with Qwen3's.
     bert all-bert --eval-only --model runs/rows-bert-all --data data/ag_news
     ;;
 long) # Texts cut to their start, or to start and end. Chinese ones by a small BERT from random weights.
@@ -63,7 +63,7 @@ qwen)
     qwen rows-qwen-100 --model models/qwen3-small --data data/ag_news --max-train-rows 100 --epochs 20 --max-eval-rows 2000
     qwen rows-qwen-10000 --model models/qwen3-small --data data/ag_news --max-train-rows 10000 --epochs 1 --max-eval-rows 2000
     qwen rows-qwen-all --model models/qwen3-small --data data/ag_news --epochs 1 --max-eval-rows 2000
-    # The last one on the whole test set, beside BERT's.
+    # The last model on the whole test set, for comparison with BERT's.
     qwen all-qwen --eval-only --init pretrained --model runs/rows-qwen-all --data data/ag_news
     ;;
 esac

@@ -1,13 +1,13 @@
-"""Is minicls right and fast on this GPU? One command, eight minutes at most, no network.
+"""Is minicls correct and fast on this GPU? One command, eight minutes at most, no network.
 
     python results/gpu.py                               # writes results/gpu/<device>-torch-<version>.json
     python results/gpu.py --only attention scripts      # some sections
     python results/gpu.py --smoke                       # tiny sizes on the CPU: does this script itself run?
 
-First it checks: attention, models, both training scripts, scoring and decoding against the CPU in fp32. Then it measures
-training and serving with random weights in the published sizes, on random token ids as long as AG News' texts, next to
-transformers where that is installed. A check that fails, or a section that breaks, is reported and the next one goes on;
-the file is written after each section. Exit code 1 where anything was wrong.
+It first checks attention, models, both training scripts, scoring and decoding against the CPU in fp32. It then measures
+training and serving with random weights in the published sizes, on random token ids as long as AG News' texts, against
+transformers where it is installed. A failed check or a broken section is reported and the next section starts; the file
+is written after each section. The exit code is 1 if anything was wrong.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from minicls.predict import classify_rows
 from minicls.tiny import SIZES, train_bert_tokenizer, train_qwen_tokenizer
 
 CPU = torch.device("cpu")
-# Dense bf16 TFLOP/s that the makers state, by a part of the device's name; the first that fits.
+# Dense bf16 TFLOP/s by the vendor's data sheet; the first key contained in the device's name counts.
 PEAKS = {
     "H200": 989,
     "H100 PCIe": 756,
@@ -59,18 +59,13 @@ PEAKS = {
     "L4": 121,
 }
 MINILM = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "vocab_size": 30522}
-SFT_ROWS, MICRO, BERT_ROWS, BERT_STEPS, LONG = (
-    96,
-    (12, 48, 96),
-    64,
-    16,
-    512,
-)  # a step, its micro-batches; the longest rows
+SFT_ROWS, MICRO = 96, (12, 48, 96)  # rows of a step; micro-batch sizes
+BERT_ROWS, BERT_STEPS, LONG = 64, 16, 512  # LONG: tokens of the longest rows
 LETTERS = [[32], [33], [34], [35]]  # Qwen's ids of A, B, C and D
-ENDINGS = np.array([[4, 1, 2]])  # targets of a training row: format, letter, format again
+COUNTS = np.array([[4, 1, 2]])  # targets of a training row: format, letter, format again
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--seconds", type=float, default=460, help="no section begins that could end later than this")
+parser.add_argument("--seconds", type=float, default=460, help="skip sections that could end later than this")
 parser.add_argument("--only", nargs="+", metavar="SECTION", help="run these sections; an unknown name lists them all")
 parser.add_argument("--out", default=str(ROOT / "results" / "gpu"), help="directory of the JSON file")
 parser.add_argument("--device", default="cuda", help="cuda or cuda:N")
@@ -81,12 +76,12 @@ if args.smoke:
 
 BEGIN = time.perf_counter()
 RESULT: dict = {"wrong": [], "seconds": {}}
-SECTIONS: dict[str, tuple[float, Callable]] = {}  # name -> seconds that it may take, and what to run
+SECTIONS: dict[str, tuple[float, Callable]] = {}  # name -> time limit in seconds, function
 DEVICE, FOLDER = CPU, ""
 
 
 def say(name: str, value, good: bool | None = None) -> None:
-    """Prints and keeps a figure or, with `good`, the outcome of a check."""
+    """Prints and records a figure or, with `good`, the outcome of a check."""
     RESULT[name] = value
     if good is False:
         RESULT["wrong"].append(name)
@@ -206,7 +201,7 @@ def build(kind, config: dict, device: torch.device | None = None, dtype: torch.d
 
 
 def distance(ours: torch.Tensor, theirs: torch.Tensor, floor: float = 0.0) -> float:
-    """How far ours is from theirs, as a share of theirs' size, or of `floor` an element: a gradient may be rounding alone."""
+    """|ours - theirs| / |theirs|, with at least `floor` per element below: a gradient may be rounding errors only."""
     ours, theirs = ours.detach().double().cpu(), theirs.detach().double().cpu()
     return float((ours - theirs).norm() / theirs.norm().clamp(min=floor * theirs.numel() ** 0.5 + 1e-12))
 
@@ -225,13 +220,13 @@ def environment() -> None:
     if DEVICE.type == "cuda":
         properties = torch.cuda.get_device_properties(DEVICE)
         driver = Path("/proc/driver/nvidia/version")
-        found = re.search(r"\d+\.\d+[.\d]*", driver.read_text()) if driver.is_file() else None
+        version = re.search(r"\d+\.\d+[.\d]*", driver.read_text()) if driver.is_file() else None
         about = {
             "capability": f"{properties.major}.{properties.minor}",
             "gib": round(properties.total_memory / 2**30, 1),
         }
         about |= {
-            "driver": found and found.group(),
+            "driver": version and version.group(),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
         }
@@ -250,7 +245,7 @@ def environment() -> None:
 
 @section(30)
 def attention_check() -> None:
-    """Both ways, forward and backward, against float64 on the CPU; and the head sizes that flash refuses."""
+    """Both implementations, forward and backward, against float64 on the CPU, also for sizes without a flash kernel."""
     worst: dict[str, float] = {}
     for H, Hkv, Dh, causal in (
         (12, 12, 64, False),
@@ -274,9 +269,9 @@ def attention_check() -> None:
                     rows = pack([[0] * length for length in lengths], DEVICE)
                     layout = lay_out(rows, q, Dh) if way is attention else pad_layout(rows, dtype)
                     output = way(q, k, v, layout, causal)
-                    found = output, *torch.autograd.grad(output, (q, k, v), upstream.to(DEVICE, dtype))
+                    actual = output, *torch.autograd.grad(output, (q, k, v), upstream.to(DEVICE, dtype))
                     name = f"{way.__name__}, {str(dtype).removeprefix('torch.')}, heads {H}/{Hkv} of {Dh}"
-                    gaps = [distance(*pair, floor=1e-2) for pair in zip(found, wanted, strict=True)]
+                    gaps = [distance(*pair, floor=1e-2) for pair in zip(actual, wanted, strict=True)]
                     worst[name] = max(worst.get(name, 0.0), *gaps)
     for name, gap in worst.items():
         say(f"{name}: off by", f"{gap:.1e}", gap < (0.02 if "bfloat16" in name else 1e-4))
@@ -309,10 +304,10 @@ def models() -> None:
 
     for name, (kind, config) in kinds.items():
         wanted = outcome(kind, config, CPU, "fp32")
-        for how, bound in (("fp32", 1e-4), ("bf16", 0.05), ("bf16, checkpointing", 0.05)):
-            found = outcome(kind, config, DEVICE, how[:4], "checkpointing" in how)
-            gaps = [distance(*pair) for pair in zip(found, wanted, strict=True)]
-            say(f"{name}, {how}: logits, gradients off by", [f"{gap:.1e}" for gap in gaps], max(gaps) < bound)
+        for precision, bound in (("fp32", 1e-4), ("bf16", 0.05), ("bf16, checkpointing", 0.05)):
+            actual = outcome(kind, config, DEVICE, precision[:4], "checkpointing" in precision)
+            gaps = [distance(*pair) for pair in zip(actual, wanted, strict=True)]
+            say(f"{name}, {precision}: logits, gradients off by", [f"{gap:.1e}" for gap in gaps], max(gaps) < bound)
 
 
 def script(module, folder: Path, *flags: str) -> list[float]:
@@ -348,8 +343,8 @@ def scripts() -> None:
                 flags = [*flags, "--model", str(here / "model"), "--init", "random"]
             cpu = script(module, here / "cpu", *flags, "--device", "cpu", "--dtype", "fp32")
             for dtype, bound in (("fp32", 2e-3), ("bf16", 0.03)):
-                found = script(module, here / dtype, *flags, "--device", device, "--dtype", dtype)
-                gap = max(abs(a / b - 1) for a, b in zip(found, cpu, strict=True))
+                on_device = script(module, here / dtype, *flags, "--device", device, "--dtype", dtype)
+                gap = max(abs(a / b - 1) for a, b in zip(on_device, cpu, strict=True))
                 say(f"{name}, {dtype}: losses of ten steps off the CPU's by", f"{gap:.1e}", gap < bound)
             run = here / "bf16"
             (run / "results.json").unlink()
@@ -358,13 +353,13 @@ def scripts() -> None:
             (run / "checkpoints" / "step-000010").rmdir()
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 module.main(["--resume", str(run)])
-            gap = max(abs(a / b - 1) for a, b in zip(losses(run), found, strict=True))
+            gap = max(abs(a / b - 1) for a, b in zip(losses(run), on_device, strict=True))
             say(f"{name}: resumed at step 5, losses off the uninterrupted ones by", f"{gap:.1e}", gap < 0.01)
 
 
 @section(40)
 def scoring_check() -> None:
-    """The fast scorer against brute force, and decoding against the CPU, whatever is longer: what questions share or the rest."""
+    """The fast scorer against brute force, and decoding against the CPU, for short and long shared prefixes."""
     config = decoder_config(num_hidden_layers=3, vocab_size=600, initializer_range=0.06)
     ours, theirs = (build(weights.DECODER, config, device).eval() for device in (DEVICE, CPU))
     shapes = {"rests longer": (20, 10, 90), "prefix longer": (90, 3, 9), "nothing shared": (0, 5, 90)}
@@ -389,8 +384,8 @@ def scoring_check() -> None:
 
 
 def work(config, lengths: list[int], targets: int, training: bool = True) -> float:
-    """Floating-point operations of the matrix products in a pass over rows: 2 a weight and token, attention, the head;
-    three times as many with the backward pass."""
+    """Floating-point operations of the matrix products in a pass over rows: 2 per weight and token, attention, the
+    head; three times as many with the backward pass."""
     if hasattr(config, "num_key_value_heads"):
         heads = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
@@ -414,7 +409,7 @@ def rates(lengths: list[int], seconds: float, operations: float) -> dict:
 
 
 def step(model, optimizer, loss_of: Callable, parts: list) -> None:
-    """An optimizer step of the training scripts, but for their log."""
+    """An optimizer step as in the training scripts, without logging."""
     total = torch.zeros((), device=DEVICE)
     for part in parts:
         loss = loss_of(part)
@@ -433,11 +428,9 @@ def answer_rows(n: int, seed: int = 0) -> list[list[int]]:
 
 def sft_loss(forward, part: list[list[int]]) -> torch.Tensor:
     labels = np.zeros(len(part), np.int64)
-    targets = train_qwen.make_targets(part, labels, ENDINGS, 0, DEVICE)
+    targets = train_qwen.make_targets(part, labels, COUNTS, np.ones(1, np.float32), 0, DEVICE)
     with bf16():
-        logits = forward(targets.batch, targets.at)
-    ones = torch.ones(1, device=DEVICE)
-    return train_qwen.answer_loss(logits, targets, ones, 0.0, None)[0] / (7 * SFT_ROWS)
+        return train_qwen.answer_loss(forward, targets, None, 0.0)[0] / (7 * SFT_ROWS)
 
 
 @section(60)
@@ -541,7 +534,7 @@ def model_directory(role: str) -> Path:
 
 
 def requests(engine, name: str, role: str, seconds: float) -> None:
-    """One request at a time: the published table's way."""
+    """One request at a time, as in the published table."""
     config = bert_config() if role == "bert" else decoder_config()
     around = (0, 0) if role == "bert" else (20, 46)
     rows = random_rows(news_lengths(64, 7, 54 if role == "bert" else 51), config["vocab_size"], 7, *around)
@@ -558,7 +551,7 @@ def requests(engine, name: str, role: str, seconds: float) -> None:
         taken: list[float] = []
         for row in rows[2:4] if args.smoke else rows[16:]:
             begin = time.perf_counter()
-            call(row)  # its answer is read on the CPU, so it has ended
+            call(row)  # returns after the answer was copied to the CPU
             taken.append(time.perf_counter() - begin)
             if sum(taken) > seconds:
                 break
@@ -588,7 +581,7 @@ def single_requests() -> None:
 def train_with_the_trainer(
     model, rows: list[list[int]], labels: list, micro: int, accumulate: int, steps: int
 ) -> list[float]:
-    """Seconds of each step of the HF Trainer after the third: padded batches, its default attention, bf16 autocast."""
+    """Seconds of each HF Trainer step after the third, with padded batches, default attention and bf16 autocast."""
     from torch.nn.utils.rnn import pad_sequence
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -675,8 +668,8 @@ def compiled() -> None:
         flags = ["--device", device, "--global-batch-size", "32", "--learning-rate", "2e-3", "--dtype", "fp32"]
         plain = script(train_qwen, Path(folder) / "plain", *flags)
         begin = time.perf_counter()
-        found = script(train_qwen, Path(folder) / "compiled", *flags, "--compile")
-        gap = max(abs(a / b - 1) for a, b in zip(found, plain, strict=True))
+        compiled_losses = script(train_qwen, Path(folder) / "compiled", *flags, "--compile")
+        gap = max(abs(a / b - 1) for a, b in zip(compiled_losses, plain, strict=True))
         say("train_qwen --compile: losses off by", f"{gap:.1e}", gap < 2e-3)
         say("train_qwen --compile, tiny: seconds with compilation", round(time.perf_counter() - begin, 1))
     begin = time.perf_counter()

@@ -1,207 +1,308 @@
-"""Writes the generated tables into README.md, README.zh-CN.md and results/README.md.
+"""Writes the generated tables into the pages that show them.
 
-    python results/readme.py        # `make readme`: after any change under results/; a test fails while a table is stale
+    python results/readme.py    # `make readme`: after any change under results/; a test fails while a table is stale
 
-A table stands between `<!-- NAME: ... -->` and `<!-- /NAME -->` and is the same in both languages.
+A table stands between `<!-- NAME: ... -->` and `<!-- /NAME -->` and is the same in every language.
 """
 
 import functools
+import itertools
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from minicls import metrics, plots
+from minicls import plots
 from minicls.checkpoint import Run, open_run
 from minicls.comparison import (
     PUBLISHED,
     PUBLISHED_BEST,
     PUBLISHED_STEPS,
-    bench_table,
     common_predictions,
     compare_pairs,
     comparison_table,
     curve_section,
+    describe_model,
+    f1_with_interval,
+    fold,
     grid_tables,
+    group_name,
     open_runs,
+    over_seeds,
+    short_names,
+    wilson,
 )
-from minicls.results import interval, kind, markdown, results_table, speed_table
+from minicls.results import interval, speed_table, table
 
-PAGES = ("README.md", "README.zh-CN.md", "results/README.md")
-DECODERS = ROOT / "results" / "decoders"
-ANSWER = ("minilm-62629-42", "minilm-20000-42", "smollm2-linear-20000-42", "smollm2-options-20000-42", "tfidf-20000-42")
-GPU = ROOT / "results" / "gpu"
+PAGES = ("README.md", "README.zh-CN.md", "results/README.md", "docs/performance.md")
+RESULTS = ROOT / "results"
+DECODERS = RESULTS / "decoders"
+PAIRED = ("minilm-62629-42", "minilm-20000-42", "smollm2-linear-20000-42", "smollm2-options-20000-42", "tfidf-20000-42")
+PUBLISHED_MODELS = {"BERT": ("bert-base-cased", "linear"), "Qwen3": ("Qwen3-0.6B", "options")}
+ENGINES = ("minicls", "transformers", "vLLM")
+# By model: training, requests, and methods with their names in results/gpu.py.
+SPEED_FILES = {
+    "BERT-base": ("train-bert-base-bf16", "rps-bert-base-bf16", {"classify": "classify"}),
+    "Qwen3-0.6B": (
+        "train-qwen3-0.6b-bf16",
+        "rps-qwen3-0.6b-compiled-bf16",
+        {"score": "score", "generate": "generate 8"},
+    ),
+}
+PUBLISHED_RATES = {  # by ENGINES
+    ("BERT-base", "classify"): (None, 60.3),
+    ("Qwen3-0.6B", "generate"): (None, 13.2, 27.1),
+}
+
+
+def read(file: Path):
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def folders(pattern: str) -> list[Path]:
+    return sorted(file.parent for file in RESULTS.glob(f"{pattern}/results.json"))
+
+
+# Accuracy.
+
+
+@functools.cache
+def curves() -> tuple[str, dict]:
+    """The tables and the points of the runs whose recipe does not change with the number of rows."""
+    name = re.compile(r"(minilm|smollm2-linear|smollm2-options|tfidf|frozen-minilm)-\d+-\d+")
+    runs = open_runs([folder for folder in folders("decoders/*") if name.fullmatch(folder.name)])
+    return curve_section(runs, common_predictions(runs))
 
 
 def answer_table() -> str:
-    """The published experiment, and runs of this project on the same test rows of AG News; intervals are Wilson's."""
-    header = ["run", "model", "head", "training rows", "step", "test accuracy (95 % interval)", "requests/s"]
+    """Accuracy on AG News by training rows: the published experiment, and this project's models."""
     rows = []
-    served = {
-        "BERT": "60.3 (transformers)",
-        "Qwen3": "13.2 (transformers), 27.1 (vLLM)",
-    }  # one request at a time, as published
-    for name, model in (("BERT", ["bert-base-cased", "linear"]), ("Qwen3", ["Qwen3-0.6B", "options"])):
-        step, _ = PUBLISHED_BEST[name]
-        accuracy = PUBLISHED[name]["accuracy"][PUBLISHED[name]["step"].index(step)]
-        chosen = f"{step:,} of {PUBLISHED_STEPS[name]:,}, best on test"
-        scores = interval(accuracy, *metrics.accuracy_interval(accuracy, 7600))
-        rows.append(["published", *model, "120,000", chosen, scores, served[name]])
-    for run in (open_run(DECODERS / folder) for folder in ANSWER):
-        found = run.results
-        scores = interval(found["accuracy"], *metrics.accuracy_interval(found["accuracy"], found["num_test_rows"]))
-        step = f"{found['headline_step']:,} of {found['final_step']:,}, last" if found["final_step"] else None
-        rows.append(["here", *kind(run)[1:], f"{run.info['num_train_rows']:,}", step, scores, None])
-    return markdown(header, rows)
+    for family, (model, head) in PUBLISHED_MODELS.items():
+        step, _ = PUBLISHED_BEST[family]
+        accuracy = wilson(PUBLISHED[family]["accuracy"][PUBLISHED[family]["step"].index(step)], 7600)
+        best = f"{accuracy}, published: best on test, step {step:,} of {PUBLISHED_STEPS[family]:,}"
+        rows.append({"model": model, "head": head, "1,000 training rows": None, "20,000": None, "62,629": None})
+        rows[-1]["120,000"] = best
+    for recipe in ("minilm", "smollm2-linear", "smollm2-options", "tfidf"):
+        model = describe_model(open_run(DECODERS / f"{recipe}-1000-42"))
+        point = next(point for point in curves()[1][str(model)] if point.size == 1000)
+        row = {"model": model.name, "head": model.head}
+        row["1,000 training rows"] = interval(point.accuracy, point.low, point.high)
+        for size in (20_000, 62_629):
+            folder = DECODERS / f"{recipe}-{size}-42"
+            results = read(folder / "results.json") if folder.is_dir() else None
+            row[f"{size:,}"] = results and wilson(results["accuracy"], results["num_test_rows"])
+        rows.append(row | {"120,000": None})
+    return table(rows)
 
 
-def curve_runs() -> dict[str, Run]:
-    """The runs of results/decoders whose recipe does not change from one number of rows to the next."""
-    folders = sorted(file.parent for file in DECODERS.glob("*/results.json"))
-    return open_runs(
-        [folder for folder in folders if re.fullmatch(r"(minilm|smollm2-\w+|tfidf|frozen-minilm)-\d+-\d+", folder.name)]
-    )
+def pairs_table(runs: Sequence[Path]) -> str:
+    opened = open_runs(runs)
+    return comparison_table(compare_pairs(opened, common_predictions(opened)), len(opened))
 
 
-def pairs_table() -> str:
-    """The runs of the first screen row by row on the 7,600 test rows."""
-    runs = open_runs([DECODERS / folder for folder in ANSWER])
-    return comparison_table(compare_pairs(runs, common_predictions(runs)), len(runs))
+def results_table(run_dirs: Sequence[Path]) -> str:
+    """One line for each setting, seeds as mean ± standard deviation; a run's hf_trainer.json has a line of its own."""
+    rows, names = [], dict(zip(run_dirs, short_names(run_dirs), strict=True))
+    for group in fold(map(open_run, run_dirs)):
+        info, model = group[0].info, describe_model(group[0])
+        row = {"result": group_name([names[run.dir] for run in group]), "model": model.name, "head": model.head}
+        row |= {"train rows": f"{info['num_train_rows']:,}", "test rows": f"{group[0].results['num_test_rows']:,}"}
+        row |= {"accuracy": over_seeds(group, "accuracy"), "macro F1 (95 % interval)": f1_with_interval(group)}
+        rows.append(row | {"training, s": over_seeds(group, "train_seconds", 0)})
+        for run in group:
+            if (run.dir / "hf_trainer.json").is_file():
+                peer = Run(run.dir, info, read(run.dir / "hf_trainer.json"), None)
+                row |= {"result": f"{names[run.dir]}, HF Trainer", "accuracy": over_seeds([peer], "accuracy")}
+                row |= {"macro F1 (95 % interval)": f1_with_interval([peer])}
+                rows.append(row | {"training, s": over_seeds([peer], "train_seconds", 0)})
+    return table(rows)
 
 
 def own_data_table() -> str:
-    """The README's recipe for one's own data: mean of three samples of 1,000 rows, next to TF-IDF on the same rows."""
-    header = [
-        "data",
-        "classes",
-        "test rows",
-        "recipe, mean accuracy",
-        "each sample",
-        "TF-IDF, mean accuracy",
-        "each sample",
-    ]
+    """The README's recipe for one's own data on three samples of 1,000 rows, next to TF-IDF on the same rows."""
     rows = []
-    for folder in sorted((ROOT / "results/own_data").glob("*/")):
-        if folder.name.endswith("-grid"):
-            continue
-        runs = {
-            file.parent.name: json.loads(file.read_text(encoding="utf-8"))
-            for file in sorted(folder.glob("*/results.json"))
-        }
-        sides = [[r for name, r in runs.items() if name.endswith("tfidf") == tfidf] for tfidf in (False, True)]
-        cells = []
-        for side in sides:
-            scores = [result["accuracy"] for result in side]
-            cells += (
-                [f"**{np.mean(scores):.3f}**", ", ".join(f"{score:.3f}" for score in scores)]
-                if scores
-                else [None, None]
-            )
-        rows.append([folder.name, len(sides[0][0]["per_class"]), f"{sides[0][0]['num_test_rows']:,}", *cells])
-    return markdown(header, rows)
+    for name in sorted(folder.name for folder in (RESULTS / "own_data").iterdir() if not folder.match("*-grid")):
+        runs = {folder.name: read(folder / "results.json") for folder in folders(f"own_data/{name}/*")}
+        first = next(iter(runs.values()))
+        row = {"data": name, "classes": len(first["per_class"]), "test rows": f"{first['num_test_rows']:,}"}
+        for side in ("recipe", "TF-IDF"):
+            scores = [run["accuracy"] for key, run in runs.items() if key.endswith("tfidf") == (side == "TF-IDF")]
+            row |= {f"{side}, mean accuracy": f"**{np.mean(scores):.3f}**" if scores else None}
+            row |= {f"{side}, each sample": ", ".join(f"{score:.3f}" for score in scores) or None}
+        rows.append(row)
+    return table(rows)
 
 
 def own_data_grid() -> str:
     """What the recipe was chosen from, by macro F1 on the validation rows of banking77."""
     rows = []
-    for file in sorted((ROOT / "results/own_data/banking77-grid").glob("*/metrics.jsonl")):
-        events = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    for folder in folders("own_data/banking77-grid/*"):
+        events = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         best = max(event["f1"] for event in events if event.get("split") == "validation")
-        settings = json.loads((file.parent / "run.json").read_text(encoding="utf-8"))["settings"]
-        result = json.loads((file.parent / "results.json").read_text(encoding="utf-8"))
-        rows.append([f"{settings['learning_rate']:g}", f"{settings['epochs']:g}", best, result["accuracy"]])
-    chosen = max(rows, key=lambda row: row[2])
-    return markdown(
-        ["learning rate", "epochs", "validation macro F1", "test accuracy", ""],
-        [[*row, "chosen" * (row is chosen)] for row in rows],
-    )
+        settings = read(folder / "run.json")["settings"]
+        row = {"learning rate": f"{settings['learning_rate']:g}", "epochs": f"{settings['epochs']:g}"}
+        rows.append(row | {"validation macro F1": best, "test accuracy": read(folder / "results.json")["accuracy"]})
+    best = max(row["validation macro F1"] for row in rows)
+    return table(row | {"": "chosen" * (row["validation macro F1"] == best)} for row in rows)
+
+
+# Speed.
+
+
+@functools.cache
+def benches() -> dict[str, list | dict]:
+    """The files of bench/: training and scoring are dictionaries, requests lists of rows."""
+    return {file.stem: read(file) for file in sorted((RESULTS / "bench").glob("*.json"))}
+
+
+@functools.cache
+def gpus() -> list[dict]:
+    """The files of results/gpu.py."""
+    return [read(file) for file in sorted((RESULTS / "gpu").glob("*.json"))]
+
+
+def rate(value: float | str | None) -> str | None:
+    """A number with three digits, or all before the point; text as it is."""
+    return value if not value or isinstance(value, str) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def rates_table() -> str:
+    """Requests and training rows per second of BERT-base and Qwen3-0.6B, by hardware."""
+    rows = []
+
+    def add(model: str, task: str, hardware: str, *rates: float | str | None) -> None:
+        if any(rates):
+            engines = dict(itertools.zip_longest(ENGINES, map(rate, rates)))
+            rows.append({"model": model, "task": task, "hardware": hardware} | engines)
+
+    for model, (train, requests, methods) in SPEED_FILES.items():
+        bench, served = benches()[train], benches()[requests]
+        for gpu in gpus():
+            training = [key for key in gpu if re.fullmatch(rf"{model} (training|SFT), (micro-)?batch \d+", key)]
+            for key in dict.fromkeys((training[0], training[-1])):
+                add(model, f"training rows/s, {key.split(', ')[1]}", gpu["device"], gpu[key]["samples_per_second"])
+        add(model, "training rows/s", bench["device"], *(side["samples_per_second"] for side in bench["rows"]))
+        for method, gpu_method in methods.items():
+            single = f"requests/s, {method}, one at a time"
+            add(model, single, "RTX 3090, published", *PUBLISHED_RATES.get((model, method), ()))
+            for gpu in gpus():
+                traced = [gpu.get(f"{model}, {engine}, {gpu_method}, one at a time", {}) for engine in ENGINES]
+                add(model, single, gpu["device"], *(figures.get("requests_per_second") for figures in traced))
+            for mode, task in (("single", single), ("offline", f"requests/s, {method}, all at once")):
+                asked = [row for row in served if (row["method"], row["mode"]) == (method, mode)]
+                rates = dict.fromkeys(map(str.lower, ENGINES))
+                for row in asked:
+                    engine, *compiled = row["engine"].split(", ")
+                    rates[engine] = " ".join([rate(row["requests_per_second"]) or "-", *compiled])
+                add(model, task, served[0]["device"], *rates.values())
+    return table(rows)
+
+
+def requests_table() -> str:
+    """Requests per second and median latency of bench/rps-*.json, a line for each model, engine and method."""
+    lines = []
+    for bench in (rows for rows in benches().values() if isinstance(rows, list)):
+        names = [(row["method"], f"{row['engine']} {row['engine_version']}", row["dtype"]) for row in bench]
+        for name in sorted({*names}):
+            modes = {row["mode"]: row for row, of_row in zip(bench, names, strict=True) if of_row == name}
+            line = {"model": bench[0]["model"].split(": ")[-1]} | dict(
+                zip(("method", "engine", "dtype"), name, strict=True)
+            )
+            for mode in ("single", "offline"):
+                rates = [modes.get(mode, {}).get(key) for key in ("requests_per_second", "latency_p50_ms")]
+                line |= {f"{mode}: requests/s (p50)": rates[0] and "{:.2f} ({:,.0f} ms)".format(*rates)}
+            wrong = [
+                f"{mode}: {row['status']}, {row['reason']}" for mode, row in modes.items() if row["status"] != "ok"
+            ]
+            lines.append(line | {"not ok": "; ".join(wrong) or None})
+    shown = [*lines[0]] if any(line["not ok"] for line in lines) else [*lines[0]][:-1]
+    return table({header: line[header] for header in shown} for line in lines)
 
 
 def gpu_table() -> str:
-    """What results/gpu.py measured, a line for each rate."""
-    lines = []
-    for file in sorted(GPU.glob("*.json")):
-        result = json.loads(file.read_text(encoding="utf-8"))
-        for name, values in result.items():
-            if isinstance(values, dict) and "samples_per_second" in values:
-                peak = values.get("fraction_of_peak")
-                cells = [f"{values['samples_per_second']:,.0f}", f"{values['tokens_per_second']:,.0f}"]
-                lines.append([name, *cells, None if peak is None else f"{peak:.0%}", values.get("peak_gib")])
-            elif isinstance(values, dict) and "requests_per_second" in values:
-                lines.append(
-                    [
-                        f"{name} (p50 {values['p50_ms']:.0f} ms)",
-                        f"{values['requests_per_second']:,.0f}",
-                        None,
-                        None,
-                        None,
-                    ]
-                )
-    header = ["NVIDIA H100 80 GB, torch 2.11, bf16", "rows or requests/s", "tokens/s", "of 989 TFLOP/s", "peak GiB"]
-    return markdown(header, [[cell if cell is None else str(cell) for cell in line] for line in lines])
+    """The rates that results/gpu.py measured."""
+    rows = []
+    for gpu in gpus():
+        for name, figures in gpu.items():
+            if not isinstance(figures, dict) or not figures.keys() & {"samples_per_second", "requests_per_second"}:
+                continue
+            latency = f" (p50 {figures['p50_ms']:.0f} ms)" if "p50_ms" in figures else ""
+            value = figures.get("samples_per_second") or figures["requests_per_second"]
+            tokens, peak, memory = (figures.get(key) for key in ("tokens_per_second", "fraction_of_peak", "peak_gib"))
+            row = {f"{gpu['device']}, torch {gpu['versions']['torch']}, bf16": name + latency}
+            row |= {"rows or requests/s": f"{value:,.0f}", "tokens/s": tokens and f"{tokens:,.0f}"}
+            row |= {f"of {gpu['peak_tflops_assumed']} TFLOP/s": peak and f"{peak:.0%}"}
+            rows.append(row | {"peak GiB": memory and str(memory)})
+    return table(rows)
 
 
-def requests_table(benches: list[list[dict]]) -> str:
-    """Requests per second and median latency, the engines side by side: in each line, those of one bench.json."""
-    names = sorted({f"{row['engine']} {row['engine_version']}" for bench in benches for row in bench})
-    lines = []
-    for bench in benches:
-        found = {
-            (row["model"], row["method"], row["mode"], f"{row['engine']} {row['engine_version']}"): row for row in bench
-        }
-        for asked in dict.fromkeys(key[:3] for key in found):
-            cells = [found.get((*asked, name)) for name in names]
-            shown = [row and f"{row['requests_per_second']:.2f} ({row['latency_p50_ms']:,.0f} ms)" for row in cells]
-            lines.append([*asked, next(row["dtype"] for row in cells if row), *shown])
-    return markdown(["model", "method", "mode", "dtype", *names], lines)
+def profile_table() -> str:
+    """How much of a call the GPU works, from the traces of results/gpu.py."""
+    rows = []
+    for gpu in gpus():
+        for name, figures in gpu.items():
+            if isinstance(figures, dict) and "launches" in figures:
+                row = {gpu["device"]: name, "kernel launches": f"{figures['launches']:,}"}
+                row |= {"waits of the host": figures["waits"], "work on the GPU, ms": f"{figures['gpu_ms']:.1f}"}
+                whole = figures.get("p50_ms")
+                rows.append(row | {"p50 of the whole call, ms": whole and f"{whole:.1f}"})
+    return table(rows)
 
 
 @functools.cache
 def tables() -> dict[str, str]:
     """The tables by name."""
-    benches = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((ROOT / "results/bench").glob("*.json"))]
-    requests = [bench for bench in benches if isinstance(bench, list)]
-    runs, small = (
-        sorted(file.parent for file in (ROOT / "results").glob(f"{place}/results.json")) for place in ("*", "small/*")
-    )
-    grid = {folder.name: open_run(folder) for folder in small if folder.name.startswith("grid-")}
-    decoders = sorted(file.parent for file in DECODERS.glob("*/results.json"))
-    rates = {folder.name: open_run(folder) for folder in decoders if folder.name.startswith("grid-")}
-    rates77 = {folder.name: open_run(folder) for folder in decoders if folder.name.startswith("banking77-grid-")}
-    curves = curve_runs()
+
+    def grids(pattern: str) -> str:
+        return "\n\n".join(grid_tables({folder.name: open_run(folder) for folder in folders(pattern)}))
+
+    small_groups = ("thucnews-*", "all-*", "fudan_long-*", "movie_reviews-*")
     return {
         "answer": answer_table(),
-        "results": results_table(runs),
-        "speed": speed_table([bench for bench in benches if isinstance(bench, dict)]),
-        "served": requests_table(requests),
-        "requests": bench_table([row for bench in requests for row in bench]),
-        "small": results_table(small),
-        "grid": "\n\n".join(grid_tables(grid)),
-        "decoders": results_table([folder for folder in decoders if "grid-" not in folder.name]),
-        "curves": curve_section(curves, common_predictions(curves))[0],
-        "pairs": pairs_table(),
-        "decoder_grid": "\n\n".join(grid_tables(rates)),
-        "banking_grid": "\n\n".join(grid_tables(rates77)),
+        "rates": rates_table(),
+        "curves": curves()[0],
+        "pairs": pairs_table([DECODERS / name for name in PAIRED]),
+        "decoders": results_table([folder for folder in folders("decoders/*") if "grid-" not in folder.name]),
+        "decoder_grid": grids("decoders/grid-*"),
+        "banking_grid": grids("decoders/banking77-grid-*"),
         "own_data": own_data_table(),
         "own_data_grid": own_data_grid(),
+        "speed": speed_table([bench for bench in benches().values() if isinstance(bench, dict)]),
+        "requests": requests_table(),
         "gpu": gpu_table(),
+        "profile": profile_table(),
+        "results": results_table(folders("*")),
+        "small": results_table(folders("small/*")),
+        "small_pairs": "\n\n".join(pairs_table(folders(f"small/{group}")) for group in small_groups),
+        "grid": grids("small/grid-*"),
     }
 
 
 def fill(page: str) -> str:
     """The page with its tables as the result files have them now."""
-    for name, table in tables().items():
+    for name, body in tables().items():
         block = rf"(<!-- {name}: [^\n]* -->\n).*?(<!-- /{name} -->)"
-        page = re.sub(block, lambda found, table=table: f"{found[1]}{table}\n{found[2]}", page, flags=re.DOTALL)
+        page = re.sub(block, lambda match, body=body: f"{match[1]}{body}\n{match[2]}", page, flags=re.DOTALL)
     return page
 
 
+def draw_curves(file: Path) -> None:
+    """The picture of README.md, with a palette of 64 colours: a fifth of the bytes."""
+    from PIL import Image
+
+    plots.plot_learning_curves(curves()[1], file, dpi=100)
+    with Image.open(file) as image:
+        small = image.convert("RGB").quantize(64)
+    small.save(file, optimize=True)
+
+
 if __name__ == "__main__":
-    curves = curve_runs()
-    plots.plot_learning_curves(curve_section(curves, common_predictions(curves))[1], DECODERS / "rows.png")
+    draw_curves(DECODERS / "rows.png")
     for page in PAGES:
         (ROOT / page).write_text(fill((ROOT / page).read_text(encoding="utf-8")), encoding="utf-8")

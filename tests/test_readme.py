@@ -22,9 +22,10 @@ from minicls.config import Parser, parse
 from results import readme
 
 TABLES = {
-    "README.md": {"answer", "own_data", "gpu", "served"},
-    "results/README.md": {"curves", "pairs", "decoders", "decoder_grid", "banking_grid", "own_data_grid"}
-    | {"speed", "requests", "results", "small", "grid"},
+    "README.md": {"answer", "rates"},
+    "results/README.md": {"curves", "pairs", "decoders", "decoder_grid", "banking_grid", "own_data", "own_data_grid"}
+    | {"speed", "requests", "results", "small", "small_pairs", "grid"},
+    "docs/performance.md": {"gpu", "profile"},
 }
 TABLES["README.zh-CN.md"] = TABLES["README.md"]
 PAGES = {page: (ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "README.zh-CN.md")}

@@ -24,7 +24,9 @@ from minicls.comparison import PUBLISHED
 from minicls.config import UserError
 from minicls.data import AG_NEWS_LABELS, Data, Split
 from minicls.logger import read_metrics
-from minicls.results import advice, results_table, steps_table, summary, write_results
+from minicls.results import advice, steps_table, summary, write_results
+from results.readme import results_table
+from results.thin import thin_run
 
 
 def cells(line: str) -> list[str]:
@@ -282,7 +284,7 @@ def test_two_runs_and_all_their_figures(bert_run, qwen_run, tmp_path, capsys):
     ratio = cells(sections["Cost"].strip().splitlines()[-1])[3]
     assert ratio == f"{found(qwen_run)['train_seconds'] / found(bert_run)['train_seconds']:.2f}"
 
-    (row,) = tables["Two by two"]
+    (row,) = tables["Pairwise comparison"]
     left, right = columns(bert_run), columns(qwen_run)
     a, b = left["label"] == left["prediction"], right["label"] == right["prediction"]
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
@@ -331,7 +333,7 @@ def test_real_predictions_beside_the_published_tables(bert_run, qwen_run, shared
     names = ("distilbert", "linear_svc", "llama31_8b_sft")
     sections = report(tmp_path / "out", *(tmp_path / name for name in names))
     assert [row["accuracy"] for row in read_table(sections["Headlines"])] == ["0.9422", "0.9234", "0.9543"]
-    pairs = {(row["a"], row["b"]): row for row in read_table(sections["Two by two"])}
+    pairs = {(row["a"], row["b"]): row for row in read_table(sections["Pairwise comparison"])}
     better = {pair: row["better"] for pair, row in pairs.items()}
     assert better == {names[:2]: names[0], (names[0], names[2]): names[2], names[1:]: names[2]}
     assert pairs[names[:2]]["accuracy, a - b"].startswith("+0.0188 (+0.01")
@@ -360,7 +362,7 @@ def test_equal_and_hardly_different_predictions_have_no_winner(bert_run, tmp_pat
     wrong = np.flatnonzero(table["label"] != table["prediction"])[:3]  # three rows better: p is 0.25
     table["prediction"][wrong] = table["label"][wrong]
     pq.write_table(pa.table(table), near / "predictions.parquet")
-    rows = read_table(report(tmp_path / "out", bert_run, twin, near)["Two by two"])
+    rows = read_table(report(tmp_path / "out", bert_run, twin, near)["Pairwise comparison"])
     assert [(row["McNemar's p"], row["better"]) for row in rows] == [
         ("1", "neither"),
         ("0.25", "neither"),
@@ -398,7 +400,7 @@ def test_seeds_are_folded_and_every_cell_is_told(bert_run, tmp_path):
         ("0.8000 ± 0.1000", spread[1]),
     ]
     assert [row[""] for row in grid] == ["", "chosen"]
-    assert len(read_table(sections["Two by two"])) == 15
+    assert len(read_table(sections["Pairwise comparison"])) == 15
     _, _, *lines = results_table(runs).splitlines()
     assert [cells(line)[0] for line in lines] == ["lr1e-4-seed* (3 runs)", "lr3e-4-seed* (3 runs)"]
     assert not (tmp_path / "out" / "rows.png").exists()
@@ -517,8 +519,7 @@ def test_what_makes_a_model_of_its_own(bert_run, qwen_run, tmp_path):
     zero_shot = curve_run(qwen_run, tmp_path / "zero", first(0.8), 700, prompt="x")
     info = json.loads((zero_shot / "run.json").read_text())
     (zero_shot / "run.json").write_text(json.dumps(info | {"total_steps": 0}))
-    curves = comparison.learning_curves(comparison.open_runs([*rates, *prompts, old, zero_shot]))
-    assert {curve.label: curve.sizes for curve in curves} == {
+    assert comparison.learning_curves(comparison.open_runs([*rates, *prompts, old, zero_shot])) == {
         **{f"BERT (tiny), linear, learning_rate {rate}": {10: [f"b10-{rate}"], 99: [f"b99-{rate}"]} for rate in (1, 2)},
         "Qwen3 (tiny), options, prompt x": {10: ["q10-x"], 99: ["q99-x"], 500: ["old"]},
         "Qwen3 (tiny), options, prompt y": {10: ["q10-y"], 99: ["q99-y"]},
@@ -530,14 +531,14 @@ def test_runs_with_parts_of_the_test_rows_are_compared_on_those_all_have(bert_ru
     runs = [curve_run(bert_run, tmp_path / f"b{size}", first(0.8), size) for size in (100, 1000)]
     runs += [curve_run(qwen_run, tmp_path / f"q{size}", first(0.7), size, rows=part[::-1]) for size in (100, 1000)]
     sections = report(tmp_path / "out", *runs)
-    note = "The runs have different parts of the same test rows: row by row and over training rows, the 667 that all have count."
+    note = "The runs have different parts of the same test rows; comparisons use the 667 rows that all have."
     assert (
-        note in sections["Two by two"]
+        note in sections["Pairwise comparison"]
         and note in sections["Training rows"]
         and note in capsys.readouterr().out.splitlines()
     )
     assert [row["test rows"] for row in read_table(sections["Headlines"])] == ["2,000", "2,000", "667", "667"]
-    pair = read_table(sections["Two by two"])[1]
+    pair = read_table(sections["Pairwise comparison"])[1]
     assert (pair["only a right"], pair["only b right"]) == (str((first(0.8) & ~first(0.7))[part].sum()), "0")
     points = read_table(sections["Training rows"])
     assert [row["accuracy (95 % interval)"][:6] for row in points] == [
@@ -624,9 +625,25 @@ def test_what_is_kept_of_runs_will_do(bert_run, qwen_run, tmp_path):
             del scores["support"]
         (run / "results.json").write_text(json.dumps(old))
     sections = report(tmp_path / "out", *runs)
-    assert "Left out, without predictions.parquet: bert, qwen." in sections["Two by two"]
+    assert "Left out, without predictions.parquet: bert, qwen." in sections["Pairwise comparison"]
     assert len(read_table(sections["Headlines"])) == 2 and "Length" not in sections
     assert [row["temperature"] for row in read_table(sections["Calibration"])] == ["-", "-"]
+
+
+def test_thin_runs_give_the_same_report(bert_run, qwen_run, tmp_path):
+    whole = [copy_run(run, tmp_path / "whole" / name) for run, name in ((bert_run, "bert"), (qwen_run, "qwen"))]
+    thin = [tmp_path / "thin" / run.name for run in whole]
+    for run, small in zip(whole, thin, strict=True):
+        thin_run(run, small)
+        thin_run(small, small)  # in place, again
+        table, full = pq.read_table(small / "predictions.parquet"), columns(run)
+        assert {*table.column_names} == {"row", "label", "prediction", "probability", "text_hash", "num_tokens"}
+        probabilities = np.stack([full[f"probability_{c}"] for c in range(4)], axis=1)
+        assert table["probability"].to_numpy() == pytest.approx(probabilities.max(1), abs=6e-4)
+    of_whole, of_thin = (report(tmp_path / name, *runs) for name, runs in (("a", whole), ("b", thin)))
+    assert of_whole.keys() == of_thin.keys()
+    differ = {title for title in of_whole if of_whole[title] != of_thin[title]}
+    assert differ == {"Headlines"}  # it names the directories
 
 
 # Mistakes.
@@ -689,13 +706,15 @@ def test_damaged_files_are_told_in_one_line(name, text, bert_run, tmp_path):
 
 def test_one_run_alone_is_told_what_to_compare_it_with(bert_run, tmp_path):
     sections = report(tmp_path / "out", bert_run)
-    assert "`python -m minicls baseline`" in sections["Two by two"] and len(read_table(sections["Classes"])) == 4
+    assert (
+        "`python -m minicls baseline`" in sections["Pairwise comparison"] and len(read_table(sections["Classes"])) == 4
+    )
 
 
 def test_a_p_value_below_all_floats_is_no_zero(bert_run, qwen_run, tmp_path):
     """2,000 rows right for one alone: p is 2^-1999."""
     runs = [curve_run(like, tmp_path / name, first(x), 9) for like, name, x in ((bert_run, "a", 1), (qwen_run, "b", 0))]
-    (row,) = read_table(report(tmp_path / "out", *runs)["Two by two"])
+    (row,) = read_table(report(tmp_path / "out", *runs)["Pairwise comparison"])
     assert (row["McNemar's p"], row["better"]) == ("<1e-300", "a")
 
 

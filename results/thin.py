@@ -1,0 +1,84 @@
+"""Keeps what `python -m minicls report` reads of a run, at a small fraction of its size: the form of results/.
+
+    python results/thin.py runs/bert results/bert      # from a run directory into a new directory
+    python results/thin.py results/bert                # in place
+
+A thin run has run.json without absolute paths; results.json, scores by class with seven decimals; of metrics.jsonl all
+evaluations and the mean losses of at most 10 groups of steps before each test; of predictions.parquet, and of
+validation.parquet where a run had 20,000 training rows or more, the columns row, label, prediction, probability (of the
+prediction), text_hash and num_tokens, in small types.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+MAX_TRAIN_LINES = 10  # between two tests
+VALIDATION_FROM = 20_000  # training rows
+TYPES = {"row": np.int32, "label": np.int16, "prediction": np.int16, "text_hash": np.int32, "num_tokens": np.int32}
+ENCODINGS = {"row": "DELTA_BINARY_PACKED", "text_hash": "PLAIN"}
+
+
+def thin_predictions(source: Path, target: Path) -> None:
+    """Reduces one parquet file. Columns that are missing or null in it stay out."""
+    table = pq.read_table(source)
+    columns = {name: table[name].to_numpy() for name in table.column_names if not table[name].null_count}
+    thin = {name: columns[name].astype(dtype) for name, dtype in TYPES.items() if name in columns}
+    if "probability" not in columns:
+        probabilities = np.stack([values for name, values in columns.items() if name.startswith("probability_")])
+        columns["probability"] = probabilities[thin["prediction"], np.arange(len(thin["prediction"]))]
+    thin["probability"] = columns["probability"].astype(np.float32).round(3)
+    small = {"compression": "zstd", "compression_level": 19, "write_statistics": False, "store_schema": False}
+    words = [name for name in thin if name not in ENCODINGS]
+    pq.write_table(pa.table(thin), target, use_dictionary=words, column_encoding=ENCODINGS, **small)
+
+
+def thin_metrics(source: Path, target: Path) -> None:
+    """Keeps all evaluations; merges the training lines between two tests into equal parts, which keeps their mean."""
+    thin, train = [], []
+    for event in [*map(json.loads, source.read_text(encoding="utf-8").splitlines()), None]:
+        if event and event["event"] == "train":
+            train.append(event)
+            continue
+        if train and (event is None or event["split"] == "test"):
+            parts = max(n for n in range(1, MAX_TRAIN_LINES + 1) if len(train) % n == 0)
+            for part in np.split(np.array(train), parts):
+                losses = {key: [e[key] for e in part] for key in ("loss", "answer_loss") if key in part[0]}
+                means = {key: float(np.mean(values)) for key, values in losses.items()}
+                thin.append({"event": "train", "step": part[-1]["step"]} | means)
+            train = []
+        thin += [event] if event else []
+    target.write_text("".join(f"{json.dumps(event)}\n" for event in thin), encoding="utf-8")
+
+
+def write_object(file: Path, values: dict) -> None:
+    """JSON with a line for each key of the object."""
+    shown = {key: json.dumps(value, ensure_ascii=False, separators=(",", ":")) for key, value in values.items()}
+    lines = ",\n".join(f"{json.dumps(key)}: {value}" for key, value in shown.items())
+    file.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+
+
+def thin_run(source: Path, target: Path) -> None:
+    """Writes the thin form of a run into a directory, results.json last: a run with it is complete."""
+    target.mkdir(parents=True, exist_ok=True)
+    info, results = (json.loads((source / f"{name}.json").read_text("utf-8")) for name in ("run", "results"))
+    for name in {"model", "data", "features", "output_dir"} & info["settings"].keys():
+        if Path(info["settings"][name] or "").is_absolute():
+            info["settings"][name] = Path(info["settings"][name]).name
+    write_object(target / "run.json", info)
+    thin_metrics(source / "metrics.jsonl", target / "metrics.jsonl")
+    for name in ("predictions.parquet", "validation.parquet"):
+        wanted = name == "predictions.parquet" or info["num_train_rows"] >= VALIDATION_FROM
+        if wanted and (source / name).is_file():
+            thin_predictions(source / name, target / name)
+    for scores in results["per_class"].values():
+        scores |= {key: round(value, 7) for key, value in scores.items()}
+    write_object(target / "results.json", results)
+
+
+if __name__ == "__main__":
+    thin_run(Path(sys.argv[1]), Path(sys.argv[-1]))
