@@ -100,7 +100,9 @@ def _read_json(file: Path, remedy: str, keys: tuple[str, ...] = ()) -> dict:
     """A JSON object with these keys. Raises UserError with the remedy if it is not one, OSError if there is no file."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-        missing = [key for key in keys if key not in values] if isinstance(values, dict) else ["JSON object"]
+        if not isinstance(values, dict):
+            raise ValueError("no JSON object")
+        missing = [key for key in keys if key not in values]
     except ValueError as error:
         raise UserError(f"{file}: not readable ({error}); {remedy}") from None
     if missing:

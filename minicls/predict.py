@@ -84,7 +84,7 @@ class Reader:
         self.label_names = None
         if self.architecture and (not language_model or "id2label" in self.config):
             self.label_names = weights.head_labels(self.config, directory)
-            if [*self.settings.get("label_names", self.label_names)] != self.label_names:
+            if [*(self.settings.get("label_names") or self.label_names)] != self.label_names:
                 raise UserError(
                     f"{directory}: minicls.json and config.json name other classes; copy the whole model directory again"
                 )
@@ -142,7 +142,10 @@ class Classifier(Reader):
 
     def scores(self, texts: Sequence[str]) -> torch.Tensor:
         """The head's logits, or the options' scores, (n, C) float64: a softmax over them gives the probabilities."""
-        rows = self.rows(texts)
+        return self.score_rows(self.rows(texts))
+
+    def score_rows(self, rows: list[list[int]]) -> torch.Tensor:
+        """The scores of texts that `rows` has turned into ids."""
         if not rows:
             return torch.zeros(0, len(self.label_names), dtype=torch.float64)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.get("dtype") == "bf16"):
@@ -391,9 +394,13 @@ def evaluate(argv: list[str]) -> None:
         evaluate_model(directory, revision, s)
 
 
-def _tested(splits: dict[str, Split], classifier: Classifier, state: dict, logger: Logger) -> dict[str, torch.Tensor]:
-    splits = {name: split for name, split in splits.items() if name != "train"}
-    return checkpoint.evaluate(splits, lambda name: classifier.scores(splits[name].texts), state, logger)
+def _rows_to_test(splits: dict[str, Split], classifier: Classifier) -> dict[str, list[list[int]]]:
+    return {name: classifier.rows(split.texts) for name, split in splits.items() if name != "train"}
+
+
+def _test(splits, rows, classifier: Classifier, state: dict, logger: Logger) -> dict[str, torch.Tensor]:
+    splits = {name: splits[name] for name in rows}
+    return checkpoint.evaluate(splits, lambda name: classifier.score_rows(rows[name]), state, logger)
 
 
 def evaluate_model(directory: Path, revision: str | None, s: EvaluateSettings) -> None:
@@ -409,7 +416,7 @@ def evaluate_model(directory: Path, revision: str | None, s: EvaluateSettings) -
     if classifier.label_names != [*data.label_names]:
         classes = ", ".join(data.label_names)[:80]
         raise UserError(f"--data: {s.model} was not trained on its classes, {classes}; train it on them first")
-    asked = classifier.settings
+    rows, asked = _rows_to_test(splits, classifier), classifier.settings
     asked |= {name: getattr(s, name) for name in ("normalize", "dtype") if getattr(s, name)}
     run_dir = checkpoint.new_run_dir(s.output_dir, "evaluate") if dist.is_first() else None
     if run_dir:
@@ -422,7 +429,7 @@ def evaluate_model(directory: Path, revision: str | None, s: EvaluateSettings) -
         checkpoint.write_run_info(run_dir, dataclasses.asdict(s) | settings, device, about)
     logger, state = Logger(run_dir, 0, 0), checkpoint.new_state()
     logger.print(*describe(data, splits.get("validation")))
-    logits = _tested(splits, classifier, state, logger)
+    logits = _test(splits, rows, classifier, state, logger)
     _finish(run_dir, data, splits, classifier, logits, state, logger)
 
 
@@ -447,11 +454,11 @@ def evaluate_checkpoints(run_dir: Path, s: EvaluateSettings) -> None:
         classifier, saved, logits = Classifier(run.newest, device), checkpoint.checkpoints(run_dir), {}
         state = json.loads((run.newest / "state.json").read_text(encoding="utf-8"))
         state |= {"eval_seconds": 0.0, "evaluations": 0}
-        first = dist.is_first()
+        rows, first = _rows_to_test(splits, classifier), dist.is_first()
         logger = Logger(run_dir if first else None, state["step"], run.info["total_steps"], drop_later=False)
         for state["step"], directory in saved.items():
             weights.load_weights(classifier.model, directory, classifier.architecture)
-            logits[state["step"]] = _tested(splits, classifier, state, logger)
+            logits[state["step"]] = _test(splits, rows, classifier, state, logger)
         headline_step = checkpoint.headline_step(state)
         for file in saved[headline_step].iterdir() if first else ():
             if file.name not in ("optimizer.safetensors", "state.json"):

@@ -119,7 +119,14 @@ class Workers:
 
     def do(self, jobs: list[dict]) -> None:
         """Runs all jobs, the longest first."""
-        weight = {"minilm": 1, "smollm2-linear": 4, "smollm2-options": 5, "tfidf": 3, "frozen-minilm": 1}
+        weight = {
+            "minilm": 1,
+            "zero-shot": 1,
+            "smollm2-linear": 4,
+            "smollm2-options": 5,
+            "tfidf": 3,
+            "frozen-minilm": 1,
+        }
         for job in sorted(jobs, key=lambda job: -job["steps"] * weight[job["recipe"]]):
             self.queue.put(job)
         for _ in jobs:

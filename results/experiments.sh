@@ -11,6 +11,10 @@ train() { # SCRIPT NAME FLAGS...
     "${PYTHON:-python}" "$1" --output-dir "runs/$2" --threads 1 --eval-every 0 --save-every 0 --warmup-ratio 0.1 \
         --global-batch-size 32 "${@:3}"
 }
+evaluate() {
+    [ -f "runs/$1/results.json" ] && return
+    "${PYTHON:-python}" -m minicls evaluate "$2" --output-dir "runs/$1" --threads 1 "${@:3}"
+}
 bert() { train train_bert.py "$1" --model models/all-MiniLM-L6-v2 --micro-batch-size 32 "${@:2}"; }
 qwen() { train train_qwen.py "$1" --init random --learning-rate 6e-4 --train-on letter --micro-batch-size 32 "${@:2}"; }
 
@@ -29,7 +33,7 @@ bert)
     bert rows-bert-10000 --data data/ag_news --learning-rate 3e-4 --max-train-rows 10000 --epochs 1 --max-eval-rows 2000
     bert rows-bert-all --data data/ag_news --learning-rate 3e-4 --epochs 1 --max-eval-rows 2000
     # The last model on the whole test set, for comparison with Qwen3's.
-    bert all-bert --eval-only --model runs/rows-bert-all --data data/ag_news
+    evaluate all-bert runs/rows-bert-all --data data/ag_news
     ;;
 long) # Texts cut to their start, or to start and end. Chinese ones by a small BERT from random weights.
     for long_text in head head-tail; do
@@ -64,6 +68,6 @@ qwen)
     qwen rows-qwen-10000 --model models/qwen3-small --data data/ag_news --max-train-rows 10000 --epochs 1 --max-eval-rows 2000
     qwen rows-qwen-all --model models/qwen3-small --data data/ag_news --epochs 1 --max-eval-rows 2000
     # The last model on the whole test set, for comparison with BERT's.
-    qwen all-qwen --eval-only --init pretrained --model runs/rows-qwen-all --data data/ag_news
+    evaluate all-qwen runs/rows-qwen-all --data data/ag_news
     ;;
 esac

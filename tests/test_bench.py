@@ -278,7 +278,7 @@ def test_interruption_leaves_the_rows_done(qwen_run, tmp_path, capsys, monkeypat
     start = fake_start({"minicls": [1.0], "transformers": [1.0]}, interrupt_after=3)
     with pytest.raises(SystemExit) as ended:
         flags = ["--qwen", str(qwen_run), "--engines", "minicls", "transformers", "--mode", "single", "--rounds", "1"]
-        config.run(lambda _: compare(monkeypatch, tmp_path, start, *flags))
+        config.run_main(lambda _: compare(monkeypatch, tmp_path, start, *flags))
     assert ended.value.code == 130 and capsys.readouterr().err.endswith("interrupted\n")
     rows = read_rows(tmp_path)
     done = [("minicls", "generate"), ("minicls", "score"), ("transformers", "generate")]

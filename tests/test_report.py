@@ -514,7 +514,7 @@ def test_what_makes_a_model_of_its_own(bert_run, qwen_run, tmp_path):
     ]
     old = curve_run(qwen_run, tmp_path / "old", first(0.8), 500, prompt="x")
     info = json.loads((old / "run.json").read_text())
-    del info["script"], info["settings"]["eval_only"], info["settings"]["compile"]
+    del info["script"], info["settings"]["compile"]
     (old / "run.json").write_text(json.dumps(info))
     zero_shot = curve_run(qwen_run, tmp_path / "zero", first(0.8), 700, prompt="x")
     info = json.loads((zero_shot / "run.json").read_text())
@@ -815,24 +815,29 @@ def served(**values) -> dict:
 
 
 def test_rates_are_plain_numbers_inside_their_axes(figures, tmp_path):
-    rates = (1138.4, 99.96, 0.1234, 61_234.5)
-    plots.plot_rps(
-        [served(requests_per_second=rate, mode=mode) for rate in rates for mode in ("single", "offline")], tmp_path
-    )
+    rates = {"a": 1138.4, "b": 99.96, "c": 0.1234, "d": 61_234.5}
+    rows = [
+        served(engine=engine, requests_per_second=rate, mode=mode, accuracy=None)
+        for engine, rate in rates.items()
+        for mode in ("single", "offline")
+    ]
+    plots.plot_requests(rows, tmp_path / "rps.png")
+    assert len(figures[0].axes) == 2
     for axes in figures[0].axes:
-        assert [text.get_text() for text in axes.texts] == ["61,234", "0.123", "100", "1,138"]
+        assert [text.get_text() for text in axes.texts] == ["1,138", "100", "0.123", "61,234"]
         assert (boxes(figures[0], axes.texts)[:, 2] < axes.get_window_extent().x1).all()
 
 
 def test_accuracy_is_never_above_one(figures, tmp_path):
     rows = [
-        served(accuracy=accuracy, requests_per_second=rate, num_requests=20)
-        for accuracy, rate in ((1.0, 3), (0.98, 3.1), (0.9, 900))
+        served(engine=engine, accuracy=accuracy, requests_per_second=3, num_requests=20)
+        for engine, accuracy in (("a", 1.0), ("b", 0.98), ("c", 0.9))
     ]
-    plots.plot_deploy(rows, tmp_path / "deploy.png")
-    (axes,) = figures[0].axes
-    assert axes.get_ylim()[1] <= 1.0 and not axes.texts and max(axes.get_yticks()) <= 1.0
-    assert {"minicls, classify", "m" * 30} == {text.get_text() for text in figures[0].legends[0].get_texts()}
+    plots.plot_requests(rows, tmp_path / "deploy.png")
+    axes = figures[0].axes[0]
+    assert axes.get_title() == "accuracy, 95 % interval" and axes.get_xlim()[1] <= 1.0
+    names = [text.get_text() for text in axes.get_yticklabels()]
+    assert names == [f"{'m' * 30}, {engine}, classify" for engine in "abc"]
 
 
 # Tables of the README.
