@@ -139,6 +139,9 @@ def plot_requests(rows: Sequence[dict], file: Path) -> Path:
         panel.grid(axis="x", alpha=0.3)
         panel.xaxis.set_major_locator(plt.MaxNLocator(5))
         panel.xaxis.set_major_formatter("{x:,g}")
+    if scored:
+        low, high = axes[0, 0].get_xlim()
+        axes[0, 0].set_xlim(max(0.0, low), min(1.0, high))
     axes[0, 0].set_yticks(range(len(lines)), lines, fontsize=8)
     axes[0, 0].invert_yaxis()  # the first on top
     figure.savefig(file, dpi=120)

@@ -174,15 +174,34 @@ def test_links_and_targets_exist(page):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
+def files_of(tree: str) -> list[str]:
+    """The paths of a tree whose folders end in a slash and whose files may be indented below them."""
+    paths, folder = [], ""
+    for line in tree.splitlines():
+        name = line.split()[0]
+        folder = folder if line.startswith(" ") else ""
+        if name.endswith("/"):
+            folder = name
+        paths.append(folder + name if name != folder else name)
+    return paths
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_files_exist(page):
-    tree = re.search(r"\n```\n(train_bert.*?)```", PAGES[page], re.DOTALL)[1]
-    names = [line.split()[0] for line in tree.splitlines()]
-    folder = Path()
-    for line, name in zip(tree.splitlines(), names, strict=True):
-        if not line.startswith(" "):
-            folder = Path()
-        assert (ROOT / folder / name).exists(), name
-        if name == "minicls/":
-            folder = Path(name)
-    assert {p.name for p in (ROOT / "minicls").glob("*.py")} - {"__init__.py", "__main__.py"} <= set(names)
+def test_the_evening_path_is_short_and_narrow(page):
+    """The README names the files to read first, in their order; together they are an evening's reading."""
+    tree = files_of(re.search(r"\n```\n(train_bert.*?)```", PAGES[page], re.DOTALL)[1])
+    models = ["bert", "decoder", "attention", "prompt", "scorer", "optim"]
+    evening = ["train_bert.py", "train_qwen.py", *(f"minicls/{name}.py" for name in models)]
+    assert [path for path in tree if path != "minicls/"] == [*evening, "bench.py"]
+    lines = [line for path in evening for line in (ROOT / path).read_text(encoding="utf-8").splitlines()]
+    assert len(lines) <= 1700 and max(map(len, lines)) <= 100
+    assert len(PAGES[page].splitlines()) <= 180
+
+
+def test_how_it_works_lists_every_file():
+    tree = files_of(re.search(r"\n```\n(train_bert.*?)```", DOCS["docs/how-it-works.md"], re.DOTALL)[1])
+    assert all((ROOT / path).exists() for path in tree)
+    modules = {f"minicls/{path.name}" for path in (ROOT / "minicls").glob("*.py") if not path.name.startswith("__")}
+    assert modules <= {*tree}
+    for path in (ROOT / "minicls").glob("*.py"):
+        assert max(map(len, path.read_text(encoding="utf-8").splitlines())) <= 120, path
