@@ -1,6 +1,6 @@
 """Fine-tune BERT with a linear head for text classification, in raw PyTorch.
 
-    python train_bert.py                          # the published experiment: bert-base-cased, AG News
+    python train_bert.py                          # the published experiment on AG News
     python train_bert.py --model DIR --data DIR   # files instead of the hub
     python train_bert.py --model tiny --data synthetic --epochs 1 --learning-rate 1e-3
                                                   # a minute, no network, no GPU

@@ -1,4 +1,4 @@
-"""AdamW over two parameter groups, the learning rate as a pure function of the step, class weights."""
+"""AdamW with two parameter groups, the learning rate as a function of the step, class weights."""
 
 import math
 
