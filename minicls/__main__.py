@@ -1,6 +1,6 @@
 """Commands on finished runs.
 
-python -m minicls predict RUN "Stocks fell after the report."     # texts, or files: .csv .tsv .jsonl .json .parquet .txt
+python -m minicls predict RUN "Stocks fell after the report."     # texts or files: .csv .tsv .jsonl .json .parquet .txt
 python -m minicls predict RUN news.csv --out predictions.csv      # the file's columns, labels and probabilities
 cat texts.txt | python -m minicls predict RUN --format jsonl --top-k 3
 python -m minicls evaluate MODEL --data DIR                       # test a model as it is; a language model: zero-shot

@@ -1,8 +1,8 @@
 """Run directories and checkpoints: opening or creating a run, atomic saves, exact resume, one owner.
 
 A checkpoint is a model directory plus `optimizer.safetensors` and `state.json`. It is written under another name and
-renamed, so a directory called `step-…` is complete. No generator states are saved: randomness is seeded from (seed, step,
-micro-step, rank), and the order of rows is a function of (seed, epoch).
+renamed, so a directory called `step-…` is complete. No generator states are saved: randomness is seeded from (seed,
+step, micro-step, rank), and the order of rows is a function of (seed, epoch).
 """
 
 import contextlib

@@ -11,7 +11,7 @@ import torch
 
 
 def evaluate_logits(logits: torch.Tensor, labels: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
-    """Loss (mean cross-entropy), accuracy and macro precision, recall, F1 of logits (n, C); and their confusion matrix."""
+    """Loss (mean cross-entropy), accuracy and macro precision, recall, F1 of logits (n, C); their confusion matrix."""
     loss = torch.nn.functional.cross_entropy(logits.double(), torch.from_numpy(labels)).item()
     confusion = confusion_matrix(labels, logits.argmax(1).numpy(), logits.shape[1])
     return {"loss": loss} | classification_metrics(confusion), confusion

@@ -86,7 +86,7 @@ class Reader:
             self.label_names = weights.head_labels(self.config, directory)
             if [*(self.settings.get("label_names") or self.label_names)] != self.label_names:
                 raise UserError(
-                    f"{directory}: minicls.json and config.json name other classes; copy the whole model directory again"
+                    f"{directory}: minicls.json and config.json name other classes; copy the whole directory again"
                 )
         if language_model and classes and (prompt or self.label_names != [*classes]):
             self.settings = {name: value for name, value in self.settings.items() if name not in ("template", "chat")}
@@ -102,7 +102,7 @@ class Reader:
             self.chat = make_chat(self.settings, self.tokenizer, *question, place=directory)
 
     def rows(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids that the head reads: each text, or the question about it. Raises UserError for a value that is no text."""
+        """The model's input ids: of each text, or of the question about it. Raises UserError for a non-text."""
         if isinstance(texts, str):
             raise UserError(f"texts: {texts[:60]!r} is one text, not a list of texts; pass [text]")
         texts = [checked_text(text, f"texts[{i}]") for i, text in enumerate(texts)]
@@ -118,7 +118,7 @@ class Prediction(NamedTuple):
 
 
 class Classifier(Reader):
-    """A finished run, a checkpoint or another model directory with a trained head, with its weights, ready for texts."""
+    """A run, a checkpoint or another model directory with a trained head, with its weights, ready for texts."""
 
     def __init__(self, directory: str | Path, device: torch.device | str | None = None, **reading):
         """`device`: cpu, cuda or cuda:N; None is cuda if there is one. `reading`: see `Reader`."""
@@ -382,7 +382,7 @@ python -m minicls evaluate RUN                  # every checkpoint of a run, on 
 
 
 def evaluate(argv: list[str]) -> None:
-    """Writes results.json and predictions.parquet, into a new run directory or, for a run's checkpoints, into the run."""
+    """Writes results.json and predictions.parquet, into a new run directory or, for a run's checkpoints, the run's."""
     argv = ["--model", *argv] if argv and not argv[0].startswith("-") else argv
     s = parse(EvaluateSettings, argv, EVALUATE, "python -m minicls evaluate")
     if s.model is None:

@@ -239,8 +239,8 @@ def steps_table(run_dir: Path) -> str:
 
 
 def speed_table(benches: list[dict]) -> str:
-    """Markdown of what results/hf_trainer.py wrote, a line for each peer: rates, their ratio with its range over rounds,
-    and peak memory. Older files with the task `score` compare option scoring."""
+    """Markdown of results/hf_trainer.py's files, a line for each peer: rates, their ratio with its range over rounds,
+    peak memory. Older files with the task `score` compare option scoring."""
     header = ["measured", "model", "against", "minicls, rows/s", "peer, rows/s", "times as fast", "peak memory, GiB"]
     peers = {"train": "HF Trainer {}", "score": "transformers {}, a pass a question"}
     lines = []

@@ -113,9 +113,8 @@ class Tokenizer:
             ids.append(value[0] if isinstance(value, list) else value)
         eos, pad = ids
         if eos is None and pad is None:
-            raise UserError(
-                "--model: neither its tokenizer_config.json nor its config.json names an eos_token or pad_token; add one"
-            )
+            fault = "neither its tokenizer_config.json nor its config.json names an eos_token or pad_token"
+            raise UserError(f"--model: {fault}; add one")
         return (pad if eos is None else eos), (eos if pad is None else pad)
 
     def added_before(self) -> list[int]:
