@@ -1,25 +1,25 @@
-# One environment for everything but vLLM, made anew when a requirements file is newer than its stamp.
+# One environment for everything but vLLM, updated when a requirements file is newer than its stamp.
 PYTHON ?= python3
 BIN := .venv/bin
 # vLLM: the build for this machine. It pins its own versions, so it has an environment of its own.
 GPU := $(shell command -v nvidia-smi)
 VLLM := requirements-vllm$(if $(GPU),,-cpu).txt
-# Without a GPU, first PyTorch's CPU build, as plain pip fetches gigabytes of CUDA; where its index is not reached, plain pip must do.
+# Without a GPU, install PyTorch's CPU build first. Plain pip, which fetches gigabytes of CUDA, is the fallback if that index is unreachable.
 CPU_TORCH := --quiet --retries 0 --timeout 20 $(shell grep ^torch== requirements.txt) --index-url https://download.pytorch.org/whl/cpu
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
-# What a reader opens first, in this order: 100 columns wide, the rest 120.
+# The files to read first, in this order; their lines have 100 columns at most, other files' 120.
 EVENING := train_bert.py train_qwen.py $(addprefix minicls/,bert.py decoder.py attention.py prompt.py scorer.py optim.py)
 SYNTHETIC := --model tiny --data synthetic --dtype fp32 --threads 1
 
 .PHONY: help demo bench test test-slow test-vllm lint readme
-# With vLLM where `make test-vllm` has installed it, on the texts of DATA.
+# Includes vLLM if `make test-vllm` has installed it; DATA names the texts.
 DATA ?= synthetic
 BENCH := $(if $(wildcard .venv-vllm/stamp),--vllm-python .venv-vllm/bin/python,--engines minicls transformers)
 
-help:  ## what there is to make
+help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
 
-demo: .venv/stamp  ## train both on synthetic news, and a baseline: no network, no GPU, three minutes
+demo: .venv/stamp  ## train a BERT, a decoder and a baseline on synthetic news and compare them: no hub, no GPU, three minutes
 	$(BIN)/python -m minicls baseline --data synthetic --threads 1 --output-dir $(DEMO)/tfidf
 	$(BIN)/python train_bert.py $(SYNTHETIC) --epochs 8 --learning-rate 2e-3 --warmup-ratio 0.1 --eval-every 0.25 \
 		--global-batch-size 32 --micro-batch-size 32 --output-dir $(DEMO)/bert
@@ -29,31 +29,31 @@ demo: .venv/stamp  ## train both on synthetic news, and a baseline: no network, 
 		--dtype fp32 --threads 1 --num-requests 50 --min-seconds 0.5 --rounds 1 --output-dir $(DEMO)/bench
 	$(BIN)/python -m minicls report $(DEMO)/tfidf $(DEMO)/bert $(DEMO)/qwen --bench $(DEMO)/bench/bench.json --out $(DEMO)/report
 	@printf '%s\n' '' \
-		'Compared were a two-layer BERT with a linear head and a two-layer Qwen3 that answers with a letter, both trained from' \
-		'random weights, and logistic regression on word counts: 4,000 synthetic news texts to learn from, the same 1,000 to test.' \
-		'The lines above say who is better, if anyone: "neither" where the difference is within the error bar. Tiny models on' \
-		'synthetic text say nothing about real ones: this shows that everything runs, and what comes out of it.' \
+		'The demo compared a two-layer BERT with a linear head, a two-layer Qwen3 that answers with a letter (both trained from' \
+		'random weights) and logistic regression on word counts, on 4,000 synthetic news texts for training and 1,000 for testing.' \
+		'The lines above say which one is better, or "neither" where the difference is within the error bar. Tiny models on' \
+		'synthetic text say nothing about real ones: the demo shows that everything runs, and which files and reports it writes.' \
 		'Next, your own data (train.csv and test.csv in DIR, columns text and label):' \
 		'    .venv/bin/python -m minicls baseline --data DIR' \
 		'    .venv/bin/python train_bert.py --model MODEL_DIR --data DIR --epochs 15 --learning-rate 5e-4 --global-batch-size 32 --warmup-ratio 0.1'
 
-bench: .venv/stamp-dev  ## requests per second of BERT-base and Qwen3-0.6B with random weights: no network, but minutes a model
+bench: .venv/stamp-dev  ## requests per second of BERT-base and Qwen3-0.6B with random weights: no hub, minutes per model
 	$(BIN)/python bench.py --init random --bert bert-base-cased --qwen Qwen3-0.6B --qwen-linear Qwen3-0.6B \
 		--data $(DATA) $(BENCH) --rounds 1
 
-test: .venv/stamp-dev  ## the tests that take seconds each
+test: .venv/stamp-dev  ## run the tests that take seconds each
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: .venv/stamp-dev  ## kills at random moments, the README's commands
+test-slow: .venv/stamp-dev  ## run the slow tests: kills at random moments, the README's commands, torch.compile
 	$(BIN)/python -m pytest -m slow
 
-test-vllm: .venv-vllm/stamp  ## the exported models in real vLLM
+test-vllm: .venv-vllm/stamp  ## install vLLM and test that it answers as minicls does
 	.venv-vllm/bin/python -m pytest tests/test_vllm.py
 
-readme: .venv/stamp  ## the README's tables, from results/
+readme: .venv/stamp  ## write the pages' tables from the files in results/
 	$(BIN)/python results/readme.py
 
-lint: .venv/stamp-dev  ## ruff
+lint: .venv/stamp-dev  ## check style and format with ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff format --check --isolated --line-length 100 $(EVENING)
