@@ -18,7 +18,7 @@ import minicls.__main__
 import train_bert
 import train_qwen
 from minicls.config import Parser, parse
-from results import readme
+from results import hf_trainer, readme
 
 TABLES = {
     "README.md": {"answer", "rates"},
@@ -32,6 +32,7 @@ DOCS = {f"docs/{file.name}": file.read_text(encoding="utf-8") for file in sorted
 DOCS["results/README.md"] = (ROOT / "results/README.md").read_text(encoding="utf-8")
 README, CHINESE = PAGES.values()
 SCRIPTS = {"train_bert.py": train_bert, "train_qwen.py": train_qwen, "bench.py": bench}
+SCRIPTS["results/hf_trainer.py"] = hf_trainer
 
 
 def blocks(page: str) -> list[str]:
@@ -56,9 +57,10 @@ def without_comments(block: str) -> str:
 
 
 def lines_of_scripts(page: str) -> list[tuple[str, list[str]]]:
-    """Script and arguments of each line that starts one, a loop's variables being its first values."""
-    found = []
-    for block in map(without_comments, blocks(page)):
+    """Script and arguments of each command, in a sentence if it has flags; loop variables have their first values."""
+    found, prose = [], re.sub(r"```.*?```", "", page, flags=re.DOTALL)
+    inline = [command.replace("\n", " ") for command in re.findall(r"`((?:python|torchrun) [^`]* --[^`]*)`", prose)]
+    for block in [*map(without_comments, blocks(page)), *inline]:
         for name, value in re.findall(r"for (\w+) in (\S+)", block):
             block = block.replace(f"${name}", value)
         found += re.findall(rf"(?:python|torchrun .*?) (-m minicls|{'|'.join(SCRIPTS)})(.*)", block)
@@ -68,10 +70,12 @@ def lines_of_scripts(page: str) -> list[tuple[str, list[str]]]:
 @pytest.mark.slow
 def test_commands_run_in_their_order(tmp_path):
     """All blocks in one shell, in a folder that sees the checkout through links, so that runs/ stays out of it."""
-    for name in ("minicls", "train_bert.py", "train_qwen.py", "bench.py"):
-        (tmp_path / name).symlink_to(ROOT / name)
+    for path in ROOT.iterdir():  # a command may name any file of the checkout, but writes a runs/ of its own
+        if path.name != "runs" and not path.name.startswith("."):
+            (tmp_path / path.name).symlink_to(path)
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    for name in ("python", "python3"):  # python3 makes the README's environment
+        (tmp_path / "bin" / name).symlink_to(sys.executable)
     script = "set -euxo pipefail\n" + "\n".join(f"{commands(block)}\n" for block in blocks(README))
     assert script.count("python ") > 6  # the marks did not skip everything
     # A link to an environment's python is outside the environment: PYTHONPATH brings its packages back.
