@@ -72,6 +72,9 @@ def open_runs(run_dirs: Sequence[Path]) -> dict[str, Run]:
             raise UserError(f"{run_dir}: no finished run ({error}); train it to the end first") from None
         if run.results is None:
             raise UserError(f"{run_dir}: no finished run (no results.json); train it to the end first")
+        if "confusion" not in run.results and (predicted := predictions(run)):  # left out of a reduced run
+            pair, size = (predicted["label"], predicted["prediction"]), len(run.results.get("per_class", ()))
+            run.results["confusion"] = metrics.confusion_matrix(*pair, size).tolist()
         if missing := sorted(REQUIRED - run.results.keys()):
             remedy = "restore the file or train the run again"
             raise UserError(f"{run_dir / 'results.json'}: no {missing[0]} in it; {remedy}")
@@ -102,7 +105,10 @@ def predictions(run: Run) -> dict[str, np.ndarray] | None:
         raise UserError(f"{file}: not a readable parquet file ({error}); {remedy}") from None
     arrays = {name: columns[name].to_numpy() for name in columns.column_names if not columns[name].null_count}
     # Reduced files have 16-bit classes, too small to number the cells of a confusion matrix.
-    return {name: a.astype(np.int64) if a.dtype.kind in "iu" else a for name, a in arrays.items()}
+    arrays = {name: a.astype(np.int64) if a.dtype.kind in "iu" else a for name, a in arrays.items()}
+    if "text_hash" in arrays:
+        arrays["text_hash"] &= 0xFF  # a reduced file keeps this byte, enough over hundreds of rows
+    return arrays
 
 
 def common_predictions(runs: dict[str, Run]) -> Predictions:

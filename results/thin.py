@@ -3,10 +3,11 @@
     python results/thin.py runs/bert results/bert      # from a run directory into a new directory
     python results/thin.py results/bert                # in place
 
-A thin run has run.json without absolute paths; results.json, scores by class with seven decimals; of metrics.jsonl all
-evaluations and the mean losses of at most 10 groups of steps before each test; of predictions.parquet, and of
-validation.parquet where a run had 20,000 training rows or more, the columns row, label, prediction, probability (of the
-prediction), text_hash and num_tokens, in small types.
+A thin run has run.json without absolute paths; results.json, scores by class with seven decimals, without a confusion
+matrix that predictions.parquet can give; of metrics.jsonl all evaluations and the mean losses of at most 10 groups of
+steps before each test; and of predictions.parquet the columns row, label, prediction, probability (of the prediction, with
+two decimals), text_hash (its lowest byte) and num_tokens, in small types. Runs of 20,000 training rows and more keep
+validation.parquet, too, and a third decimal.
 """
 
 import json
@@ -19,11 +20,11 @@ import pyarrow.parquet as pq
 
 MAX_TRAIN_LINES = 10  # between two tests
 VALIDATION_FROM = 20_000  # training rows
-TYPES = {"row": np.int32, "label": np.int16, "prediction": np.int16, "text_hash": np.int32, "num_tokens": np.int32}
+TYPES = {"row": np.int32, "label": np.int16, "prediction": np.int16, "text_hash": np.uint8, "num_tokens": np.int32}
 ENCODINGS = {"row": "DELTA_BINARY_PACKED", "text_hash": "PLAIN"}
 
 
-def thin_predictions(source: Path, target: Path) -> None:
+def thin_predictions(source: Path, target: Path, decimals: int) -> None:
     """Reduces one parquet file. Columns that are missing or null in it stay out."""
     table = pq.read_table(source)
     columns = {name: table[name].to_numpy() for name in table.column_names if not table[name].null_count}
@@ -31,7 +32,7 @@ def thin_predictions(source: Path, target: Path) -> None:
     if "probability" not in columns:
         probabilities = np.stack([values for name, values in columns.items() if name.startswith("probability_")])
         columns["probability"] = probabilities[thin["prediction"], np.arange(len(thin["prediction"]))]
-    thin["probability"] = columns["probability"].astype(np.float32).round(3)
+    thin["probability"] = columns["probability"].astype(np.float32).round(decimals)
     small = {"compression": "zstd", "compression_level": 19, "write_statistics": False, "store_schema": False}
     words = [name for name in thin if name not in ENCODINGS]
     pq.write_table(pa.table(thin), target, use_dictionary=words, column_encoding=ENCODINGS, **small)
@@ -71,10 +72,12 @@ def thin_run(source: Path, target: Path) -> None:
             info["settings"][name] = Path(info["settings"][name]).name
     write_object(target / "run.json", info)
     thin_metrics(source / "metrics.jsonl", target / "metrics.jsonl")
+    large = info["num_train_rows"] >= VALIDATION_FROM
     for name in ("predictions.parquet", "validation.parquet"):
-        wanted = name == "predictions.parquet" or info["num_train_rows"] >= VALIDATION_FROM
-        if wanted and (source / name).is_file():
-            thin_predictions(source / name, target / name)
+        if (large or name == "predictions.parquet") and (source / name).is_file():
+            thin_predictions(source / name, target / name, decimals=3 if large else 2)
+    if (target / "predictions.parquet").is_file():
+        results.pop("confusion", None)  # `report` counts it again
     for scores in results["per_class"].values():
         scores |= {key: round(value, 7) for key, value in scores.items()}
     write_object(target / "results.json", results)
