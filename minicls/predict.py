@@ -386,7 +386,7 @@ def evaluate(argv: list[str]) -> None:
     argv = ["--model", *argv] if argv and not argv[0].startswith("-") else argv
     s = parse(EvaluateSettings, argv, EVALUATE, "python -m minicls evaluate")
     if s.model is None:
-        raise UserError("MODEL: name a run directory, a model directory or a hub id")
+        raise UserError("MODEL: none given; name a run directory, a model directory or a hub id")
     directory, revision = weights.find_model(s.model)
     if s.data is None and (directory / "run.json").is_file():
         evaluate_checkpoints(directory, s)

@@ -529,7 +529,7 @@ def test_evaluating_a_model_without_a_head(here):
 
 
 def test_evaluating_nothing(here):
-    check(here, ["evaluate"], ["MODEL", "name a run directory"], minicls.__main__)
+    check(here, ["evaluate"], ["MODEL", "none given", "name a run directory"], minicls.__main__)
 
 
 # Runs to resume.

@@ -414,7 +414,7 @@ class TestOptions:
         data, _ = split_data(load_data(str(news)), max_eval_rows=60)
         chat = Chat(load_tokenizer(learned), make_template(data.label_names, no_think=True), 4, 512)
         theirs = AutoModelForCausalLM.from_pretrained(learned, dtype=torch.float32)
-        model = lambda input_ids, positions, cu_seqlens, longest, at: theirs(input_ids[None]).logits[0, at]  # noqa: E731
+        model = lambda batch, at: theirs(batch.input_ids[None]).logits[0, at]  # noqa: E731
         scores = score_brute_force(model, chat.questions(data.test.texts)[0], chat.options, torch.device("cpu"))
         saved = predictions(learned)
         expected = np.array([saved[f"probability_{c}"] for c in range(4)]).T

@@ -128,7 +128,8 @@ def test_layouts_load_with_a_report(layout, tensors, tmp_path):
         stored = torch.float16 if "half" in layout else torch.bfloat16 if "bf" in layout else torch.float32
         expected = tensors[name].to(stored).float()
         torch.testing.assert_close(model[name], expected, rtol=0, atol=0, msg=name)  # dtype included: always fp32
-    counts = [int(count) for count in re.findall(r"(\d+)(?= tensors loaded|,| \(|$)", report)]
+    assert report.startswith(f"{sum(p.numel() for p in model.values()):,} parameters; weights: ")
+    counts = [int(count) for count in re.findall(r"(\d+)(?= tensors loaded|,| \(|$)", report.split("; ")[1])]
     assert counts == [len(tensors) - len(fresh), len(fresh), num_ignored], report
     assert "\n" not in report
     assert all(name in report for name in sorted(fresh)[:3])
