@@ -40,7 +40,7 @@ import train_qwen
 from minicls import dist, engines, scorer, weights
 from minicls.attention import attention, lay_out, pad_layout, padded_attention
 from minicls.batch import length_batches, pack, to_device
-from minicls.config import run
+from minicls.config import run_main
 from minicls.generate import generate
 from minicls.optim import make_optimizer
 from minicls.predict import classify_rows
@@ -727,4 +727,4 @@ def main(argv: None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)
