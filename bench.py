@@ -8,22 +8,22 @@
 
 A row of the table is one model, engine, method and mode. Methods: `classify` with a linear head, `score` all options in
 one forward pass, `generate` the answer token by token. Each engine runs in processes of its own, one after another.
-Rows go to bench.json as they come, and in the end into a table and rps.png. What is measured, and why so:
+Rows go to bench.json as they are measured, and at the end into a table and rps.png. The measurements and their reasons:
 
 - Closed loop. `single` sends a request when the previous one is answered, `offline` sends all at once. That measures
-  capacity, but it flatters: a client that waits politely sends less to an engine that stalls.
-- Open loop. In `server`, requests are due at random times (a Poisson process of --rate), as from users who know nothing
-  of one another. Latency counts from the time a request was *due*. Counted from when the engine took it, it would leave
-  out the wait behind a slow request, which is where an overloaded server loses its time.
+  capacity, but it flatters: a client that waits for an answer sends less to an engine that stalls.
+- Open loop. In `server`, requests are due at random times (a Poisson process of --rate), as from independent users.
+  Latency counts from the time a request was *due*. Counted from the time the engine took it, it would leave out the
+  wait behind a slow request, which is where an overloaded server loses its time.
 - p99, not the mean. Most requests are quick, and a mean hides the few that are not. A user who sends a hundred requests
   meets the p99 once. In `server`, --slo-ms adds the fraction of requests that were answered in time.
-- Answers are checked, because a wrong one is easily fast. The reference is minicls in fp32: of two engines in bf16,
-  rounding may decide near ties either way, and neither is wrong. A row is invalid where an answer differs although the
-  two best options are more than MARGIN apart. Random weights have no answers to compare, only log-probabilities.
-- Tokenization is inside the clock for every engine. Warm-up uses texts of the training split, because engines cache
-  what they have seen: warmed up on the timed texts, a prefix cache would answer from memory.
+- Answers are checked, because it is easy to be fast and wrong. The reference is minicls in fp32: between two engines in
+  bf16, rounding may decide near ties either way, and neither is wrong. A row is invalid if an answer differs although
+  the two best options are more than MARGIN apart. Random weights have only log-probabilities to compare.
+- Tokenization is timed for every engine. Warm-up uses texts of the training split, because engines cache prompts: if
+  the timed texts were used, a prefix cache would answer from memory.
 
-A shared machine is noisy: figures are medians over --rounds, and ratios within one command say more than figures.
+A shared machine is noisy: figures are medians over --rounds, and ratios within one command are the most reliable.
 """
 
 import importlib.util
@@ -44,7 +44,7 @@ import torch
 
 from minicls import checkpoint, dist, engines, plots, serving, weights
 from minicls.comparison import bench_table
-from minicls.config import UserError, parse, run_main, setting
+from minicls.config import UserError, flag_of, parse, run_main, setting
 from minicls.data import Data, Split, load_data, stratified_rows
 from minicls.predict import Reader
 from minicls.prompt import make_template
@@ -56,7 +56,7 @@ MODES = ("single", "offline", "server")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ARCHITECTURES = {"bert": weights.BERT, "qwen": weights.DECODER, "qwen_linear": weights.DECODER_LINEAR}
 METHODS = {"bert": ("classify",), "qwen": ("generate", "score"), "qwen_linear": ("classify",)}
-ROW = "ROW "  # begins the lines of a side's output that are rows: engines print as well
+ROW = "ROW "  # marks the output lines of a side that are rows, since engines print as well
 MARGIN = 0.05  # nats between the two best options, above which every engine must give the same answer
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}  # nats by which a log-probability from random weights may differ
 COLUMNS = ("model", "engine", "engine_version", "method", "mode", "dtype", "threads", "device", "requests_per_second")
@@ -76,7 +76,7 @@ class Settings:
         f"random: models without weights, as a directory with config and tokenizer or one of {', '.join(SIZES)}",
         choices=("pretrained", "random"),
     )
-    data: str | None = setting(None, "hub id, directory or synthetic; unset: what the run was trained on, or AG News")
+    data: str | None = setting(None, "hub id, directory or synthetic; unset: that of the run, or AG News")
     text_column: str = setting("text", "column of the texts")
     label_column: str = setting("label", "column of the labels")
     max_length: int = setting(512, "tokens of a row", minimum=3)
@@ -87,7 +87,7 @@ class Settings:
     mode: tuple[str, ...] = setting(
         ("single", "offline"), "one request at a time, all at once, or as they arrive", choices=MODES
     )
-    num_requests: int = setting(64, "requests of a row; if the test rows are fewer, they are asked again", minimum=1)
+    num_requests: int = setting(64, "requests of a row; if the test rows are fewer, they are sent again", minimum=1)
     min_seconds: float = setting(10.0, "minimum seconds of a row in the modes single and offline", minimum=0)
     rate: float = setting(2.0, "requests that arrive per second in mode server", minimum=1e-3)
     slo_ms: float = setting(1000.0, "latency target of a request in mode server", minimum=0)
@@ -99,13 +99,15 @@ class Settings:
     compile: bool = setting(False, "torch.compile minicls' model")
     vllm_python: str | None = setting(None, "Python of an environment that has vLLM; unset: this one")
     output_dir: str | None = setting(None, "directory of bench.json, new or empty; unset: runs/bench-<time>")
-    side: str | None = setting(None, "measure this engine in this process, as the comparison does", choices=ENGINES)
+    side: str | None = setting(
+        None, "measure only this engine, in this process; the comparison itself uses it", choices=ENGINES
+    )
 
 
 def check_flags(s: Settings) -> None:
     """Raises UserError for a flag that the chosen models, engines and modes would ignore."""
     closed_loop, server = {"single", "offline"} & {*s.mode}, "server" in s.mode
-    users = {
+    used_by = {  # flag: whether anything uses it, and the flags that would
         "text_column": (s.data != "synthetic", "--data DIR"),
         "label_column": (s.data != "synthetic", "--data DIR"),
         "max_new_tokens": (s.qwen and s.engines != ("harness",), "--qwen with an engine other than harness"),
@@ -116,9 +118,9 @@ def check_flags(s: Settings) -> None:
         "compile": ("minicls" in s.engines, "--engines minicls"),
         "vllm_python": ("vllm" in s.engines, "--engines vllm"),
     }
-    for name, (used, user) in users.items():
+    for name, (used, others) in used_by.items():
         if not used and getattr(s, name) != getattr(Settings, name):
-            raise UserError(f"--{name.replace('_', '-')}: used only by {user}; add that or leave the flag out")
+            raise UserError(f"{flag_of(name)}: used only by {others}; add that or leave the flag out")
     if "harness" in s.engines and not s.qwen:
         raise UserError("--engines: harness only scores options; add --qwen RUN or leave it out")
 
@@ -127,21 +129,20 @@ def command_line(settings: dict) -> list[str]:
     """Settings as flags, without those that are unset."""
     flags = []
     for name, value in settings.items():
-        flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
-            flags += [flag] if value else []
+            flags += [flag_of(name)] if value else []
         elif value is not None:
-            flags += [flag, *map(str, value if isinstance(value, tuple) else [value])]
+            flags += [flag_of(name), *map(str, value if isinstance(value, tuple) else [value])]
     return flags
 
 
-def find(s: Settings, role: str) -> Path:
+def find_model(s: Settings, role: str) -> Path:
     """The directory of the model that --bert, --qwen or --qwen-linear names."""
-    return weights.find_model(getattr(s, role), flag=f"--{role.replace('_', '-')}")[0]
+    return weights.find_model(getattr(s, role), flag=flag_of(role))[0]
 
 
 def models(s: Settings) -> dict[str, Path]:
-    return {role: find(s, role) for role in METHODS if getattr(s, role)}
+    return {role: find_model(s, role) for role in METHODS if getattr(s, role)}
 
 
 def methods(role: str, engine: str) -> tuple[str, ...]:
@@ -149,7 +150,7 @@ def methods(role: str, engine: str) -> tuple[str, ...]:
 
 
 def requests(s: Settings, data: Data) -> Split:
-    """The test rows that are sent."""
+    """The test rows whose texts are sent as requests."""
     return data.test.select(stratified_rows(data.test, min(s.num_requests, len(data.test))))
 
 
@@ -159,7 +160,8 @@ def requests(s: Settings, data: Data) -> Split:
 def random_model(model: str, architecture: weights.Architecture, data: Data, seed: int, folder: Path) -> Path:
     """Writes a model directory with random weights into `folder`, for all engines to open; returns its path.
 
-    `model` gives config and tokenizer: a directory, a hub id, or one of SIZES, with a tokenizer learned from the data.
+    `model` is the source of config and tokenizer: a directory, a hub id, or one of SIZES, for which the tokenizer is
+    learned from the data.
     """
     if model in SIZES and not Path(model).is_dir():
         if SIZES[model]["model_type"] not in architecture.model_types:
@@ -179,7 +181,7 @@ def random_model(model: str, architecture: weights.Architecture, data: Data, see
     return folder / Path(model).name
 
 
-# One side: a process that measures one model in one engine.
+# A side: a process that measures one model in one engine.
 
 
 def uses_gpu(device: str | None) -> bool:
@@ -189,10 +191,10 @@ def uses_gpu(device: str | None) -> bool:
 def side_environment(side: str, device: str | None, threads: int | None) -> tuple[dict[str, str], str | None]:
     """The environment variables of a process that measures one engine, and the --device for it."""
     env = dict(os.environ)
-    if uses_gpu(device):  # one card alone: the HF Trainer spreads a batch over all it sees, vLLM takes the first
+    if uses_gpu(device):  # show one GPU only: the HF Trainer would use all that it sees, and vLLM the first one
         visible = (env.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
         index = torch.device(device or "cuda").index or 0
-        if index < len(visible) and visible[index]:  # otherwise the process itself says what is wrong
+        if index < len(visible) and visible[index]:  # otherwise the process itself reports the mistake
             env["CUDA_VISIBLE_DEVICES"], device = visible[index], "cuda"
     if side != "minicls":  # `dist.start` lowers these for minicls' batches; other libraries keep PyTorch's default
         env |= {name: "1024" for name in dist.CPU_CACHES if env.get(name) in (None, dist.CPU_CACHE_CAPACITY)}
@@ -205,19 +207,19 @@ def side_process(s: Settings, side: str) -> tuple[list[str], dict[str, str]]:
     if side == "minicls" and s.compile and not uses_gpu(device):
         env["TORCHINDUCTOR_FREEZING"] = "1"  # constant weights: a CPU packs them for its matrix products
     python = s.vllm_python if side == "vllm" and s.vllm_python else sys.executable
-    own = replace(s, side=side, device=device, output_dir=None, vllm_python=None)
-    return [python, __file__, *command_line(asdict(own))], env
+    side_settings = replace(s, side=side, device=device, output_dir=None, vllm_python=None)
+    return [python, __file__, *command_line(asdict(side_settings))], env
 
 
 def start_side(s: Settings, side: str) -> Iterator[dict]:
-    """Yields the rows of one process as they come; raises UserError with its last words where it fails."""
+    """Yields the rows of one process as they come; raises UserError with its last line of stderr if it fails."""
     command, env = side_process(s, side)
     pipes = {"stdout": subprocess.PIPE, "text": True, "env": env}
     try:
         with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(command, stderr=errors, **pipes) as process:
             try:
                 yield from (json.loads(line.removeprefix(ROW)) for line in process.stdout if line.startswith(ROW))
-            except BaseException:  # Ctrl-C, here or where the rows are used
+            except BaseException:  # for example Ctrl-C, here or in the code that uses the rows
                 process.terminate()
                 raise
             if process.wait():
@@ -229,7 +231,7 @@ def start_side(s: Settings, side: str) -> Iterator[dict]:
 
 
 def make_engine(s: Settings, directory: Path, device: torch.device, max_length: int) -> engines.Engine:
-    """Loads the model into the engine that --side names. Raises UserError where it is not installed."""
+    """Loads the model into the engine that --side names. Raises UserError if it is not installed."""
     arguments = directory, DTYPES[s.dtype], device
     try:
         if s.side == "minicls":
@@ -243,7 +245,8 @@ def make_engine(s: Settings, directory: Path, device: torch.device, max_length: 
 
 def measure_side(s: Settings) -> None:
     """Measures the one model that is named, and prints a row for each mode and method."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through `finally`: a server must not outlive this process
+    # Exit through `finally`, because a server must not outlive this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     device = dist.start(s.device, s.threads, s.dtype)
     data = load_data(s.data, s.text_column, s.label_column)
     ((role, directory),) = models(s).items()
@@ -255,14 +258,14 @@ def measure_side(s: Settings) -> None:
             row = {"method": method, "mode": mode}
             try:
                 row |= serving.measure_row(s, reader, engine, method, mode, texts, data.train.texts)
-            except Exception as error:  # anything an engine cannot do; the next method may work
+            except Exception as error:  # engines fail in many ways, and the next method may work
                 row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             print(ROW + json.dumps(row), flush=True)
     finally:
         engine.close()
 
 
-# The comparison: a table out of all processes.
+# The comparison: one table from all processes.
 
 
 def reference(role: str, reader: Reader, directory: Path, device: torch.device, texts: list[str]) -> np.ndarray:
@@ -271,15 +274,16 @@ def reference(role: str, reader: Reader, directory: Path, device: torch.device, 
     answers = engine.score(rows, reader.chat.options) if role == "qwen" else engine.classify(rows)
     del engine
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # for the sides, vLLM above all
+        torch.cuda.empty_cache()  # leave the memory to the sides, above all to vLLM
     return answers.double().numpy()
 
 
 def judge(row: dict, expected: np.ndarray, labels: np.ndarray, s: Settings) -> dict:
     """A row's accuracy, agreement with the reference (n, C), status and reason.
 
-    Trained weights: invalid where a prediction differs on a text whose two best options are more than MARGIN apart; an
-    answer that names no option differs. Random weights: invalid where a log-probability differs by more than TOLERANCE.
+    Trained weights: invalid if a prediction differs on a text whose two best options are more than MARGIN apart; an
+    answer that names no option counts as different. Random weights: invalid if a log-probability differs by more than
+    TOLERANCE.
     """
     predictions, log_probabilities = row["predictions"], row["log_probabilities"]
     equal = np.array([a == b for a, b in zip(predictions, expected.argmax(1), strict=True)])
@@ -301,7 +305,7 @@ def judge(row: dict, expected: np.ndarray, labels: np.ndarray, s: Settings) -> d
 
 
 def median_row(rows: list[dict]) -> dict:
-    """The same row of all rounds as one: the medians of its figures, and its worst status."""
+    """Merges a row's rounds: the medians of its figures, and its worst status."""
     merged = dict(max(rows, key=lambda row: ("ok", "invalid", "failed").index(row["status"])))
     for name in merged:
         values = [row[name] for row in rows if row["status"] != "failed"]
@@ -317,24 +321,26 @@ def compare(s: Settings, data: Data) -> tuple[list[dict], Path]:
     test, directories = requests(s, data), models(s)
     readers = {role: Reader(directory, s.max_length) for role, directory in directories.items()}
     for role, reader in readers.items():
-        flag = f"--{role.replace('_', '-')}: {getattr(s, role)}"
+        model = f"{flag_of(role)}: {getattr(s, role)}"
         if reader.architecture is not ARCHITECTURES[role]:
-            names = [name for name, kind in weights.ARCHITECTURES.items() if kind is ARCHITECTURES[role]]
-            raise UserError(f"{flag} is a {reader.config['architectures'][0]}; pass a {' or '.join(names)}")
+            names = [name for name, value in weights.ARCHITECTURES.items() if value is ARCHITECTURES[role]]
+            raise UserError(f"{model} is a {reader.config['architectures'][0]}; pass a {' or '.join(names)}")
         if tuple(reader.label_names) != tuple(data.label_names):
-            raise UserError(f"{flag} was trained on other classes than --data has ({', '.join(data.label_names)[:80]})")
+            raise UserError(
+                f"{model} was trained on other classes than --data has ({', '.join(data.label_names)[:80]})"
+            )
     output_dir = checkpoint.new_run_dir(s.output_dir, "bench")
     checkpoint.write_json(output_dir / "bench.json", [])
-    expected = {r: reference(r, readers[r], directories[r], device, test.texts) for r in readers}
-    about = {"dtype": s.dtype, "threads": torch.get_num_threads(), "device": dist.device_name(device)}
+    expected = {role: reference(role, readers[role], directories[role], device, test.texts) for role in readers}
+    machine = {"dtype": s.dtype, "threads": torch.get_num_threads(), "device": dist.device_name(device)}
     rounds: dict[tuple, list[dict]] = {}
 
-    def note(role: str, engine: str, row: dict) -> None:
-        flag, name = role.replace("_", "-"), Path(getattr(s, role)).name
+    def add_row(role: str, engine: str, row: dict) -> None:
+        label, name = role.replace("_", "-"), Path(getattr(s, role)).name
         verdict = {"accuracy": None, "agreement": None, "status": "failed", "reason": row.get("failed")}
         if "failed" not in row:
             verdict = judge(row, expected[role], test.labels, s)
-        values = about | row | verdict | {"model": name if name == flag else f"{flag}: {name}", "engine": engine}
+        values = machine | row | verdict | {"model": name if name == label else f"{label}: {name}", "engine": engine}
         columns = COLUMNS + ("slo_attainment",) * (row["mode"] == "server")
         same_rows = rounds.setdefault((role, engine, row["method"], row["mode"]), [])
         same_rows.append({column: values.get(column) for column in columns})
@@ -342,7 +348,7 @@ def compare(s: Settings, data: Data) -> tuple[list[dict], Path]:
         print(f"{values['model']}, {engine}, {row['method']}, {row['mode']}: {verdict['status']}", file=sys.stderr)
 
     for _, role, engine in itertools.product(range(s.rounds), readers, s.engines):
-        # vLLM's server is a process of its own; its parent must not hold a second copy of the model.
+        # vLLM's server runs in its own process, and its parent must not hold a second copy of the model.
         in_process = tuple(mode for mode in s.mode if mode != "server" or engine != "vllm")
         for modes in filter(None, (in_process, tuple(mode for mode in s.mode if mode not in in_process))):
             one_model = replace(s, mode=modes, **{other: None for other in METHODS if other != role})
@@ -350,10 +356,10 @@ def compare(s: Settings, data: Data) -> tuple[list[dict], Path]:
             try:
                 for row in start_side(one_model, engine) if missing else ():
                     missing.pop((row["method"], row["mode"]))
-                    note(role, engine, row)
+                    add_row(role, engine, row)
             except UserError as error:
                 for method, mode in missing:
-                    note(role, engine, {"method": method, "mode": mode, "failed": str(error)})
+                    add_row(role, engine, {"method": method, "mode": mode, "failed": str(error)})
     return [*map(median_row, rounds.values())], output_dir
 
 
@@ -376,7 +382,7 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint.check_output_dir(s.output_dir)
     if s.data is None:
         trained = [role for role in named if s.init == "pretrained" or getattr(s, role) not in SIZES]
-        trained_on = [checkpoint.info_of_model(find(s, role))["settings"].get("data") for role in trained]
+        trained_on = [checkpoint.info_of_model(find_model(s, role))["settings"].get("data") for role in trained]
         s = replace(s, data=next(filter(None, trained_on), "fancyzhx/ag_news"))
     if s.side:
         measure_side(s)

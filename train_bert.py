@@ -5,7 +5,7 @@
     python train_bert.py --model tiny --data synthetic --epochs 1 --learning-rate 1e-3
                                                   # a minute, no network, no GPU
     torchrun --nproc-per-node 2 train_bert.py     # several devices, same batch and schedule
-    python train_bert.py --resume RUN_DIR         # go on after a stop or a crash
+    python train_bert.py --resume RUN_DIR         # continue after a stop or a crash
 
 train_qwen.py has the same sections, so a diff of the two scripts is the comparison of the methods.
 """
@@ -31,7 +31,7 @@ from minicls.config import (
     setting,
 )
 from minicls.data import describe, describe_rows, load_splits
-from minicls.optim import class_weights, cosine_lr, make_optimizer
+from minicls.optim import cosine_lr, make_class_weights, make_optimizer
 from minicls.predict import classify_rows
 from minicls.tiny import new_model
 from minicls.tokenizer import bert_rows, load_tokenizer
@@ -43,13 +43,15 @@ class Settings(TrainingSettings):
     Trainer. The settings that both scripts share are in minicls/config.py."""
 
     model: str = setting("google-bert/bert-base-cased", "hub id, directory, or tiny", group="model")
-    long_text: str = setting("head", "part of a longer text to keep", choices=("head", "head-tail"))
+    long_text: str = setting(
+        "head", "part of a too long text to keep", choices=("head", "head-tail")
+    )
     epochs: float = setting(5.0, "passes over the training rows", minimum=0, group="optimisation")
-    global_batch_size: int = setting(64, "rows of an optimizer step, over all ranks", minimum=1)
-    micro_batch_size: int = setting(64, "rows of a forward pass, at most", minimum=1)
+    global_batch_size: int = setting(64, "rows per optimizer step, over all ranks", minimum=1)
+    micro_batch_size: int = setting(64, "rows per forward pass, at most", minimum=1)
     learning_rate: float = setting(1e-5, "peak of the cosine schedule", minimum=0)
     warmup_ratio: float = setting(0.0, "fraction of steps used for warm-up", minimum=0, maximum=1)
-    weight_decay: float = setting(1e-6, "of matrices and embeddings alone", minimum=0)
+    weight_decay: float = setting(1e-6, "for matrices and embeddings only", minimum=0)
     eval_every: float = setting(0.1, EVAL_EVERY, minimum=0, group=EVALUATION)
     save_every: float = setting(0.1, SAVE_EVERY, minimum=0, group=EVALUATION)
 
@@ -58,19 +60,19 @@ def batch_loss(
     model: torch.nn.Module,
     batch: Batch,
     labels: np.ndarray,
-    row_weights: torch.Tensor,
+    class_weights: torch.Tensor,
     label_smoothing: float,
 ) -> torch.Tensor:
-    """The summed cross-entropy of B packed rows, each times its class's weight; a scalar.
+    """The cross-entropy of B packed rows, each weighted by its class, as a sum: a scalar.
 
-    labels: (B,) int64 class indices; row_weights: (C,) fp32.
+    labels: (B,) int64 class indices; class_weights: (C,) fp32.
     """
     logits = model(batch)  # (B, C) fp32
     targets = to_device(labels, logits.device)  # (B,)
     losses = F.cross_entropy(  # (B,)
         logits, targets, reduction="none", label_smoothing=label_smoothing
     )
-    return (losses * row_weights[targets]).sum()
+    return (losses * class_weights[targets]).sum()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -87,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     # 2. Data, tokenizer, model, optimizer.
     data, splits = load_splits(s, run.data_revision)
     run.check_data(data, splits)
-    # More micro-batches than rows would leave some of them empty.
+    # With more micro-batches than rows, some would be empty.
     grad_accum_steps = min(grad_accum_steps, math.ceil(len(data.train) / dist.world_size()))
 
     # A directory gives the config, the tokenizer and the weights; `--model tiny` makes its own.
@@ -105,7 +107,8 @@ def main(argv: list[str] | None = None) -> None:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bf16")
     optimizer = make_optimizer(model, s.learning_rate, s.weight_decay)
 
-    rows, lines = {}, describe(data, splits.get("validation"))
+    rows = {}  # split -> rows of token ids
+    lines = describe(data, splits.get("validation"))  # to be printed once there is a log
     for name, split in splits.items():
         rows[name], cut = bert_rows(tokenizer, split.texts, s.max_length, s.long_text)
         lines.append(describe_rows(name, rows[name], cut, s.max_length))
@@ -113,10 +116,10 @@ def main(argv: list[str] | None = None) -> None:
 
     def save_model(directory: Path) -> None:
         weights.save_model(model, config, tokenizer, directory, s.max_length)
-        # This file travels with the weights and says how to ask the model.
-        asked = {"script": "train_bert", "head": "linear", "label_names": data.label_names}
-        asked |= {"max_length": s.max_length, "long_text": s.long_text, "dtype": s.dtype}
-        checkpoint.write_json(directory / "minicls.json", asked)
+        # Inference needs these settings, so they are saved with the weights.
+        info = {"script": "train_bert", "head": "linear", "label_names": data.label_names}
+        info |= {"max_length": s.max_length, "long_text": s.long_text, "dtype": s.dtype}
+        checkpoint.write_json(directory / "minicls.json", info)
 
     steps_per_epoch = math.ceil(len(labels) / s.global_batch_size)
     total_steps = s.max_steps or math.ceil(s.epochs * steps_per_epoch)
@@ -126,9 +129,9 @@ def main(argv: list[str] | None = None) -> None:
     lines.append(f"{s.model}: {load_report}; {dist.device_name(device)}")
     run.logger.print(*lines)
 
-    # 3. The loss: `batch_loss`, with one weight for each class.
-    row_weights = class_weights(labels, len(data.label_names), s.class_weights)  # (C,)
-    row_weights_on_device = torch.from_numpy(row_weights).to(device)
+    # 3. The loss: `batch_loss`, with one weight per class.
+    class_weights = make_class_weights(labels, len(data.label_names), s.class_weights)  # (C,)
+    class_weights_on_device = torch.from_numpy(class_weights).to(device)
 
     # 4. Evaluation.
     def logits_of(split: str) -> torch.Tensor:
@@ -148,26 +151,25 @@ def main(argv: list[str] | None = None) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
 
-            # Micro-batches. Each loss is a sum, divided by the weights of the whole step: neither
-            # accumulation nor the number of ranks changes the loss or its gradient.
-            window = step_rows(step, len(labels), s.global_batch_size, s.seed)
-            shares = np.array_split(window, grad_accum_steps * dist.world_size())
-            total_weight = float(row_weights[labels[window]].sum())
+            # Micro-batches. Each loss is a sum divided by the total weight of the step, so that
+            # neither accumulation nor the number of ranks changes the loss or its gradient.
+            global_batch = step_rows(step, len(labels), s.global_batch_size, s.seed)  # row indices
+            micro_batches = np.array_split(global_batch, grad_accum_steps * dist.world_size())
+            total_weight = float(class_weights[labels[global_batch]].sum())
             step_loss = torch.zeros((), device=device)
             for micro_step in range(grad_accum_steps):
-                share = shares[micro_step * dist.world_size() + dist.rank()]
+                micro_batch = micro_batches[micro_step * dist.world_size() + dist.rank()]
                 checkpoint.seed_everything(s.seed, step, micro_step, dist.rank())
-                if not len(share):  # the last window of an epoch may be too short for all ranks
+                if not len(micro_batch):  # an epoch's last batch may be too short for all ranks
                     continue
-                batch = pack([rows["train"][row] for row in share], device)
+                batch = pack([rows["train"][row] for row in micro_batch], device)
                 with autocast:
-                    loss = batch_loss(
-                        forward, batch, labels[share], row_weights_on_device, s.label_smoothing
-                    )
+                    arguments = labels[micro_batch], class_weights_on_device, s.label_smoothing
+                    loss = batch_loss(forward, batch, *arguments)
                 (loss / total_weight).backward()
                 step_loss += loss.detach() / total_weight
 
-            # Clip the gradient of all ranks, and step.
+            # Sum the gradients of all ranks, clip them, and update the weights.
             dist.sum_gradients(model)
             grad_norm = torch.nn.utils.clip_grad_norm_(
                 model.parameters(), s.max_grad_norm or math.inf
@@ -175,17 +177,17 @@ def main(argv: list[str] | None = None) -> None:
             optimizer.step()
             optimizer.zero_grad()
 
-            # Log. This is the only point of a step at which the host waits for a GPU.
+            # Count and log the step. Only here does the host wait for the GPU.
             step_loss, grad_norm = torch.stack([dist.all_sum(step_loss), grad_norm]).tolist()
-            tokens = sum(len(rows["train"][row]) for row in window)
-            run.log_step(len(window), tokens, learning_rate, grad_norm, loss=step_loss)
+            tokens = sum(len(rows["train"][row]) for row in global_batch)
+            run.log_step(len(global_batch), tokens, learning_rate, grad_norm, loss=step_loss)
 
-            # Evaluate, then save, so that a checkpoint knows its scores.
+            # Evaluate before saving, so that a checkpoint holds its scores.
             run.evaluate_if_due(logits_of)
             run.save_if_due(stop)
 
-    # 6. The headline model: the step best on validation, else the last. Test and results.json.
-    logits = run.headline_logits(weights.BERT, logits_of)
+    # 6. Keep the headline model, the best on validation or else the last, and report its scores.
+    logits = run.save_headline_model(weights.BERT, logits_of)
     if dist.is_first():
         validation, state = splits.get("validation"), run.state
         written = results.write_results(

@@ -8,7 +8,7 @@ Llama, Qwen2 and Qwen3 architectures; the published experiment's model is Qwen3-
     python train_qwen.py --model tiny --data synthetic --train-on letter --learning-rate 2e-3
                                                   # a minute, no network, no GPU
     torchrun --nproc-per-node 2 train_qwen.py     # several devices, same batch and schedule
-    python train_qwen.py --resume RUN_DIR         # go on after a stop or a crash
+    python train_qwen.py --resume RUN_DIR         # continue after a stop or a crash
 
 train_bert.py has the same sections, so a diff of the two scripts is the comparison of the methods.
 """
@@ -38,7 +38,7 @@ from minicls.config import (
 )
 from minicls.data import describe, describe_rows, load_splits
 from minicls.kernels import on_gpu
-from minicls.optim import class_weights, cosine_lr, make_optimizer
+from minicls.optim import cosine_lr, make_class_weights, make_optimizer
 from minicls.predict import classify_rows
 from minicls.prompt import PROMPTS, make_chat, make_template
 from minicls.scorer import common_prefix, score
@@ -53,81 +53,86 @@ class Settings(TrainingSettings):
     Trainer. The settings that both scripts share are in minicls/config.py."""
 
     model: str = setting("Qwen/Qwen3-0.6B", "hub id, directory, or tiny", group="model")
-    head: str = setting("options", "option perplexity or linear", choices=("options", "linear"))
+    head: str = setting(
+        "options", "option perplexity or a linear layer", choices=("options", "linear")
+    )
     linear_input: str = setting("text", "input of the linear head", choices=("text", "prompt"))
     prompt: str = setting(
         "published",
         f"the question: {', '.join(PROMPTS)}, or a text file with {{text}} and {{options}} in it",
     )
-    think_in: str = setting("response", "place of the think block", choices=("response", "prompt"))
+    think_in: str = setting(
+        "response", "part that holds the think block", choices=("response", "prompt")
+    )
     train_on: str = setting("response", "tokens to train on", choices=("response", "letter"))
     normalize: str = setting("mean", "log-likelihood per token or summed", choices=("mean", "sum"))
     epochs: float = setting(1.0, "passes over the training rows", minimum=0, group="optimisation")
-    global_batch_size: int = setting(96, "rows of an optimizer step, over all ranks", minimum=1)
-    micro_batch_size: int = setting(12, "rows of a forward pass, at most", minimum=1)
+    global_batch_size: int = setting(96, "rows per optimizer step, over all ranks", minimum=1)
+    micro_batch_size: int = setting(12, "rows per forward pass, at most", minimum=1)
     learning_rate: float = setting(1.2e-5, "peak of the cosine schedule", minimum=0)
     warmup_ratio: float = setting(0.01, "fraction of steps used for warm-up", minimum=0, maximum=1)
-    weight_decay: float = setting(0.0, "of matrices and embeddings alone", minimum=0)
+    weight_decay: float = setting(0.0, "for matrices and embeddings only", minimum=0)
     eval_every: float = setting(0.2, EVAL_EVERY, minimum=0, group=EVALUATION)
     save_every: float = setting(0.2, SAVE_EVERY, minimum=0, group=EVALUATION)
 
 
 class Targets(NamedTuple):
-    """The T tokens of a batch that the model learns to predict, L of them letters.
+    """The T tokens of a batch that the model learns to predict; L of them are letters.
 
     row      <|im_start|>user … assistant\\n   <think> \\n\\n </think> \\n\\n   C   <|im_end|> \\n
     input    every token but the last
     targets                                   `------ format ------'  letter  `- format -'
-    at       one place to the left of each target: a token predicts the next one
+    at       the token before each target, because a token predicts the next one
     """
 
     batch: Batch
-    at: torch.Tensor  # (T,) int64, places in the batch
-    ids: torch.Tensor  # (T,) int64
+    at: torch.Tensor  # (T,) int64, indices into the batch's tokens
+    ids: torch.Tensor  # (T,) int64, the tokens to predict
     weights: torch.Tensor  # (T,) fp32: 1 for the format, the class's weight for a letter
-    letters: torch.Tensor  # (L,) int64, places among the targets
+    letter_index: torch.Tensor  # (L,) int64, indices into the targets
 
 
 def make_targets(
     rows: list[list[int]],
     labels: np.ndarray,
-    counts: np.ndarray,
-    row_weights: np.ndarray,
-    shared: int,
+    target_counts: np.ndarray,
+    class_weights: np.ndarray,
+    num_shared: int,
     device: torch.device,
 ) -> Targets:
     """Packs B training rows and finds their targets.
 
-    labels: (B,); counts: (C, 3), the targets at the end of a row of each class: format, letter,
-    format; row_weights: (C,). All rows begin with the same `shared` ids, which are packed once.
+    labels: (B,); target_counts: (C, 3), the targets that end a row of each class: format, letter,
+    format; class_weights: (C,). The first `num_shared` ids of all rows are equal and packed once.
     """
-    batch = pack_shared([row[:-1] for row in rows], shared, device)
-    ends = shared + np.cumsum([len(row) - 1 - shared for row in rows])  # (B,)
-    totals = counts[labels].sum(1)  # (B,)
+    batch = pack_shared([row[:-1] for row in rows], num_shared, device)
+    ends = num_shared + np.cumsum([len(row) - 1 - num_shared for row in rows])  # (B,)
+    counts = target_counts[labels]  # (B, 3)
+    totals = counts.sum(1)  # (B,)
     at = [np.arange(end - total, end) for end, total in zip(ends, totals, strict=True)]
     ids = [row[-total:] for row, total in zip(rows, totals, strict=True)]
-    is_letter = np.concatenate([np.repeat([False, True, False], counts[c]) for c in labels])  # (T,)
-    weights = np.where(is_letter, np.repeat(row_weights[labels], totals), np.float32(1))  # (T,)
+    is_letter = np.concatenate([np.repeat([False, True, False], count) for count in counts])  # (T,)
+    weights = np.where(is_letter, np.repeat(class_weights[labels], totals), np.float32(1))  # (T,)
     arrays = np.concatenate(at), np.concatenate(ids), weights, np.flatnonzero(is_letter)
     return Targets(batch, *(to_device(array, device) for array in arrays))
 
 
 def answer_loss(
-    model: torch.nn.Module, targets: Targets, letters: torch.Tensor, label_smoothing: float
+    model: torch.nn.Module, targets: Targets, letter_ids: torch.Tensor, label_smoothing: float
 ) -> torch.Tensor:
-    """The summed, weighted cross-entropy of all targets and of the letters alone, (2,) fp32.
+    """The weighted cross-entropy of all targets and that of the letters alone, as sums: (2,) fp32.
 
-    letters: (O,) the ids of all letters, over which label smoothing spreads a letter's target.
+    letter_ids: (O,) the ids of all letters, over which label smoothing spreads a letter's target.
     """
     logits = model(targets.batch, targets.at)  # (T, V) fp32
     losses = F.cross_entropy(logits, targets.ids, reduction="none")  # (T,)
     if label_smoothing:
-        log_likelihoods = logits[targets.letters].log_softmax(1)[:, letters]  # (L, O)
-        kept = (1 - label_smoothing) * losses[targets.letters]  # (L,)
+        log_likelihoods = logits[targets.letter_index].log_softmax(1)[:, letter_ids]  # (L, O)
+        kept = (1 - label_smoothing) * losses[targets.letter_index]  # (L,)
         smoothed = kept - label_smoothing * log_likelihoods.mean(1)
-        losses = losses.index_copy(0, targets.letters, smoothed)
+        losses = losses.index_copy(0, targets.letter_index, smoothed)
     losses = losses * targets.weights
-    return torch.stack([losses.sum(), losses[targets.letters].sum()])
+    return torch.stack([losses.sum(), losses[targets.letter_index].sum()])
 
 
 def check_head(s: Settings) -> None:
@@ -157,25 +162,27 @@ def main(argv: list[str] | None = None) -> None:
     # 2. Data, tokenizer, model, optimizer.
     data, splits = load_splits(s, run.data_revision)
     run.check_data(data, splits)
-    # More micro-batches than rows would leave some of them empty.
+    # With more micro-batches than rows, some would be empty.
     grad_accum_steps = min(grad_accum_steps, math.ceil(len(data.train) / dist.world_size()))
 
     # A directory gives the config, the tokenizer and the weights; `--model tiny` makes its own.
     directory = run.find_model()
     architecture = weights.DECODER if s.head == "options" else weights.DECODER_LINEAR
-    asks = s.head == "options" or s.linear_input == "prompt"  # a question, not the bare text
+    uses_prompt = s.head == "options" or s.linear_input == "prompt"  # else the bare text
     if directory:
         config, tokenizer = weights.read_config(directory, architecture), load_tokenizer(directory)
     else:
-        start, end = make_template(data.label_names, s.prompt, no_think=True) if asks else ("", "")
-        turns = [start + text + end for text in data.train.texts]
+        before = after = ""
+        if uses_prompt:
+            before, after = make_template(data.label_names, s.prompt, no_think=True)
+        turns = [before + text + after for text in data.train.texts]
         config, tokenizer = new_model("tiny-qwen3", turns, vocab_size=2000)
     config = {"vocab_size": len(tokenizer)} | config | weights.label_config(data.label_names)
     eos, pad = tokenizer.eos_and_pad(config)
-    # transformers does not train the padding token's embedding. A row with options has no padding
-    # but may hold the end token, which is padding only if config.json says so.
-    padding = config.get("pad_token_id") if s.head == "options" and pad == eos else pad
-    config |= {"eos_token_id": eos, "pad_token_id": padding}
+    # As in transformers, the padding token's embedding is not trained. Rows with options hold the
+    # end token: if that also serves as padding, it is frozen only if config.json says so.
+    padding_idx = config.get("pad_token_id") if s.head == "options" and pad == eos else pad
+    config |= {"eos_token_id": eos, "pad_token_id": padding_idx}
     source = None if run.random_weights else directory
     model, _, load_report = weights.build_model(architecture, config, source, s.seed, device)
     weights.check_fits(model.config, tokenizer, s.max_length)
@@ -185,15 +192,17 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = make_optimizer(model, s.learning_rate, s.weight_decay)
 
     # A resumed run asks the question that it began with, even if the prompt's file has changed.
-    chat = None
-    if asks:
-        saved, targets = run.info, {"think_in": s.think_in, "train_on": s.train_on}
-        chat = make_chat(saved, tokenizer, data.label_names, s.max_length, s.prompt, **targets)
-    rows, lines = {}, describe(data, splits.get("validation"))
+    chat, question = None, {}
+    if uses_prompt:
+        settings = {"think_in": s.think_in, "train_on": s.train_on}
+        chat = make_chat(run.info, tokenizer, data.label_names, s.max_length, s.prompt, **settings)
+        question = chat.to_dict()
+    rows = {}  # split -> rows of token ids
+    lines = describe(data, splits.get("validation"))  # to be printed once there is a log
     for name, split in splits.items():
         if name == "train" and s.head == "options":
             rows[name], cut = chat.training_rows(split.texts, split.labels)
-        elif asks:
+        elif uses_prompt:
             rows[name], cut = chat.questions(split.texts)
         else:
             rows[name], cut = text_rows(tokenizer, split.texts, s.max_length)
@@ -201,54 +210,47 @@ def main(argv: list[str] | None = None) -> None:
     labels = data.train.labels  # (n,)
 
     def save_model(directory: Path) -> None:
-        weights.save_model(model, config, tokenizer, directory, None if asks else s.max_length)
-        # This file travels with the weights and says how to ask the model.
-        asked = {"script": "train_qwen", "head": s.head, "label_names": data.label_names}
+        weights.save_model(model, config, tokenizer, directory, None if chat else s.max_length)
+        # Inference needs these settings, so they are saved with the weights.
+        info = {"script": "train_qwen", "head": s.head, "label_names": data.label_names}
         names = "linear_input", "max_length", "dtype", "normalize", "think_in", "train_on"
-        asked |= {name: getattr(s, name) for name in names} | (chat.saved() if asks else {})
-        checkpoint.write_json(directory / "minicls.json", asked)
-        if s.head == "options":  # greedy, whatever the pretrained model's file says
+        info |= {name: getattr(s, name) for name in names} | question
+        checkpoint.write_json(directory / "minicls.json", info)
+        if s.head == "options":  # greedy decoding, even if the pretrained model's file samples
             generation = {"do_sample": False, "eos_token_id": chat.stop_ids, "pad_token_id": pad}
             checkpoint.write_json(directory / "generation_config.json", generation)
 
     steps_per_epoch = math.ceil(len(labels) / s.global_batch_size)
     total_steps = s.max_steps or math.ceil(s.epochs * steps_per_epoch)
-    question = chat.saved() if asks else {}
     run.start(total_steps, data, splits, model, optimizer, save_model, device, **question)
     example = tokenizer.decode(rows["train"][0])
     lines.append(f"example: {data.label_names[labels[0]]} <- {example}")
     lines.append(f"{s.model}: {load_report}; {dist.device_name(device)}")
 
-    # 3. The loss: `answer_loss` or, for a linear head, BERT's; with one weight for each class.
-    row_weights = class_weights(labels, len(data.label_names), s.class_weights)  # (C,)
-    row_weights_on_device = torch.from_numpy(row_weights).to(device)
-    classes = range(len(data.label_names))
-    # The targets at the end of a row of each class: (format, letter, format), (C, 3).
-    counts = np.array(
-        [chat.target_counts(c) if s.head == "options" else (0, 1, 0) for c in classes]
-    )
-    letters = None
+    # 3. The loss: `answer_loss` or, for a linear head, BERT's; with one weight per class.
+    class_weights = make_class_weights(labels, len(data.label_names), s.class_weights)  # (C,)
+    class_weights_on_device = torch.from_numpy(class_weights).to(device)
+    # The number of targets that end a row of each class, (C, 3): format, letter, format.
+    letter_ids, target_counts = None, np.array([(0, 1, 0)] * len(data.label_names))
     if s.head == "options":
+        target_counts = np.array([chat.target_counts(c) for c in range(len(data.label_names))])
         if s.label_smoothing and any(len(option) > 1 for option in chat.options):
             raise UserError(
                 "--label-smoothing: an option of several tokens has no letters to spread to; "
                 "leave it out"
             )
-        letters = torch.tensor([option[0] for option in chat.options], device=device)  # (O,)
+        letter_ids = torch.tensor([option[0] for option in chat.options], device=device)  # (O,)
         if s.train_on == "response":
-            lines.append(
-                "loss covers the whole answer; compare answer_loss, the letter's, with BERT's"
-            )
-    # On a CPU, the tokens that all rows begin with go through the model once a batch: less to
-    # compute, the same loss and gradients. A GPU's attention kernel wants every row whole.
-    shared = 0
+            lines.append("loss covers the whole answer; compare answer_loss (letter) with BERT's")
+    # On a CPU, the prefix that all rows share is computed once per batch: less work for the same
+    # loss and gradients. A GPU's attention kernel needs whole rows.
+    num_shared = 0
     if not on_gpu(device):
-        answers = counts[labels].sum(1) if s.head == "options" else np.ones(len(labels), int)
-        shared = len(
-            common_prefix([row[:-n] for row, n in zip(rows["train"], answers, strict=True)])
-        )
-        if shared:
-            lines.append(f"all rows begin with the same {shared} tokens, computed once a batch")
+        num_targets = target_counts[labels].sum(1)  # (n,)
+        inputs = [row[:-n] for row, n in zip(rows["train"], num_targets, strict=True)]
+        num_shared = len(common_prefix(inputs))
+        if num_shared:
+            lines.append(f"all rows share a prefix of {num_shared} tokens, computed once per batch")
     run.logger.print(*lines)
 
     # 4. Evaluation.
@@ -272,33 +274,33 @@ def main(argv: list[str] | None = None) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
 
-            # Micro-batches. Each loss is a sum, divided by the weights of the whole step: neither
-            # accumulation nor the number of ranks changes the loss or its gradient.
-            window = step_rows(step, len(labels), s.global_batch_size, s.seed)
-            shares = np.array_split(window, grad_accum_steps * dist.world_size())
-            letter_weight = float((row_weights[labels[window]] * counts[labels[window], 1]).sum())
-            total_weight = letter_weight + float(counts[labels[window]][:, [0, 2]].sum())
-            step_losses = torch.zeros(2, device=device)  # of all targets, of the letters
+            # Micro-batches. Each loss is a sum divided by the total weight of the step, so that
+            # neither accumulation nor the number of ranks changes the loss or its gradient.
+            global_batch = step_rows(step, len(labels), s.global_batch_size, s.seed)  # row indices
+            micro_batches = np.array_split(global_batch, grad_accum_steps * dist.world_size())
+            counts = target_counts[labels[global_batch]]  # (rows, 3)
+            letter_weight = float((class_weights[labels[global_batch]] * counts[:, 1]).sum())
+            total_weight = letter_weight + float(counts[:, [0, 2]].sum())
+            step_losses = torch.zeros(2, device=device)  # all targets, letters alone
             for micro_step in range(grad_accum_steps):
-                share = shares[micro_step * dist.world_size() + dist.rank()]
+                micro_batch = micro_batches[micro_step * dist.world_size() + dist.rank()]
                 checkpoint.seed_everything(s.seed, step, micro_step, dist.rank())
-                if not len(share):  # the last window of an epoch may be too short for all ranks
+                if not len(micro_batch):  # an epoch's last batch may be too short for all ranks
                     continue
-                ids = [rows["train"][row] for row in share]
+                ids = [rows["train"][row] for row in micro_batch]
                 with autocast:
                     if s.head == "options":
-                        targets = make_targets(
-                            ids, labels[share], counts, row_weights, shared, device
-                        )
-                        losses = answer_loss(forward, targets, letters, s.label_smoothing)
-                    else:  # a linear head's loss is BERT's
-                        batch = pack_shared(ids, shared, device)
-                        arguments = labels[share], row_weights_on_device, s.label_smoothing
+                        arguments = labels[micro_batch], target_counts, class_weights, num_shared
+                        targets = make_targets(ids, *arguments, device)
+                        losses = answer_loss(forward, targets, letter_ids, s.label_smoothing)
+                    else:  # BERT's loss, for all targets and for the letters: they are the same
+                        batch = pack_shared(ids, num_shared, device)
+                        arguments = labels[micro_batch], class_weights_on_device, s.label_smoothing
                         losses = batch_loss(forward, batch, *arguments).expand(2)
                 (losses[0] / total_weight).backward()
                 step_losses += losses.detach()
 
-            # Clip the gradient of all ranks, and step.
+            # Sum the gradients of all ranks, clip them, and update the weights.
             dist.sum_gradients(model)
             grad_norm = torch.nn.utils.clip_grad_norm_(
                 model.parameters(), s.max_grad_norm or math.inf
@@ -306,22 +308,22 @@ def main(argv: list[str] | None = None) -> None:
             optimizer.step()
             optimizer.zero_grad()
 
-            # Log. This is the only point of a step at which the host waits for a GPU.
+            # Count and log the step. Only here does the host wait for the GPU.
             sums = torch.cat([dist.all_sum(step_losses), grad_norm[None]])
             total_loss, letter_loss, grad_norm = sums.tolist()
-            losses = {"loss": total_loss / total_weight}
-            if total_weight > letter_weight:
-                losses["answer_loss"] = letter_loss / letter_weight
-                losses["format_loss"] = (total_loss - letter_loss) / (total_weight - letter_weight)
-            tokens = sum(len(rows["train"][row]) for row in window)
-            run.log_step(len(window), tokens, learning_rate, grad_norm, **losses)
+            logged = {"loss": total_loss / total_weight}
+            if total_weight > letter_weight:  # there are format tokens
+                logged["answer_loss"] = letter_loss / letter_weight
+                logged["format_loss"] = (total_loss - letter_loss) / (total_weight - letter_weight)
+            tokens = sum(len(rows["train"][row]) for row in global_batch)
+            run.log_step(len(global_batch), tokens, learning_rate, grad_norm, **logged)
 
-            # Evaluate, then save, so that a checkpoint knows its scores.
+            # Evaluate before saving, so that a checkpoint holds its scores.
             run.evaluate_if_due(logits_of)
             run.save_if_due(stop)
 
-    # 6. The headline model: the step best on validation, else the last. Test and results.json.
-    logits = run.headline_logits(architecture, logits_of)
+    # 6. Keep the headline model, the best on validation or else the last, and report its scores.
+    logits = run.save_headline_model(architecture, logits_of)
     if dist.is_first():
         validation, state = splits.get("validation"), run.state
         written = results.write_results(

@@ -4,8 +4,8 @@ A batch is one sequence of N tokens without padding, so all other layers compute
 only. Three functions keep the rows apart:
 
     attention         PyTorch's variable-length flash kernel, if a GPU has it, else the next one
-    padded_attention  gathers rows with padding for a dense kernel, and the real tokens back
-    cached_attention  new tokens see their row's keys and values in a cache
+    padded_attention  pads the rows for a dense kernel and gathers the real tokens back
+    cached_attention  lets new tokens see their row's keys and values in a cache
 
 N tokens in the batch, B rows, T queries and S keys in a row, H heads, Hkv key/value heads (a
 divisor of H), Dh head size.
@@ -21,32 +21,32 @@ from torch.nn.attention.varlen import varlen_attn
 
 from minicls.kernels import gpu_attention, has_flash, matmul_dtype, on_gpu, plain_attention
 
-# Rows per padded group on a CPU. Sorted by length, 16 rows waste little on padding and still fill
-# a kernel: on AG News lengths (64 rows, 12 heads) this takes half the time of one group of 64.
+# Rows per padded group on a CPU. Rows are sorted by length, so 16 waste little on padding and still
+# keep a kernel busy: with AG News lengths (64 rows, 12 heads), half the time of one group of 64.
 ROWS_PER_GROUP = 16
-# Up to this length, a CPU computes a head's S * S scores in full, and keeps them for backward.
+# Up to this length, a CPU uses `plain_attention`, which keeps all S * S scores for backward.
 MAX_PLAIN = 256
-# torch 2.11 accepts grouped heads unasked; later versions refuse them without this argument.
+# Versions after torch 2.11 need this argument for grouped heads; 2.11 takes them without it.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 class Batch(NamedTuple):
-    """B rows of token ids packed into one sequence of N tokens: what the models take."""
+    """B rows of token ids packed into one sequence of N tokens: the input of the models."""
 
     input_ids: Tensor  # (N,) int64
     position_ids: Tensor  # (N,) int64, counted within each row
     cu_seqlens: Tensor  # (B + 1,) int32: row b is tokens cu_seqlens[b] up to cu_seqlens[b + 1]
     max_seqlen: int
-    shared: int = 0  # tokens that begin every row and are packed once, in the first; no cache then
+    num_shared: int = 0  # length of a prefix of all rows that only row 0 holds; not with a cache
 
     @property
     def last(self) -> Tensor:
-        """The index of each row's last token, (B,) int64: the one a language model continues."""
+        """The index of each row's last token, (B,) int64: a language model continues it."""
         return self.cu_seqlens[1:].long() - 1
 
 
 class Layout(NamedTuple):
-    """How attention reads the rows of a batch. Made once per forward pass, for all layers.
+    """The way attention reads the rows of a batch. Made once per forward pass, for all layers.
 
     The variable-length kernel reads packed rows. A dense kernel reads groups of rows, each padded
     to its longest; one index gathers them, another gathers the tokens back. For the rows abc, d
@@ -54,10 +54,10 @@ class Layout(NamedTuple):
 
         packed       a b c d e f
         pad_index    0 1 2 | 3 3 3 | 4 5 4     (rows, S) the token at each padded position
-        padded       a b c | d d d | e f e     padding repeats its row
-        unpad_index  0 1 2   3       6 7       (N,) each token's position among all padded ones
+        padded       a b c | d d d | e f e     padding repeats the row's own tokens
+        unpad_index  0 1 2   3       6 7       (N,) each token's index in the flattened padding
 
-    A single row is neither: it is dense as it is.
+    A batch of one row needs no index: it is already dense.
     """
 
     cu_seqlens: Tensor | None = None  # for the variable-length kernel
@@ -67,13 +67,13 @@ class Layout(NamedTuple):
 
 
 def lay_out(batch: Batch, x: Tensor, head_dim: int, dropout_p: float = 0.0) -> Layout:
-    """Chooses how attention reads the batch whose hidden states are x.
+    """Chooses the layout of a batch whose hidden states are x, by device and dtype.
 
     Call it before the first layer: inside a layer, activation checkpointing would repeat it.
     """
     dtype = matmul_dtype(x)
-    # The kernel has no dropout, and needs all tokens of a row next to each other.
-    if not dropout_p and not batch.shared and has_flash(x.device, dtype, head_dim):
+    # The flash kernel has no dropout, and needs all tokens of a row next to each other.
+    if not dropout_p and not batch.num_shared and has_flash(x.device, dtype, head_dim):
         return Layout(batch.cu_seqlens, batch.max_seqlen)
     if len(batch.cu_seqlens) == 2:
         return Layout()
@@ -81,24 +81,24 @@ def lay_out(batch: Batch, x: Tensor, head_dim: int, dropout_p: float = 0.0) -> L
 
 
 def pad_layout(batch: Batch, dtype: torch.dtype) -> Layout:
-    """The layout for `padded_attention` of q, k and v in `dtype`."""
-    N, shared, device = len(batch.input_ids), batch.shared, batch.cu_seqlens.device
+    """The layout for `padded_attention`, with masks for q, k and v in `dtype`."""
+    N, num_shared, device = len(batch.input_ids), batch.num_shared, batch.cu_seqlens.device
     starts, lengths = batch.cu_seqlens[:-1], batch.cu_seqlens.diff()  # (B,)
-    row = torch.repeat_interleave(lengths, output_size=N)  # (N,)
-    # Rows after the first lack the shared tokens; start and measure them as if they had them.
-    absent = shared * (torch.arange(len(lengths), device=device) > 0)  # (B,)
-    starts, lengths = starts - absent, lengths + absent
-    if on_gpu(device):  # one group of a length that is known without waiting for the GPU
-        splits = [(slice(None), batch.max_seqlen + shared)]
+    row = torch.repeat_interleave(lengths, output_size=N)  # (N,) the row of each token
+    # Only row 0 holds the shared tokens. Give the other rows the start and length of whole rows.
+    missing = num_shared * (torch.arange(len(lengths), device=device) > 0)  # (B,)
+    starts, lengths = starts - missing, lengths + missing
+    if on_gpu(device):  # one group, whose length is known without waiting for the GPU
+        members_and_lengths = [(slice(None), batch.max_seqlen + num_shared)]
     else:  # groups of similar lengths, since attention costs rows * S * S
-        splits = lengths.argsort(stable=True).split(ROWS_PER_GROUP)
-        splits = [(members, int(lengths[members[-1]])) for members in splits]
+        by_length = lengths.argsort(stable=True).split(ROWS_PER_GROUP)
+        members_and_lengths = [(members, int(lengths[members[-1]])) for members in by_length]
     groups, padded_starts, size = [], torch.empty_like(lengths), 0
-    for members, S in splits:
-        # Padding repeats its row, so one gather fills all positions, and autograd keeps only the
-        # index. If it repeated a single token, a GPU would add up its gradients one by one.
+    for members, S in members_and_lengths:
+        # Padding repeats the row's tokens: one gather fills all positions, and autograd keeps only
+        # the index. If it repeated a single token, a GPU would add up its gradients one by one.
         position = torch.arange(S, device=device) % lengths[members, None]  # (rows, S)
-        pad_index = torch.where(position < shared, position, starts[members, None] + position)
+        pad_index = torch.where(position < num_shared, position, starts[members, None] + position)
         mask = positions_up_to(lengths[members, None, None, None] - 1, S, dtype)  # (rows, 1, 1, S)
         groups.append((pad_index, mask))
         padded_starts[members] = size + S * torch.arange(len(pad_index), device=device)
@@ -107,20 +107,20 @@ def pad_layout(batch: Batch, dtype: torch.dtype) -> Layout:
     return Layout(groups=groups, unpad_index=unpad_index)
 
 
-# On a CPU it reads lengths as numbers, and torch.compile would break its graph at each.
+# On a CPU the lengths become Python numbers, each of which would break torch.compile's graph.
 _pad_layout_uncompiled = torch.compiler.disable(pad_layout)
 
 
 def positions_up_to(last: Tensor, S: int, dtype: torch.dtype) -> Tensor:
     """The mask (..., S) of positions 0 to `last` (..., 1): bool on a CPU, 0 or -inf on a GPU.
 
-    A GPU kernel adds the mask to scores in `dtype`. Unless each of its lines takes a multiple of 8
-    elements in memory, the kernel would make such a copy in every layer.
+    A GPU kernel adds the mask to scores in `dtype`, and needs a row stride that is a multiple of 8
+    elements. It would copy a mask with another stride in every layer.
     """
     if not on_gpu(last.device):
         return torch.arange(S, device=last.device) <= last
-    padded = (S // 8 + 1) * 8  # always above S: one case to compile
-    positions = torch.arange(padded, device=last.device)
+    stride = (S // 8 + 1) * 8  # always above S, so that torch.compile sees one case
+    positions = torch.arange(stride, device=last.device)
     return torch.where(positions <= last, 0.0, -torch.inf).to(dtype)[..., :S]
 
 
@@ -129,14 +129,14 @@ def attention(
 ) -> Tensor:
     """Scaled dot-product attention of every token to its own row (arXiv 1706.03762, section 3.2.1).
 
-    q: (N, H, Dh); k, v: (N, Hkv, Dh), grouped as in arXiv 2305.13245. `causal`: to no later token.
-    Returns (N, H, Dh) in q's dtype.
+    q: (N, H, Dh); k, v: (N, Hkv, Dh), grouped as in arXiv 2305.13245. `causal`: a token sees none
+    after it. Returns (N, H, Dh) in q's dtype.
     """
     if layout.cu_seqlens is None:
         return padded_attention(q, k, v, layout, causal, dropout_p)
-    ends, longest = layout.cu_seqlens, layout.max_seqlen
+    bounds, longest = layout.cu_seqlens, layout.max_seqlen  # the same for queries and keys
     window = (-1, 0 if causal else -1)  # tokens seen to the left and to the right; -1: all of them
-    return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=window, **GROUPED)
+    return varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=window, **GROUPED)
 
 
 def padded_attention(q, k, v, layout, causal=False, dropout_p=0.0) -> Tensor:
@@ -155,22 +155,22 @@ def padded_attention(q, k, v, layout, causal=False, dropout_p=0.0) -> Tensor:
 
 
 class CacheSlots(NamedTuple):
-    """Where the N new tokens of a batch belong. Made once per forward pass, for all layers."""
+    """Places of a batch's N new tokens in a cache. Made once per forward pass, for all layers."""
 
     rows: Tensor  # (N,) int64
     positions: Tensor  # (N,) int64; keys and values belong at [row, position] of the cache
     columns: Tensor  # (N,) int64; queries belong at [row, column] of a padded (B, T)
-    T: int
-    mask: Tensor | None  # keys that each query sees, (B, 1, T, S); None: with `is_causal`
+    T: int  # length of the padded queries
+    mask: Tensor | None  # keys that each query sees, (B, 1, T, S); None: use `is_causal`
 
 
 def cache_slots(batch: Batch, x: Tensor, S: int, group: int) -> CacheSlots:
     """Places new tokens, whose hidden states are x, in a cache of S positions; group = H / Hkv.
 
     A query at position p sees keys 0 to p of its row. `is_causal` would align the first query with
-    the first key, which is wrong once the cache holds earlier tokens. For a fused kernel, and where
-    most positions are new, T is S and a query's column is its position: then `is_causal` is
-    right, and does half the work of a mask.
+    the first key, which is wrong once the cache holds earlier tokens. But if most positions are new
+    and the kernel is fused, queries are padded to T = S, with the position as the column: then
+    `is_causal` is right, and costs half as much as a mask.
     """
     N, B, T = len(batch.input_ids), len(batch.cu_seqlens) - 1, batch.max_seqlen
     positions, gpu = batch.position_ids, on_gpu(x.device)
@@ -185,7 +185,7 @@ def cache_slots(batch: Batch, x: Tensor, S: int, group: int) -> CacheSlots:
 
 
 def cached_attention(q: Tensor, keys: Tensor, values: Tensor, slots: CacheSlots) -> Tensor:
-    """Causal attention of new tokens, any number a row, to a cache that already holds their keys.
+    """Causal attention of new tokens, any number per row, to a cache that already has their keys.
 
     q: (N, H, Dh) packed; keys, values: (B, S, Hkv, Dh). Returns (N, H, Dh).
     """
@@ -203,16 +203,17 @@ def _dense_attention(q, k, v, mask, causal, dropout_p=0.0) -> Tensor:
 
     mask: broadcasts to (B, H, T, S); None: every key is seen, or with `causal` no later one.
     """
-    with torch.autocast(q.device.type, enabled=False):  # it would change dtypes
+    with torch.autocast(q.device.type, enabled=False):  # autocast would change the dtypes
         if on_gpu(q.device):
             return gpu_attention(q, k, v, mask, causal, dropout_p)
-        # The CPU's fused kernel has no dropout, takes as long in fp32, and twice the time in bf16.
+        # The CPU's fused kernel has no dropout. On short rows, plain attention is as fast in fp32
+        # and twice as fast in bf16.
         if k.shape[2] <= MAX_PLAIN or dropout_p > 0.0:
             return plain_attention(q, k, v, mask, causal, dropout_p)
         # Its backward pass is several times as fast in fp32 as in bf16.
         upcast = q.requires_grad and q.dtype == torch.bfloat16
         inputs = [x.float() for x in (q, k, v)] if upcast else (q, k, v)
-        # Not `enable_gqa=H > Hkv`, which torch.compile may hold as a symbol and not as a bool.
+        # Not `enable_gqa=H > Hkv`: torch.compile may hold the comparison as a symbol, not a bool.
         grouped = {"enable_gqa": True} if q.shape[1] > k.shape[1] else {}
         output = F.scaled_dot_product_attention(*inputs, mask, is_causal=causal, **grouped)
         return output.to(q.dtype)

@@ -1,4 +1,4 @@
-"""Which rows make a batch, in which order, and how they are packed: host work, done before a model runs.
+"""Batches: the order of rows, the rows of a batch, and packing. Host work, done before a model runs.
 
 The order is a pure function of (seed, epoch), so a run can be repeated, and resumed at any step.
 """
@@ -30,7 +30,7 @@ def step_rows(step: int, num_rows: int, global_batch_size: int, seed: int) -> np
 def to_device(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
     """Copies the array to `device`, without making the host wait for a GPU."""
     tensor, device = torch.from_numpy(array), torch.device(device)
-    # From memory that is not pinned, a copy of more than a few pages waits for all work queued before it.
+    # A copy of more than a few pages from memory that is not pinned waits for all work queued before it.
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
@@ -46,11 +46,11 @@ def pack(
     return Batch(*(to_device(array, device) for array in arrays), int(lengths.max()))
 
 
-def pack_shared(rows: Sequence[list[int]], shared: int, device: torch.device | str = "cpu") -> Batch:
-    """Packs rows that begin with the same `shared` ids, which go through the model once, in the first row."""
+def pack_shared(rows: Sequence[list[int]], num_shared: int, device: torch.device | str = "cpu") -> Batch:
+    """Packs rows whose first `num_shared` ids are equal: only the first row holds them, so they are computed once."""
     first, *others = rows
-    starts = [0] + [shared] * len(others)
-    return pack([first, *(row[shared:] for row in others)], device, starts)._replace(shared=shared)
+    starts = [0] + [num_shared] * len(others)
+    return pack([first, *(row[num_shared:] for row in others)], device, starts)._replace(num_shared=num_shared)
 
 
 def length_batches(rows: Sequence[Sequence[int]], max_tokens: int, extra: int = 0) -> list[np.ndarray]:

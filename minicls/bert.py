@@ -73,14 +73,15 @@ class BertSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        x, heads = cast_once(x), (self.num_attention_heads, -1)
-        q, k, v = (f(x).unflatten(1, heads) for f in (self.query, self.key, self.value))
+        x, heads = cast_once(x), (self.num_attention_heads, -1)  # three layers share the cast copy
+        projections = self.query, self.key, self.value
+        q, k, v = (projection(x).unflatten(1, heads) for projection in projections)  # (N, H, Dh)
         dropout_p = self.dropout_p if self.training else 0.0
         return attention(q, k, v, layout, dropout_p=dropout_p).flatten(1)  # (N, D)
 
 
 class BertOutput(nn.Module):
-    """Projection, dropout, residual and LayerNorm: each half of a layer ends so (post-norm)."""
+    """Projection, dropout, residual, LayerNorm: the end of each half of a layer (post-norm)."""
 
     def __init__(self, in_features: int, config: BertConfig):
         super().__init__()
@@ -122,7 +123,7 @@ class BertLayer(nn.Module):
         self.output = BertOutput(config.intermediate_size, config)
 
     def forward(self, x: Tensor, layout: Layout, at: Tensor | None) -> Tensor:
-        """(N, D) to (N, D), or to the (n, D) of tokens `at`: the last layer needs no others."""
+        """(N, D) to (N, D), or with `at` to (n, D): the last layer computes only these tokens."""
         x = self.attention(x, layout, at)
         return self.output(self.intermediate(x), x)
 
@@ -158,11 +159,11 @@ class BertModel(nn.Module):
         dropout_p = self.config.attention_probs_dropout_prob if self.training else 0.0
         layout = lay_out(batch, x, head_dim, dropout_p)
         for layer in self.encoder.layer:
-            wanted = at if layer is self.encoder.layer[-1] else None
+            selected = at if layer is self.encoder.layer[-1] else None
             if self.activation_checkpointing and self.training:
-                x = checkpoint(layer, x, layout, wanted, use_reentrant=False)
+                x = checkpoint(layer, x, layout, selected, use_reentrant=False)
             else:
-                x = layer(x, layout, wanted)
+                x = layer(x, layout, selected)
         return x
 
 
@@ -180,8 +181,8 @@ class BertForSequenceClassification(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Returns the logits (B, C) in fp32.
 
-        The head runs in fp32 also under autocast: on one token per row that costs next to nothing,
-        and bf16 logits would have three significant digits.
+        The head runs in fp32 even under autocast: for one token per row that costs next to nothing,
+        and bf16 logits would have only three significant digits.
         """
         first = self.bert(batch, at=batch.cu_seqlens[:-1]).float()  # (B, D)
         with torch.autocast(first.device.type, enabled=False):

@@ -1,7 +1,7 @@
-"""Run directories and checkpoints: opening or creating a run, atomic saves, exact resume, one owner.
+"""Run directories and checkpoints: opening or creating a run, atomic saves, exact resume, a lock.
 
-A checkpoint is a model directory plus `optimizer.safetensors` and `state.json`. It is written under another name and
-renamed, so a directory called `step-…` is complete. No generator states are saved: randomness is seeded from (seed,
+A checkpoint is a model directory plus `optimizer.safetensors` and `state.json`. It is written under a temporary name
+and renamed, so a directory called `step-…` is complete. No generator states are saved: randomness is seeded from (seed,
 step, micro-step, rank), and the order of rows is a function of (seed, epoch).
 """
 
@@ -41,14 +41,14 @@ def check_output_dir(output_dir: str | None) -> None:
     """Refuses a directory that is in use, before time is spent on models and data."""
     if output_dir and Path(output_dir).is_dir() and any(Path(output_dir).iterdir()):
         raise UserError(
-            f"--output-dir: {output_dir} is not empty; name a new directory, or go on with --resume {output_dir}"
+            f"--output-dir: {output_dir} is not empty; name a new directory, or continue with --resume {output_dir}"
         )
 
 
 def new_run_dir(output_dir: str | None, script: str) -> Path:
     """Makes `--output-dir`, by default runs/<script>-<time>; it must be new or empty."""
     check_output_dir(output_dir)
-    path = named = Path(output_dir or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}")
+    path = first_choice = Path(output_dir or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
         for number in itertools.count(2):
             try:
@@ -57,7 +57,7 @@ def new_run_dir(output_dir: str | None, script: str) -> Path:
             except FileExistsError:
                 if output_dir:
                     raise
-                path = named.with_name(f"{named.name}-{number}")  # another run was started in the same second
+                path = first_choice.with_name(f"{first_choice.name}-{number}")  # another run began in the same second
         (path / ".writable").touch()
         (path / ".writable").unlink()
     except OSError as error:
@@ -75,7 +75,7 @@ def lock(run_dir: Path) -> TextIO:
     Raises UserError if another process holds the run.
     """
     path = run_dir.resolve() / ".lock"
-    if path in _locks:  # left by a call that failed, whose traceback a notebook keeps
+    if path in _locks:  # left by a call that failed: in a notebook, its traceback keeps the file open
         _locks.pop(path).close()
     file = path.open("a+")
     try:
@@ -97,7 +97,7 @@ def lock(run_dir: Path) -> TextIO:
 
 
 def _read_json(file: Path, remedy: str, keys: tuple[str, ...] = ()) -> dict:
-    """A JSON object with these keys. Raises UserError with the remedy if it is not one, OSError if there is no file."""
+    """Reads a JSON object with these keys. Raises UserError with the remedy if it is none, OSError without the file."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
@@ -132,15 +132,15 @@ def open_run(run_dir: Path) -> Run:
     info = _read_json(run_dir / "run.json", "restore it or start a new run", keys)
     file, results = run_dir / "results.json", None
     if file.is_file():
-        results = _read_json(file, "restore it, or delete it for --resume to write it anew", ("final_step",))
+        results = _read_json(file, "restore it, or delete it so that --resume writes it again", ("final_step",))
     saved = checkpoints(run_dir)
     return Run(run_dir, info, results, saved[max(saved)] if saved else None)
 
 
-def how_asked(directory: Path) -> dict:
-    """A model directory's minicls.json: its head, and how it is asked. Empty for a model from elsewhere.
+def inference_settings(directory: Path) -> dict:
+    """A model directory's minicls.json: its head and its input. Empty for a model that minicls did not train.
 
-    A run from before this file existed says the same in its run.json. Raises UserError if the file is broken.
+    Runs from before this file existed have these settings in run.json. Raises UserError if the file is broken.
     """
     file = directory / "minicls.json"
     if file.is_file():
@@ -150,9 +150,9 @@ def how_asked(directory: Path) -> dict:
 
 
 def info_of_model(directory: Path) -> dict:
-    """The run.json of the run that a model directory is, or that a checkpoint belongs to.
+    """The run.json of a run directory, or of the run that a checkpoint belongs to.
 
-    Without settings for a model from elsewhere. Raises UserError if the file is broken.
+    Has no settings for a model that minicls did not train. Raises UserError if the file is broken.
     """
     places = [directory, *directory.resolve().parents[1:2]]  # a run, or its checkpoints/step-…
     file = next((place / "run.json" for place in places if (place / "run.json").is_file()), None)
@@ -161,17 +161,17 @@ def info_of_model(directory: Path) -> dict:
 
 
 def write_json(path: Path, values: dict | list) -> None:
-    """Writes under another name and renames: the file is complete, or still the previous one."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.replace(path)
+    """Writes under a temporary name and renames, so the file is always complete: the new one or the previous one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
-def write_run_info(run_dir: Path, settings: dict, device: torch.device, about: dict) -> None:
-    """Writes run.json: the settings, and which versions ran on which hardware and rows."""
+def write_run_info(run_dir: Path, settings: dict, device: torch.device, details: dict) -> None:
+    """Writes run.json: the settings, the versions, the hardware, and further `details` such as the data's digests."""
     versions = {"minicls": minicls.__version__, "python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
-    info = {"settings": settings, "versions": versions, "device": dist.device_name(device)} | about
+    info = {"settings": settings, "versions": versions, "device": dist.device_name(device)} | details
     write_json(run_dir / "run.json", info)
 
 
@@ -198,32 +198,32 @@ def save_checkpoint(
     final = run_dir / "checkpoints" / f"step-{state['step']:06d}"
     if final.exists():
         return
-    aside = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    temporary = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
-        save_model(aside)
+        temporary.mkdir(parents=True)
+        save_model(temporary)
         moments = {
             f"{key}.{name}": optimizer.state[parameter][key]
             for name, parameter in model.named_parameters()
             if parameter in optimizer.state  # a frozen parameter has no state
             for key in ("exp_avg", "exp_avg_sq")
         }
-        write_tensors(moments, aside / "optimizer.safetensors")
-        write_json(aside / "state.json", state)
-        # A rename survives a crash of the machine only if the renamed files are on the disk before it.
-        for path in (*aside.iterdir(), aside):
+        write_tensors(moments, temporary / "optimizer.safetensors")
+        write_json(temporary / "state.json", state)
+        # The checkpoint survives a crash of the machine only if its files are on the disk before the rename.
+        for path in (*temporary.iterdir(), temporary):
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
-        aside.rename(final)
+        temporary.rename(final)
     except OSError:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     saved = checkpoints(run_dir)
     for step in [*saved][:-keep_checkpoints]:
         if step != best_step:
-            # Renamed before it is emptied: a kill half-way must not leave a checkpoint that only looks complete.
+            # Rename before deleting: a kill half-way must not leave a checkpoint that only looks complete.
             saved[step].rename(saved[step].with_name(f".{saved[step].name}.old"))
     for leftover in final.parent.glob(".step-*"):
         shutil.rmtree(leftover)
@@ -238,22 +238,22 @@ def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             if parameter not in trained:
                 continue
             step = torch.tensor(float(state["step"]), device=parameter.device)
-            slots = optimizer.state[parameter] = {"step": step}
+            parameter_state = optimizer.state[parameter] = {"step": step}
             for key in ("exp_avg", "exp_avg_sq"):
                 moment = read_tensor(directory / "optimizer.safetensors", f"{key}.{name}")
-                slots[key] = torch.empty_like(parameter, requires_grad=False).copy_(moment)
+                parameter_state[key] = torch.empty_like(parameter, requires_grad=False).copy_(moment)
         best = state["best_on_validation"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(
-            f"{directory}: not a whole checkpoint ({error!r}); delete it and resume from the one before"
+            f"{directory}: not a complete checkpoint ({error!r}); delete it and resume from the one before"
         ) from None
     if best and best[0] not in checkpoints(directory.parents[1]):
-        raise UserError(f"{directory}: step {best[0]}, the best on validation, has no checkpoint any more; restore it")
+        raise UserError(f"{directory}: step {best[0]}, the best on validation, no longer has a checkpoint; restore it")
     return state
 
 
 def seed_everything(*numbers: int) -> None:
-    """Seeds torch from (seed, step, micro-step, rank): dropout is then a function of the place in the run."""
+    """Seeds torch from (seed, step, micro-step, rank), so that dropout does not depend on where a run was resumed."""
     torch.manual_seed(derived_seed(*numbers))
 
 
@@ -286,7 +286,7 @@ def headline_step(state: dict) -> int:
 
 
 def check_finite(step: int, remedy: str, **values: float) -> None:
-    """Raises UserError for a value that is not finite, so that nothing of a spoiled step is saved."""
+    """Raises UserError for a value that is not finite, so that a broken step is never saved."""
     for name, value in values.items():
         if not math.isfinite(value):
             flag, advice = remedy.split(": ", 1)
@@ -300,7 +300,7 @@ def evaluate(
     logger: Logger,
     remedy: str = "--model: try --dtype fp32",
 ) -> dict[str, torch.Tensor]:
-    """Scores "test" and, if present, "validation"; logs the scores and keeps the best steps in `state`.
+    """Scores "test" and, if present, "validation"; logs the scores and updates the best steps in `state`.
 
     logits_of(split name) gives the logits (n, C) fp32 of a split's rows. Returns the logits of each split. Raises
     UserError with the remedy if a loss is not finite.
@@ -326,7 +326,7 @@ def evaluate(
 class TrainingRun:
     """The bookkeeping of a training script: its run directory, pinned revisions, counters, clocks and checkpoints.
 
-    The script calls the methods in the order in which they stand here. Only the first rank has a directory and writes
+    The script calls the methods in the order in which they are defined. Only the first rank has a directory and writes
     to it; the counters are equal on all ranks.
     """
 
@@ -336,7 +336,7 @@ class TrainingRun:
         self.previous = open_run(Path(settings.resume)) if settings.resume else None
         self.finished = bool(self.previous and self.previous.finished)
         self.info = self.previous.info if self.previous else {}
-        # The hub's commits, so that a resumed run gets the same files.
+        # Commits of the hub, so that a resumed run gets the same files.
         self.revision, self.data_revision = self.info.get("revision"), self.info.get("data_revision")
         self.checkpoint = self.previous.newest if self.previous else None  # to continue from
         self.dir: Path | None = None
@@ -350,7 +350,7 @@ class TrainingRun:
             check_output_dir(self.settings.output_dir)
 
     def check_data(self, data: Data, splits: dict[str, Split]) -> None:
-        """Raises UserError if the data is not what the run was started on, or lacks rows that a flag needs."""
+        """Raises UserError if the data differs from that of the resumed run, or lacks rows that a flag needs."""
         s = self.settings
         if s.patience and "validation" not in splits:
             raise UserError(
@@ -363,7 +363,7 @@ class TrainingRun:
             )
 
     def find_model(self) -> Path | None:
-        """The model directory to start from: the newest checkpoint, else what `--model` names; None for `tiny`."""
+        """The model directory to start from: the newest checkpoint, else that of `--model`; None for `tiny`."""
         if self.checkpoint or self.settings.model == "tiny":
             return self.checkpoint
         directory, self.revision = weights.find_model(self.settings.model, self.revision)
@@ -382,11 +382,11 @@ class TrainingRun:
         optimizer: torch.optim.Optimizer,
         save_model: Callable[[Path], None],
         device: torch.device,
-        **about,
+        **details,
     ) -> None:
         """Restores the counters and the optimizer of a resumed run, or creates a new run's directory.
 
-        save_model(directory) writes the model directory; `about` is added to run.json.
+        save_model(directory) writes the model directory; `details` are added to run.json.
         """
         s = self.settings
         self.total_steps, self.model, self.optimizer, self.device = total_steps, model, optimizer, device
@@ -401,14 +401,18 @@ class TrainingRun:
         if dist.is_first() and not self.previous:
             self.dir = new_run_dir(s.output_dir, self.script)
             self.lock = lock(self.dir)
-            about |= {"script": self.script, "total_steps": total_steps, "num_train_rows": len(data.train)}
-            about |= {"revision": self.revision, "data_revision": data.revision, "data_fingerprint": data.fingerprint()}
-            write_run_info(self.dir, dataclasses.asdict(s), device, about)
+            details |= {"script": self.script, "total_steps": total_steps, "num_train_rows": len(data.train)}
+            details |= {
+                "revision": self.revision,
+                "data_revision": data.revision,
+                "data_fingerprint": data.fingerprint(),
+            }
+            write_run_info(self.dir, dataclasses.asdict(s), device, details)
         self.logger = Logger(self.dir, self.state["step"], total_steps)
         self.logged = dict(self.state)
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left, counted from 0. Exits with code 130 after a step that a signal interrupted."""
+        """The remaining steps, counted from 0. Exits with code 130 after a step that a signal interrupted."""
         while not self.over:
             self.started = time.perf_counter()
             yield self.state["step"]
@@ -416,7 +420,7 @@ class TrainingRun:
                 self.logger.close()
                 self.logger.print(
                     f"stopped at step {self.state['step']} of {self.total_steps}; "
-                    f"go on: python {self.script}.py --resume {self.dir}"
+                    f"continue with: python {self.script}.py --resume {self.dir}"
                 )
                 self.close()
                 raise SystemExit(130)
@@ -436,7 +440,7 @@ class TrainingRun:
         """
         state, logged = self.state, self.logged
         check_finite(state["step"] + 1, self.remedy, **losses, gradient_norm=grad_norm)
-        state["step"] += 1
+        state["step"] += 1  # `steps` yields this one next
         state["samples"] += samples
         state["tokens"] += tokens
         state["train_seconds"] += time.perf_counter() - self.started
@@ -453,7 +457,7 @@ class TrainingRun:
 
     @property
     def remedy(self) -> str:
-        """The advice for a loss that is not finite."""
+        """The advice in the message about a loss that is not finite."""
         rate = self.settings.learning_rate
         return f"--learning-rate: lower {rate} or try --dtype fp32 (earlier checkpoints, if any, are in {self.dir})"
 
@@ -480,16 +484,16 @@ class TrainingRun:
     def headline_step(self) -> int:
         return headline_step(self.state)
 
-    def headline_logits(
+    def save_headline_model(
         self, architecture: weights.Architecture, logits_of: Callable[[str], torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Puts the headline step's weights into the model and the run directory; returns its logits of each split."""
+        """Loads the headline step's weights and saves them in the run directory; returns their logits of each split."""
         if self.headline_step != self.state["step"]:
             if dist.is_first():
                 weights.load_weights(self.model, checkpoints(self.dir)[self.headline_step], architecture)
             dist.broadcast_model(self.model)
             self.logits = None
-        if self.logits is None:  # resumed after the last step, or other weights than the last evaluation's
+        if self.logits is None:  # resumed after the last step, or the weights are not those last evaluated
             started = time.perf_counter()
             self.logits = {name: logits_of(name) for name in self.splits}
             self.state["eval_seconds"] += time.perf_counter() - started

@@ -1,6 +1,6 @@
 """Settings: one frozen dataclass per script is its command line, its `--help` and its `run.json`.
 
-A field's name is its flag (`learning_rate` -> `--learning-rate`), its annotation the flag's type, its default the
+A field's name is its flag (`learning_rate` -> `--learning-rate`), its annotation is the flag's type, its default the
 flag's default; `X | None` means "may be unset". There are no settings files and no other way to set anything.
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-# Flags of other trainers whose names here cannot be guessed from the spelling.
+# Our settings, and the names that other trainers have for them, where the spelling does not suggest ours.
 ALIASES = {
     "model": "model_name_or_path",
     "data": "dataset_name train_file validation_file test_file",
@@ -45,7 +45,7 @@ ALIASES = {
 
 
 class UserError(Exception):
-    """A user's mistake, told in one line: the flag or file, the value, and the remedy. Scripts exit with code 2."""
+    """A user's mistake, reported in one line: the flag or file, the value, the remedy. Scripts exit with code 2."""
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.splitlines()))  # values and other libraries' messages may hold line breaks
@@ -64,8 +64,8 @@ def setting(
 
     `group` is a heading of `--help`, for this field and those that follow it.
     """
-    about = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "group": group}
-    return dataclasses.field(default=default, metadata=about)
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "group": group}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 # For settings whose defaults differ between the scripts.
@@ -76,7 +76,7 @@ SAVE_EVERY = "steps between checkpoints; below 1 a fraction of all steps; 0: onl
 
 @dataclass(frozen=True)
 class DataSettings:
-    """The rows: shared by every command that reads a data set, so that equal flags mean equal rows."""
+    """The choice of rows. Every command that reads a data set shares these, so that equal flags give equal rows."""
 
     data: str = setting("fancyzhx/ag_news", "hub id, directory, or synthetic", group="data")
     text_column: str = setting("text", "column of the texts")
@@ -145,11 +145,11 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: "):
             flag = message.removeprefix("unrecognized arguments: ").split(" ")[0].split("=")[0] or "''"
             name = flag.lstrip("-").replace("_", "-").lower()
-            ours = [
+            known = [
                 option[2:] for option in self._option_string_actions if option.startswith("--") and option != "--help"
             ]
-            close = [o for o in ours if name.replace("-", "_") in ALIASES.get(o.replace("-", "_"), "").split()]
-            close = close or difflib.get_close_matches(name, ours, n=1)
+            close = [o for o in known if name.replace("-", "_") in ALIASES.get(o.replace("-", "_"), "").split()]
+            close = close or difflib.get_close_matches(name, known, n=1)
             message = f"unknown flag {flag}; " + (f"did you mean --{close[0]}?" if close else "see --help")
         elif message.startswith("argument "):
             message = message.removeprefix("argument ") + "; see --help"
@@ -180,7 +180,7 @@ def _add_flags(parser: Parser, cls: type) -> None:
     for field in _fields(cls):
         value_type, several = _value_type(hints[field.name])
         default = "unset" if field.default is None else field.default
-        # SUPPRESS keeps flags that were not given out of the namespace: --resume has to know which were.
+        # SUPPRESS leaves out flags that were not given: `parse` must know which ones were given with --resume.
         options: dict = {"dest": field.name, "default": argparse.SUPPRESS}
         if value_type is bool:
             options |= {"action": argparse.BooleanOptionalAction}
@@ -238,7 +238,7 @@ def parse(cls: type, argv: list[str] | None = None, description: str | None = No
 
 
 def load(cls: type, path: Path) -> tuple:
-    """Reads the settings saved in a `run.json`: (settings, the missing ones with the defaults they take).
+    """Reads the settings saved in a `run.json`. Returns them, and those that it lacked with their defaults.
 
     Raises UserError if the file is absent, broken or written by another script.
     """
@@ -251,17 +251,17 @@ def load(cls: type, path: Path) -> tuple:
     fields = {field.name: field.default for field in dataclasses.fields(cls)}
     missing = {name: default for name, default in fields.items() if name not in values}
     unknown = ", ".join(sorted(values.keys() - fields.keys()))
-    if unknown or len(missing) * 2 > len(fields):  # a version adds a few
-        odd = f"has {unknown}, which this script has not" if unknown else f"lacks {', '.join([*missing][:5])} and more"
-        raise UserError(f"{path}: its settings are not this script's (it {odd}); was it another script or version?")
+    if unknown or len(missing) * 2 > len(fields):  # a new version adds only a few
+        fault = f"has {unknown}, which this script lacks" if unknown else f"lacks {', '.join([*missing][:5])} and more"
+        raise UserError(f"{path}: its settings are not this script's (it {fault}); was it another script or version?")
     return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}), missing
 
 
 def run_main(main: Callable[[list[str] | None], int | None]) -> None:
     """Runs a script's `main`: a UserError becomes the last line of stderr and exit code 2, without a traceback.
 
-    So does an OSError, such as a full disk: the program cannot fix it, and the message names the file. A character that
-    the output's encoding lacks is written as its JSON escape, so that JSON lines stay JSON.
+    An OSError, such as a full disk, does the same: the program cannot fix it, and the message names the file. A
+    character that the output's encoding lacks is written as its JSON escape, so that JSON lines stay JSON.
     """
     codecs.register_error("json", lambda error: (json.dumps(error.object[error.start : error.end])[1:-1], error.end))
     for stream in (sys.stdout, sys.stderr):
@@ -270,7 +270,7 @@ def run_main(main: Callable[[list[str] | None], int | None]) -> None:
     try:
         code = main(None)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit would fail
         code = 1
     except (UserError, OSError) as error:

@@ -3,8 +3,8 @@
 The three families differ in two ways. Qwen3 (arXiv 2505.09388) normalises each head's queries and
 keys before RoPE; Qwen2 and Qwen2.5 (arXiv 2412.15115) have biases on q, k and v; Llama (arXiv
 2302.13971) and SmolLM2, which shares its architecture, have neither. Parameters carry transformers'
-names, so weights load and export unchanged. Left out: sliding windows, stretched RoPE, other
-biases, attention dropout.
+names, so weights load and export unchanged. Left out: sliding windows, scaled RoPE, other biases,
+attention dropout.
 
 A batch is one sequence of N tokens, the B rows one after another (`attention.Batch`). S cached
 positions, D hidden size, H heads, Hkv key/value heads, Dh head size, V vocabulary, C classes; n of
@@ -24,10 +24,10 @@ from minicls.kernels import cast_once, rms_norm, rotate
 
 
 class Family(NamedTuple):
-    """What distinguishes one model_type from another."""
+    """The differences between one model_type and another."""
 
-    prefix: str  # of transformers' class names
-    defaults: dict  # for fields that a config.json leaves out, as in transformers
+    prefix: str  # the start of transformers' class names, such as LlamaForCausalLM
+    defaults: dict  # values of fields that a config.json leaves out, as in transformers
     qkv_bias: bool = False
     qk_norm: bool = False
 
@@ -44,8 +44,7 @@ FAMILIES = {
 class DecoderConfig:
     """The fields of a decoder's `config.json` that shape the model.
 
-    A field that is None takes its family's default or, if there is no such default, one for all
-    families.
+    A field that is None takes its family's default or, if the family has none, the common one.
     """
 
     model_type: str = "qwen3"
@@ -95,9 +94,9 @@ class DecoderConfig:
             "use_sliding_window": (self.use_sliding_window, False),
             "layer_types": ({*(self.layer_types or ["full_attention"])}, {"full_attention"}),
         }
-        for name, (value, only) in supported.items():
-            if value != only:
-                raise ValueError(f"{name} {value!r} is not supported, only {only!r}")
+        for name, (value, required) in supported.items():
+            if value != required:
+                raise ValueError(f"{name} {value!r} is not supported, only {required!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             heads = f"{self.num_attention_heads}, num_key_value_heads {self.num_key_value_heads}"
             raise ValueError(f"num_attention_heads must be a multiple of key/value heads: {heads}")
@@ -111,7 +110,7 @@ class KVCache:
     """The keys and values of B rows with up to S positions, for every layer.
 
     A token is written at its row and position. No query sees positions after its own
-    (`cache_slots`), so going back to an earlier state needs no erasing: new tokens overwrite.
+    (`cache_slots`), so returning to an earlier state needs no erasing: new tokens overwrite old.
     """
 
     def __init__(self, batch_size: int, max_length: int, prefix: "KVCache | None" = None):
@@ -124,7 +123,7 @@ class KVCache:
 
     def _add_layer(self, like: Tensor) -> tuple[Tensor, Tensor]:
         shape = (self.batch_size, self.max_length, *like.shape[-2:])
-        # Zeros: a masked value has weight 0, but in fresh memory it may be NaN, and 0 * NaN is NaN.
+        # Zeros: a masked value has weight 0, but 0 * NaN is NaN, and fresh memory may hold NaN.
         self.layers.append((like.new_zeros(shape), like.new_zeros(shape)))
         return self.layers[-1]
 
@@ -149,14 +148,14 @@ class RMSNorm(nn.Module):
 def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines (N, 1, Dh) fp32 of rotary position embedding (arXiv 2104.09864, 3.4.2).
 
-    Pair i of a head's dimensions turns by the angle position * theta^(-2i / Dh). As Llama's and
-    Qwen's weights expect, the pair is dimensions i and i + Dh / 2, not neighbours as in the paper.
+    Pair i of a head's dimensions is rotated by the angle position * theta^(-2i / Dh). As Llama's
+    and Qwen's weights expect, it is dimensions i and i + Dh / 2, not neighbours as in the paper.
     (a, b) becomes (a cos - b sin, b cos + a sin), so the first half of the sines has a minus.
     """
-    powers = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
-    angles = position_ids[:, None, None].float() / theta**powers  # (N, 1, Dh / 2)
+    exponents = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
+    angles = position_ids[:, None, None].float() / theta**exponents  # (N, 1, Dh / 2)
     cos, sin = angles.cos(), angles.sin()
-    # Concatenated, they are stored by torch.compile, which would recompute cosines in every head.
+    # Concatenating makes torch.compile store the tables; else it recomputes them for every head.
     return torch.cat([cos, cos, -sin, sin], dim=-1).chunk(2, dim=-1)  # (N, 1, Dh) each
 
 
@@ -174,13 +173,14 @@ class DecoderAttention(nn.Module):
         self.k_norm = RMSNorm(Dh, config.rms_norm_eps) if family.qk_norm else nn.Identity()
 
     def forward(self, x, at, rope, layout, cache) -> Tensor:
-        x = cast_once(x)
+        x = cast_once(x)  # three layers share the cast copy
         projections = self.q_proj, self.k_proj, self.v_proj
-        q, k, v = (f(x).unflatten(1, (-1, self.head_dim)) for f in projections)  # (N, heads, Dh)
+        # q: (N, H, Dh); k, v: (N, Hkv, Dh)
+        q, k, v = (projection(x).unflatten(1, (-1, self.head_dim)) for projection in projections)
         q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
         if cache is None:
-            # dropout_p is passed because torch.compile, with checkpointing, takes a float default
-            # for an input and fails in the second layer.
+            # dropout_p is passed because torch.compile, under activation checkpointing, takes a
+            # float default for a graph input and fails in the second layer.
             output = attention(q, k, v, layout, causal=True, dropout_p=0.0)  # (N, H, Dh)
         else:
             keys, values = cache.write(self.layer, layout, k, v)  # (B, S, Hkv, Dh)
@@ -212,7 +212,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, at: Tensor | None, rope, layout, cache: KVCache | None) -> Tensor:
-        """(N, D) to (N, D), or to the (n, D) of tokens `at`: the last layer needs no others.
+        """(N, D) to (N, D), or with `at` to (n, D): the last layer computes only these tokens.
 
         rope: cosines and sines; layout: the batch's Layout, or with a cache its CacheSlots.
         """
@@ -226,7 +226,7 @@ class DecoderModel(nn.Module):
         super().__init__()
         self.config = config
         D, pad, layers = config.hidden_size, config.pad_token_id, range(config.num_hidden_layers)
-        # As in transformers, the padding token's row is not trained, even where that token has
+        # As in transformers, the padding token's embedding is not trained, even if the token has
         # another use: SmolLM2 pads with <|im_end|>.
         self.embed_tokens = nn.Embedding(config.vocab_size, D, padding_idx=pad)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in layers)
@@ -243,8 +243,8 @@ class DecoderModel(nn.Module):
             group = config.num_attention_heads // config.num_key_value_heads
             layout = cache_slots(batch, x, cache.max_length, group)
         for layer in self.layers:
-            wanted = at if layer is self.layers[-1] else None
-            inputs = x, wanted, rope, layout, cache
+            selected = at if layer is self.layers[-1] else None
+            inputs = x, selected, rope, layout, cache
             if self.activation_checkpointing and self.training:
                 x = checkpoint(layer, *inputs, use_reentrant=False)
             else:
@@ -265,9 +265,9 @@ class DecoderForCausalLM(nn.Module):
     def forward(self, batch: Batch, at: Tensor, cache: KVCache | None = None) -> Tensor:
         """Returns the logits (n, V) in fp32 after the tokens at indices `at` (n,), int64.
 
-        Only after those, since (N, V) would be gigabytes. The product runs in the weights' dtype:
-        in fp32, also under autocast, if they are; in bf16 if they are, because converting the
-        embedding each time would take longer than all else for a single token.
+        Logits after all N tokens would take gigabytes. The product runs in the dtype of the
+        weights: fp32 even under autocast, or bf16, because converting a bf16 embedding at each call
+        would take longer than the rest of the model for a single token.
         """
         x = self.model(batch, at, cache)  # (n, D)
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head

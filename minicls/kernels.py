@@ -1,7 +1,7 @@
-"""Which kernels a device has, RMSNorm and rotary embedding with hand-written gradients, and dense attention.
+"""The kernels of a device, RMSNorm and rotary embedding with hand-written gradients, and dense attention.
 
-On a CPU an elementwise operation costs the bytes it moves. These functions convert to fp32 once, keep less for the
-backward pass than autograd would, and overwrite intermediate results.
+On a CPU, an elementwise operation takes as long as the memory it moves. So these functions convert to fp32 once, save
+less for the backward pass than autograd would, and overwrite intermediate results.
 """
 
 import torch
@@ -12,7 +12,7 @@ GPUS = ("cuda",)  # device types; tests add the CPU to run the GPU branches over
 
 
 def on_gpu(device: torch.device) -> bool:
-    """Whether to do what is fast on a GPU. All code that depends on the device type asks here."""
+    """Whether to take the GPU's branch. All code that depends on the device type calls this."""
     return device.type in GPUS
 
 
@@ -62,7 +62,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class _Rotation(torch.autograd.Function):
-    """The gradient is the upstream gradient rotated back, so nothing of x is saved."""
+    """The gradient is the upstream gradient rotated back, so x need not be saved."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -90,16 +90,16 @@ def cast_once(x: Tensor) -> Tensor:
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> Tensor:
-    """softmax(q kᵀ / √Dh) v multiplied out, for a CPU. q: (B, H, T, Dh); k, v: (B, Hkv, S, Dh).
+    """softmax(q kᵀ / √Dh) v as two matrix products, for a CPU. q: (B, H, T, Dh); k, v: (B, Hkv, S, Dh).
 
     mask: broadcasts to (B, H, T, S); None: every key is seen, or with `causal` no later one.
     """
     (H, T, Dh), (Hkv, S) = q.shape[1:], k.shape[1:3]
     group = H // Hkv
-    # Query heads that share keys are stacked along T, until the end. Softmax is row-wise, and with
-    # dynamic T a compiled reshape would cost an integer division per element.
+    # Query heads that share keys stay stacked along T until the end: softmax is row-wise, and with dynamic T each
+    # compiled reshape would cost an integer division per element.
     q = q.unflatten(1, (Hkv, group)).flatten(2, 3) * Dh**-0.5  # (B, Hkv, group * T, Dh)
-    # Copying strided keys takes a fraction of the time that a product with them would.
+    # Copying the strided keys takes a fraction of the time that a product with strided keys would take.
     scores = q @ k.contiguous().transpose(2, 3)  # (B, Hkv, group * T, S)
     if causal:
         mask = torch.ones(1, 1, T, S, dtype=torch.bool).tril()
@@ -112,7 +112,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal
 def gpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> Tensor:
     """The same on a GPU. Flash takes grouped heads but no mask, the memory-efficient kernel a mask but no groups.
 
-    Given both, PyTorch computes all T * S scores in several passes: so pick one of the two.
+    With both a mask and groups, PyTorch would compute all T * S scores in several passes, so one of them is removed.
     """
     (H, T, Dh), Hkv = q.shape[1:], k.shape[1]
     group = H // Hkv

@@ -10,7 +10,7 @@ SECONDS_BETWEEN_LINES = 15.0  # between progress lines when the output is not a 
 
 
 class Logger:
-    """Writes into a run directory; with None, as on all ranks but the first, it does nothing.
+    """Writes into a run directory. With None, which all ranks but the first pass, it does nothing.
 
     A run resumed at `step` drops the events of later steps from its metrics.jsonl, unless `drop_later` is False.
     """
@@ -21,9 +21,9 @@ class Logger:
             return
         path = run_dir / "metrics.jsonl"
         kept = [event for event in read_metrics(run_dir) if event["step"] <= step or not drop_later]
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(event) + "\n" for event in kept))
-        aside.replace(path)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(event) + "\n" for event in kept))
+        temporary.replace(path)
         self.file = path.open("a")
         from torch.utils.tensorboard import SummaryWriter
 
@@ -37,7 +37,7 @@ class Logger:
             tqdm.write("\n".join(lines))
 
     def progress(self, **values) -> None:
-        """Counts a step on the progress bar, or prints a line now and then."""
+        """Advances the progress bar by a step. If the output is not a terminal, prints a line from time to time."""
         if self.file is not None:
             self.bar.set_postfix(values, refresh=False)
             self.bar.update()
@@ -78,4 +78,4 @@ def read_metrics(run_dir: Path) -> list[dict]:
             events[event["event"], event.get("split"), int(event["step"])] = event
         except (ValueError, TypeError, KeyError, AttributeError):
             continue
-    return sorted(events.values(), key=lambda event: event["step"])  # an evaluation may come long after the training
+    return sorted(events.values(), key=lambda event: event["step"])  # a checkpoint may be evaluated after the training

@@ -12,7 +12,7 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) with the HF Trainer's defaults: betas (0.9, 0.999), eps 1e-8.
 
-    Matrices and embeddings decay. Biases and norm weights, the one-dimensional parameters, do not.
+    Only matrices and embeddings decay, not the one-dimensional parameters: biases, norm weights.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -38,18 +38,18 @@ def cosine_lr(
 
 
 def every_steps(interval: float, total_steps: int) -> int:
-    """`--eval-every` and `--save-every` in steps; 0 means never.
+    """`--eval-every` or `--save-every` as a number of steps; 0 means never.
 
-    Below 1, a fraction of all steps, rounded up as in the HF Trainer: 0.1 of 9,375 is every 938.
+    Below 1 it is a fraction of all steps, rounded up as in the HF Trainer: 0.1 of 9,375 is 938.
     """
     return math.ceil(interval * total_steps) if interval < 1 else int(interval)
 
 
-def class_weights(labels: np.ndarray, num_labels: int, scheme: str) -> np.ndarray:
-    """The weight of each class's rows in the loss, (C,) float32. labels: (n,) int.
+def make_class_weights(labels: np.ndarray, num_labels: int, scheme: str) -> np.ndarray:
+    """The weight of each class's rows in the loss, (C,) fp32. labels: (n,) int64.
 
-    `none`: 1. `balanced`: n / (number of classes that occur * rows of the class), as in
-    scikit-learn; 0 for a class without rows.
+    Scheme `none`: 1. Scheme `balanced`: n / (number of classes that occur * rows of the class), as
+    in scikit-learn; 0 for a class without rows.
     """
     if scheme == "none":
         return np.ones(num_labels, np.float32)

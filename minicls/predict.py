@@ -1,4 +1,4 @@
-"""Texts through a trained classifier: what evaluation, `python -m minicls predict` and `evaluate` share.
+"""A trained classifier applied to texts: the commands `python -m minicls predict` and `evaluate`, and `Classifier`.
 
 from minicls import Classifier
 for label, probability, probabilities in Classifier("runs/x").predict(["Stocks fell.", "They won."]): ...
@@ -33,7 +33,7 @@ from minicls.prompt import make_chat
 from minicls.scorer import score
 from minicls.tokenizer import bert_rows, load_tokenizer, text_rows
 
-EVAL_TOKENS = 1024, 16_384  # tokens of a batch on a CPU and on a GPU; affects memory and speed, not results
+EVAL_TOKENS = 1024, 16_384  # tokens per batch on a CPU and on a GPU; affects speed and memory, not results
 
 
 @torch.inference_mode()
@@ -46,15 +46,13 @@ def classify_rows(model: nn.Module, rows: Sequence[Sequence[int]], device: torch
 
 
 def check_model_dir(directory: Path) -> None:
-    """Raises UserError if it is not a directory, or that of an unfinished run."""
+    """Raises UserError if there is no such directory, or if it is that of an unfinished run."""
     if not directory.is_dir():
         raise UserError(f"{directory}: no such run directory; check the path")
     if (directory / "run.json").is_file() and not (directory / "config.json").is_file():
         saved = checkpoint.checkpoints(directory)
         newest = f"pass its newest checkpoint, {saved[max(saved)]}, or" if saved else "it has no checkpoint yet:"
-        raise UserError(
-            f"{directory}: this run is not finished; {newest} go on with it first, with --resume {directory}"
-        )
+        raise UserError(f"{directory}: this run is not finished; {newest} finish it first, with --resume {directory}")
 
 
 class Reader:
@@ -67,10 +65,10 @@ class Reader:
         classes: Sequence[str] | None = None,
         prompt: str | None = None,
     ):
-        """`max_length`: cut rows to so many tokens even if the run allowed more.
+        """`max_length`: an upper limit on tokens per row, even if the run allowed more.
 
-        `classes`: ask a language model about these, even if it was not trained on them (zero-shot), with the question
-        that it was trained on or, given `prompt` or other classes, a new one.
+        `classes`: ask a language model about these, even if it was not trained on them (zero-shot). The question is the
+        one that it was trained on or, with `prompt` or other classes, a new one.
         """
         check_model_dir(directory)
         self.config, self.tokenizer = weights.read_config(directory), load_tokenizer(directory)
@@ -78,15 +76,16 @@ class Reader:
         self.untrained = UserError(
             f"{directory}: holds no trained classifier; pass a finished run of train_bert.py or train_qwen.py"
         )
-        # As the run did it, so that its predictions come out again; a model from elsewhere is read in full precision.
-        self.settings = checkpoint.how_asked(directory)
+        # The run's own settings, to reproduce its predictions. A model that minicls did not train has none: it runs in
+        # fp32.
+        self.settings = checkpoint.inference_settings(directory)
         language_model = self.architecture is weights.DECODER
         self.label_names = None
         if self.architecture and (not language_model or "id2label" in self.config):
             self.label_names = weights.head_labels(self.config, directory)
             if [*(self.settings.get("label_names") or self.label_names)] != self.label_names:
                 raise UserError(
-                    f"{directory}: minicls.json and config.json name other classes; copy the whole directory again"
+                    f"{directory}: minicls.json and config.json name different classes; copy the whole directory again"
                 )
         if language_model and classes and (prompt or self.label_names != [*classes]):
             self.settings = {name: value for name, value in self.settings.items() if name not in ("template", "chat")}
@@ -94,12 +93,12 @@ class Reader:
         if not self.label_names:
             raise self.untrained
         positions = self.config.get("max_position_embeddings", self.architecture.config.max_position_embeddings)
-        longest = self.settings.get("max_length", positions)
-        self.max_length = min(longest, max_length or longest)
+        limit = self.settings.get("max_length", positions)
+        self.max_length = min(limit, max_length or limit)
         self.chat = None
         if language_model or self.settings.get("linear_input") == "prompt":
             question = self.label_names, self.max_length, prompt or "published"
-            self.chat = make_chat(self.settings, self.tokenizer, *question, place=directory)
+            self.chat = make_chat(self.settings, self.tokenizer, *question, source=directory)
 
     def rows(self, texts: Sequence[str]) -> list[list[int]]:
         """The model's input ids: of each text, or of the question about it. Raises UserError for a non-text."""
@@ -118,10 +117,10 @@ class Prediction(NamedTuple):
 
 
 class Classifier(Reader):
-    """A run, a checkpoint or another model directory with a trained head, with its weights, ready for texts."""
+    """A finished run, a checkpoint or another model directory with a trained head: a `Reader` with the weights."""
 
     def __init__(self, directory: str | Path, device: torch.device | str | None = None, **reading):
-        """`device`: cpu, cuda or cuda:N; None is cuda if there is one. `reading`: see `Reader`."""
+        """`device`: cpu, cuda or cuda:N; None means cuda if there is one. `reading`: the arguments of `Reader`."""
         super().__init__(Path(directory), **reading)
         self.device = dist.start(device if device is None else str(device))
         self.model, fresh, _ = weights.build_model(self.architecture, self.config, Path(directory), 0, self.device)
@@ -134,7 +133,7 @@ class Classifier(Reader):
         return [self.prediction(p) for p in self.scores(texts).softmax(1).tolist()]
 
     def prediction(self, probabilities: Sequence[float]) -> Prediction:
-        """The label that one row of probabilities means."""
+        """The most probable label of one row of probabilities."""
         best = max(range(len(probabilities)), key=probabilities.__getitem__)
         return Prediction(
             self.label_names[best], probabilities[best], dict(zip(self.label_names, probabilities, strict=True))
@@ -145,7 +144,7 @@ class Classifier(Reader):
         return self.score_rows(self.rows(texts))
 
     def score_rows(self, rows: list[list[int]]) -> torch.Tensor:
-        """The scores of texts that `rows` has turned into ids."""
+        """The scores of rows of ids, as `rows` returns them."""
         if not rows:
             return torch.zeros(0, len(self.label_names), dtype=torch.float64)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.get("dtype") == "bf16"):
@@ -168,7 +167,7 @@ class Classifier(Reader):
 # `python -m minicls predict`: reading texts, and writing predictions.
 
 TEXT_FILE = re.compile(r".*\.(parquet|((csv|tsv|jsonl?)(\.gz)?)|txt)", re.IGNORECASE)  # names of files with texts
-PATH = re.compile(r"[\w.~@+=-]*/[\w./~@+=-]*", re.ASCII)  # a slash, and no character that only a text would have
+PATH = re.compile(r"[\w.~@+=-]*/[\w./~@+=-]*", re.ASCII)  # a slash, and only characters that are common in paths
 FORMATS = ("table", "jsonl", "csv", "parquet")
 CHUNK = 1024  # texts classified between two writes
 
@@ -176,8 +175,8 @@ CHUNK = 1024  # texts classified between two writes
 def gather(inputs: Sequence[str], text_column: str) -> list[tuple[str, dict]]:
     """The texts, each with the row that it came from.
 
-    An input is a file, `-` for standard input (one text per line), or a text. If a path exists, it is a file; an input
-    that looks like a file's name must exist.
+    An input is a file, `-` for standard input (one text per line), or a text. An existing path is taken for a file; an
+    input that looks like a path must exist.
     """
     rows = []
     for item in inputs:
@@ -195,7 +194,7 @@ def gather(inputs: Sequence[str], text_column: str) -> list[tuple[str, dict]]:
 
 
 def standard_input() -> list[tuple[str, dict]]:
-    """One text per line. No line is taken for a file's name: texts may come from anywhere and must not open files."""
+    """One text per line. A line is never taken for a path: texts come from strangers, and must not open files."""
     try:
         lines = lines_of(sys.stdin.read())
     except UnicodeDecodeError as error:
@@ -206,7 +205,7 @@ def standard_input() -> list[tuple[str, dict]]:
 def exists(item: str) -> bool:
     try:
         return Path(item).exists()
-    except (OSError, ValueError):  # longer than a name can be, or with a null character: a text
+    except (OSError, ValueError):  # longer than a path can be, or with a null character: a text
         return False
 
 
@@ -220,7 +219,7 @@ class Result(NamedTuple):
     perplexities: dict[str, float] | None  # of the options, if the model has them
 
     def joined(self, values: dict) -> dict:
-        """The row and the values; a column that has the name of a value is called input_<name>."""
+        """The row and the values. A column with the name of a value is renamed to input_<name>."""
         return {f"input_{name}" if name in values else name: value for name, value in self.row.items()} | values
 
     def flat(self, columns: Sequence[str], top_k: int | None) -> dict:
@@ -245,10 +244,10 @@ def results(
                 shown = prediction.probabilities
                 if top_k:
                     shown = dict(sorted(shown.items(), key=lambda item: -item[1])[:top_k])
-                named = None
+                by_option = None
                 if perplexities is not None:
-                    named = dict(zip(classifier.label_names, perplexities[i].tolist(), strict=True))
-                yield Result(text, row, prediction, shown, named)
+                    by_option = dict(zip(classifier.label_names, perplexities[i].tolist(), strict=True))
+                yield Result(text, row, prediction, shown, by_option)
             bar.update(len(chunk))
 
 
@@ -284,10 +283,10 @@ def flat_columns(label_names: Sequence[str], top_k: int | None) -> list[str]:
 
 def csv_lines(rows: Sequence[tuple[str, dict]], columns: Sequence[str], values: Iterable[dict]) -> Iterator[str]:
     """A header with the columns of all inputs, and a line for each text."""
-    own = dict.fromkeys(name for _, row in rows for name in row)
+    inputs = dict.fromkeys(name for _, row in rows for name in row)
     line = io.StringIO()
-    names = [f"input_{name}" if name in columns else name for name in own] + [*columns]
-    writer = csv.DictWriter(line, names, lineterminator="\r\n")  # a field with a part of it is quoted
+    names = [f"input_{name}" if name in columns else name for name in inputs] + [*columns]
+    writer = csv.DictWriter(line, names, lineterminator="\r\n")  # a field with \r or \n in it is then quoted
     for value in itertools.chain([dict(zip(names, names, strict=True))], values):
         line.seek(0)
         line.truncate()
@@ -308,12 +307,12 @@ def write_parquet(values: Iterable[dict], file: Path) -> None:
 
 
 def predict_texts(args: argparse.Namespace, inputs: list[str]) -> None:
-    """The command. It looks for every possible mistake before it loads the model."""
+    """The command. It checks for every possible mistake before it loads the model."""
     suffix = args.out.suffix[1:].lower() if args.out else "table"
-    form = args.format or suffix
-    if form not in FORMATS:
-        raise UserError(f"--out: {args.out} is not .jsonl, .csv or .parquet; name it so, or say which with --format")
-    if form == "parquet" and not args.out:
+    output_format = args.format or suffix
+    if output_format not in FORMATS:
+        raise UserError(f"--out: {args.out} is not .jsonl, .csv or .parquet; name it so, or pass --format")
+    if output_format == "parquet" and not args.out:
         raise UserError("--format: parquet is not for the terminal; name a file with --out")
     if args.out and (args.out.exists() or not args.out.parent.is_dir()):
         raise UserError(f"--out: {args.out} {'exists' if args.out.exists() else 'is in no directory'}; name a new file")
@@ -332,26 +331,26 @@ def predict_texts(args: argparse.Namespace, inputs: list[str]) -> None:
     classified = results(classifier, rows, top_k, progress=bool(args.out) or not sys.stdout.isatty())
     columns = flat_columns(names, top_k)
     flat = (result.flat(columns, top_k) for result in classified)
-    # Written under another name and renamed, so that a file with the right name is complete.
-    aside = args.out.with_name(f".{args.out.name}.tmp") if args.out else None
+    # Written under a temporary name and renamed, so that a file with the final name is complete.
+    temporary = args.out.with_name(f".{args.out.name}.tmp") if args.out else None
     try:
-        if form == "parquet":
-            write_parquet(flat, aside)
+        if output_format == "parquet":
+            write_parquet(flat, temporary)
         else:
             lines = {
                 "table": lambda: table_lines(classified, names, top_k),
                 "jsonl": lambda: json_lines(classified),
                 "csv": lambda: csv_lines(rows, columns, flat),
-            }[form]()
-            with aside.open("w", encoding="utf-8") if aside else contextlib.nullcontext() as file:
+            }[output_format]()
+            with temporary.open("w", encoding="utf-8") if temporary else contextlib.nullcontext() as file:
                 for line in lines:
                     print(line, file=file)
-        if aside:
-            aside.replace(args.out)
+        if temporary:
+            temporary.replace(args.out)
             print(f"predictions: {args.out}")
     finally:
-        if aside:
-            aside.unlink(missing_ok=True)
+        if temporary:
+            temporary.unlink(missing_ok=True)
 
 
 # `python -m minicls evaluate`.
@@ -359,12 +358,12 @@ def predict_texts(args: argparse.Namespace, inputs: list[str]) -> None:
 
 @dataclass(frozen=True)
 class EvaluateSettings(DataSettings):
-    """How to test a model. Settings that are unset are those of the model's training, else the stated default."""
+    """Settings of a test. An unset one is that of the model's training, else the stated default."""
 
     model: str | None = setting(None, "run directory, model directory or hub id", group="model")
     prompt: str | None = setting(None, "another question for a language model; as in train_qwen.py")
     normalize: str | None = setting(None, "mean or sum, as in train_qwen.py; default mean", choices=("mean", "sum"))
-    max_length: int | None = setting(None, "tokens of a row, at most; default 512", minimum=3)
+    max_length: int | None = setting(None, "maximum tokens per row; default 512", minimum=3)
     data: str | None = setting(
         None, "hub id, directory, or synthetic; unset: all checkpoints of a run, on its own data"
     )
@@ -382,7 +381,7 @@ python -m minicls evaluate RUN                  # every checkpoint of a run, on 
 
 
 def evaluate(argv: list[str]) -> None:
-    """Writes results.json and predictions.parquet, into a new run directory or, for a run's checkpoints, the run's."""
+    """Writes results.json and predictions.parquet into a new run directory or, for checkpoints, into their run."""
     argv = ["--model", *argv] if argv and not argv[0].startswith("-") else argv
     s = parse(EvaluateSettings, argv, EVALUATE, "python -m minicls evaluate")
     if s.model is None:
@@ -411,22 +410,22 @@ def evaluate_model(directory: Path, revision: str | None, s: EvaluateSettings) -
     if dist.is_first():
         checkpoint.check_output_dir(s.output_dir)
     data, splits = load_splits(s)
-    max_length = s.max_length or (None if "max_length" in checkpoint.how_asked(directory) else 512)
+    max_length = s.max_length or (None if "max_length" in checkpoint.inference_settings(directory) else 512)
     classifier = Classifier(directory, device, max_length=max_length, classes=data.label_names, prompt=s.prompt)
     if classifier.label_names != [*data.label_names]:
         classes = ", ".join(data.label_names)[:80]
         raise UserError(f"--data: {s.model} was not trained on its classes, {classes}; train it on them first")
-    rows, asked = _rows_to_test(splits, classifier), classifier.settings
-    asked |= {name: getattr(s, name) for name in ("normalize", "dtype") if getattr(s, name)}
+    rows, inference = _rows_to_test(splits, classifier), classifier.settings
+    inference |= {name: getattr(s, name) for name in ("normalize", "dtype") if getattr(s, name)}
     run_dir = checkpoint.new_run_dir(s.output_dir, "evaluate") if dist.is_first() else None
     if run_dir:
         head = "options" if classifier.architecture is weights.DECODER else "linear"
-        settings = {"head": head, "max_length": classifier.max_length, "dtype": asked.get("dtype", "fp32")}
-        about = {"script": "evaluate", "model_type": classifier.config["model_type"], "total_steps": 0}
-        about |= {"revision": revision, "data_revision": data.revision, "data_fingerprint": data.fingerprint()}
-        about |= {"num_train_rows": trained.get("num_train_rows", 0)}
-        about |= classifier.chat.saved() if classifier.chat else {}
-        checkpoint.write_run_info(run_dir, dataclasses.asdict(s) | settings, device, about)
+        settings = {"head": head, "max_length": classifier.max_length, "dtype": inference.get("dtype", "fp32")}
+        details = {"script": "evaluate", "model_type": classifier.config["model_type"], "total_steps": 0}
+        details |= {"revision": revision, "data_revision": data.revision, "data_fingerprint": data.fingerprint()}
+        details |= {"num_train_rows": trained.get("num_train_rows", 0)}
+        details |= classifier.chat.to_dict() if classifier.chat else {}
+        checkpoint.write_run_info(run_dir, dataclasses.asdict(s) | settings, device, details)
     logger, state = Logger(run_dir, 0, 0), checkpoint.new_state()
     logger.print(*describe(data, splits.get("validation")))
     logits = _test(splits, rows, classifier, state, logger)
@@ -443,14 +442,15 @@ def evaluate_checkpoints(run_dir: Path, s: EvaluateSettings) -> None:
             )
     run = checkpoint.open_run(run_dir)
     if not run.newest:
-        raise UserError(f"{run_dir}: this run has no complete checkpoint; go on with it first, with --resume {run_dir}")
+        raise UserError(f"{run_dir}: this run has no complete checkpoint; continue it first, with --resume {run_dir}")
     device = dist.start(s.device, s.threads)
     with checkpoint.lock(run_dir) if dist.is_first() else contextlib.nullcontext():
         names = {field.name for field in dataclasses.fields(DataSettings)} & run.info["settings"].keys()
-        own = DataSettings(**{name: run.info["settings"][name] for name in names})
-        data, splits = load_splits(own, run.info["data_revision"])
+        data_settings = DataSettings(**{name: run.info["settings"][name] for name in names})
+        data, splits = load_splits(data_settings, run.info["data_revision"])
         if not data.matches(run.info["data_fingerprint"]):
-            raise UserError(f"--data: {own.data} has other rows or classes than {run_dir} was started on; restore them")
+            fault = f"has other rows or classes than {run_dir} was started on"
+            raise UserError(f"--data: {data_settings.data} {fault}; restore them")
         classifier, saved, logits = Classifier(run.newest, device), checkpoint.checkpoints(run_dir), {}
         state = json.loads((run.newest / "state.json").read_text(encoding="utf-8"))
         state |= {"eval_seconds": 0.0, "evaluations": 0}

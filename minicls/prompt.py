@@ -1,9 +1,9 @@
 """The multiple-choice question in the model's own chat format: texts and classes -> rows of ids.
 
-A chat template is rendered once, with a mark in place of the user's turn. What surrounds the mark
-is constant, and its control tokens are inserted by id, so nothing in a text can become one. The
-turn is encoded as one string, because an article's last full stop and the blank line after it are
-one token: encoding the parts separately gives other ids.
+A chat template is rendered once, with a marker in place of the user's turn. The text around the
+marker is constant, and its control tokens are inserted by id, so no part of a text can become one.
+The turn is encoded as one string: an article's last full stop and the blank line after it are one
+token, so encoding the parts separately would give other ids.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from minicls.data import AG_NEWS_LABELS
 from minicls.tokenizer import CHAT_TEMPLATE_REMEDY, Tokenizer
 
 PROMPTS = {file.stem: file for file in sorted((Path(__file__).parent / "prompts").glob("*.txt"))}
-# The published prompts speak of news. These words replace theirs for data other than AG News.
+# The published prompts speak of news. Data other than AG News gets these words instead.
 NEWS = {"news article": "text", "Article": "Text", "新闻文章": "文本", "文章": "文本"}
-TURN, LETTER = "\u2063minicls\u2063", "\u2063A\u2063"  # marks for the user's turn and the answer
+TURN, LETTER = "\u2063minicls\u2063", "\u2063A\u2063"  # markers for the turn and the answer
 Rows = list[list[int]]
 
 
@@ -41,7 +41,7 @@ def make_template(
             need = "options need different names of one line"
             raise UserError(f"--label-names: class {i} is called {name!r}; {need}")
     if about_news:
-        names[3] = "Science/Technology"
+        names[3] = "Science/Technology"  # as published
     options = "\n".join(f"{ascii_uppercase[i]}. {name}" for i, name in enumerate(names))
     file = PROMPTS.get(prompt, Path(prompt))
     try:
@@ -56,7 +56,7 @@ def make_template(
     for part in ("{text}", "{options}"):
         if (count := template.count(part)) != 1:
             raise UserError(f"--prompt: {file} has {part} {count} times; put it in once")
-    before, after = template.split("{text}")  # before options are put in: a class may be "{text}"
+    before, after = template.split("{text}")  # before adding options: a class may be "{text}"
     return before.replace("{options}", options), after.replace("{options}", options)
 
 
@@ -67,7 +67,7 @@ def thinks(tokenizer: Tokenizer) -> bool:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """A conversation is before + turn + after + think + gap + letter + ending.
+    """The constant texts of a conversation: before + turn + after + think + gap + letter + ending.
 
     The defaults are for a model without a chat template; the comments show Qwen3's values.
     """
@@ -75,15 +75,15 @@ class ChatFormat:
     before: str = ""  # <|im_start|>user\n; elsewhere it may begin with a default system turn
     after: str = ""  # <|im_end|>\n<|im_start|>assistant\n
     think: str = ""  # <think>\n\n</think>\n\n, an empty block: answer without thinking
-    gap: str = " "  # nothing; Mistral's template, too, has a blank here
+    gap: str = " "  # empty; Mistral's template has a space here
     ending: str = ""  # <|im_end|>\n
     strips: bool = False  # whether the template strips whitespace around the turn
 
 
 def render_chat_format(tokenizer: Tokenizer) -> ChatFormat:
-    """Learns the format by rendering the tokenizer's chat template around marks.
+    """Learns the format by rendering the tokenizer's chat template around markers.
 
-    Without a template: the bare turn, a blank, the letter, and the end-of-sequence token.
+    Without a template: the bare turn, a space, the letter, and the end-of-sequence token.
     """
     if not tokenizer.chat_template:
         return ChatFormat(ending=tokenizer.special_token("eos_token") or "")
@@ -91,15 +91,15 @@ def render_chat_format(tokenizer: Tokenizer) -> ChatFormat:
     def render(turn: str, *answer: str, **options) -> str:
         messages = [{"role": "user", "content": turn}]
         messages += [{"role": "assistant", "content": letter} for letter in answer]
-        return tokenizer.apply_chat_template(messages, not answer, **options)
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=not answer, **options)
 
     prompt, question = render(TURN), render(TURN, enable_thinking=False)
     answered = render(TURN, LETTER)
-    turns = [text.count(TURN) for text in (prompt, question, answered)]
-    if [*turns, answered.count(LETTER)] != [1, 1, 1, 1]:
+    counts = [text.count(TURN) for text in (prompt, question, answered)]
+    if [*counts, answered.count(LETTER)] != [1, 1, 1, 1]:
         fault = "drops or repeats the user's turn or the answer"
         raise UserError(f"--model: its chat template {fault}; {CHAT_TEMPLATE_REMEDY}")
-    if not question.startswith(prompt):  # without thoughts, another prompt: it thinks by default
+    if not question.startswith(prompt):  # disabling thinking changes the prompt itself: keep that
         prompt = question
     before, after = prompt.split(TURN)
     start, ending = answered.split(LETTER)
@@ -110,14 +110,14 @@ def render_chat_format(tokenizer: Tokenizer) -> ChatFormat:
 
 @dataclass
 class Chat:
-    """A question's template and the chat format around it: turns texts into rows of ids.
+    """Turns texts into rows of ids, by a question's template and the chat format around it.
 
         prompt         the user's turn, up to where the assistant begins to write
         question       prompt + empty think block, to which the scorer appends each option
         training row   question + option + ending
 
-    `think_in`: whether the empty think block is part of the "response", and trained on, or of the
-    "prompt". `train_on`: the whole "response", or only the "letter".
+    `think_in`: whether the empty think block belongs to the "response", which is trained on, or to
+    the "prompt". `train_on`: the whole "response", or only the "letter".
     """
 
     tokenizer: Tokenizer
@@ -135,7 +135,7 @@ class Chat:
         self.think, self.ending = self._ids(self.format.think), self._ids(self.format.ending)
 
     def _pieces(self, text: str) -> list[str]:
-        """Constant text cut at control tokens, which are the odd elements."""
+        """Splits constant text at control tokens, which are the elements at odd indices."""
         tokens = sorted(self.tokenizer.added_tokens, key=len, reverse=True)
         return re.split(f"({'|'.join(map(re.escape, tokens))})", text) if tokens else [text]
 
@@ -150,9 +150,10 @@ class Chat:
 
     @functools.cached_property
     def _around(self) -> tuple[list[int], str, str, list[int]]:
-        """The ids before the string that holds the turn, its two ends, and the ids after it.
+        """The constant parts of a prompt: ids, string, (the turn), string, ids.
 
-        The string runs from the last control token before the turn to the first one after it.
+        The turn is encoded together with the two strings, which reach to the control tokens nearest
+        to it on either side.
         """
         before, after = self._pieces(self.format.before), self._pieces(self.format.after)
         first = [] if self.format.before else self.tokenizer.added_before()
@@ -160,8 +161,8 @@ class Chat:
         # Some tokenizers read text after a control token differently from text on its own.
         turn = "A text."
         rendered = f"{self.format.before}{turn}{self.format.after}"
-        whole = first + self.tokenizer.encode_with_control_tokens(rendered)
-        if whole != [*ids, *self.tokenizer.encode([before[-1] + turn + after[0]])[0], *last]:
+        expected = first + self.tokenizer.encode_with_control_tokens(rendered)
+        if expected != [*ids, *self.tokenizer.encode([before[-1] + turn + after[0]])[0], *last]:
             raise UserError(
                 "--model: its tokenizer does not encode the chat template's pieces as it encodes "
                 "them together; use another model, or --head linear on the bare text"
@@ -170,27 +171,27 @@ class Chat:
 
     @functools.cached_property
     def options(self) -> list[list[int]]:
-        """The ids of each letter, one or several, as tokenized in its place."""
+        """The ids of each letter, usually one, as the tokenizer encodes it after the question."""
         end = self._pieces(self.format.ending)[0]
-        # The constant text after the last control token; all of it, if there is no such token.
+        # The text between the last control token, if there is one, and the letter.
         tail = self._pieces(self.template[1] + self.format.after + self.format.think)[-1]
         texts = [tail + self.format.gap + letter for letter in ascii_uppercase[: self.num_options]]
         tail_ids, end_ids = self.tokenizer.encode([tail, end])
-        answers = self.tokenizer.encode(texts)
-        ended = self.tokenizer.encode([text + end for text in texts])
-        for text, ids, whole in zip(texts, answers, ended, strict=True):
-            if ids[: len(tail_ids)] != tail_ids or whole != ids + end_ids:
+        encoded = self.tokenizer.encode(texts)
+        with_end = self.tokenizer.encode([text + end for text in texts])
+        for text, ids, ids_with_end in zip(texts, encoded, with_end, strict=True):
+            if ids[: len(tail_ids)] != tail_ids or ids_with_end != ids + end_ids:
                 raise UserError(
                     f"--model: its tokenizer merges the option {text[-1]} with the text around it, "
                     f"{tail[-20:]!r}; use another model, or --prompt FILE with another ending"
                 )
-        return [ids[len(tail_ids) :] for ids in answers]
+        return [ids[len(tail_ids) :] for ids in encoded]
 
     @functools.cached_property
     def stop_ids(self) -> list[int]:
         """The control token after an answer, and the end-of-sequence and padding tokens."""
-        named = map(self.tokenizer.special_token, ("eos_token", "pad_token"))
-        tokens = [*self._pieces(self.format.ending)[1:2], *named]
+        special = map(self.tokenizer.special_token, ("eos_token", "pad_token"))
+        tokens = [*self._pieces(self.format.ending)[1:2], *special]
         return self.tokenizer.control_ids([*dict.fromkeys(token for token in tokens if token)])
 
     @functools.cached_property
@@ -199,7 +200,7 @@ class Chat:
         return len(self.think) + max(map(len, self.options)) + len(self.ending)
 
     def prompts(self, texts: Sequence[str]) -> tuple[Rows, int]:
-        """The prompts, and how many texts were cut to leave `max_length` room for a response."""
+        """The prompts, and the number of texts cut so that a response fits into `max_length`."""
         first, start, end, last = self._around
         before, after = self.template
 
@@ -218,7 +219,7 @@ class Chat:
                     needed = self.max_length - room + len(ids)
                     fault = f"{self.max_length} leaves no room for a text"
                     raise UserError(f"--max-length: {fault}; the prompt alone takes {needed}")
-                # Drop the excess from the text's end. Repeat if tokens at the seam then differ.
+                # Cut the excess off the text's end. Repeat, since the tokens at the cut may change.
                 keep = min(keep - 1, len(self.tokenizer.encode([text])[0]) - (len(ids) - room))
                 text = self.tokenizer.head(text, keep)
                 (ids,) = turns([text])
@@ -226,26 +227,26 @@ class Chat:
         return [[*first, *ids, *last] for ids in encoded], cut
 
     def questions(self, texts: Sequence[str]) -> tuple[Rows, int]:
-        """The questions, ready for an option, and how many texts were cut."""
+        """The questions, to which an option can be appended, and the number of texts cut."""
         prompts, cut = self.prompts(texts)
         return [ids + self.think for ids in prompts], cut
 
     def training_rows(self, texts: Sequence[str], labels: Sequence[int]) -> tuple[Rows, int]:
-        """Questions with answers, up to the last trained token, and how many texts were cut."""
+        """Questions with answers, up to the last trained token, and the number of texts cut."""
         questions, cut = self.questions(texts)
         ending = [] if self.train_on == "letter" else self.ending
         answers = [option + ending for option in self.options]
         return [ids + answers[y] for ids, y in zip(questions, labels, strict=True)], cut
 
     def target_counts(self, label: int) -> tuple[int, int, int]:
-        """Targets at the end of a class's training rows: tokens before, in and after the letter."""
+        """The targets that end a class's training rows: tokens before, in and after the letter."""
         if self.train_on == "letter":
             return 0, len(self.options[label]), 0
         before = len(self.think) if self.think_in == "response" else 0
         return before, len(self.options[label]), len(self.ending)
 
-    def saved(self) -> dict:
-        """The part of minicls.json that `make_chat` needs to ask the same question again."""
+    def to_dict(self) -> dict:
+        """The part of minicls.json from which `make_chat` restores the question."""
         return {"template": list(self.template), "chat": dataclasses.asdict(self.format)}
 
 
@@ -255,18 +256,18 @@ def make_chat(
     label_names: Sequence[str],
     max_length: int,
     prompt: str = "published",
-    place: Path | str = "minicls.json",
+    source: Path | str = "minicls.json",
     **settings,
 ) -> Chat:
-    """The question that `Chat.saved` wrote down, or if it wrote none, the one that `prompt` names.
+    """The question saved by `Chat.to_dict`, or if there is none, a new one from `prompt`.
 
-    settings: `think_in` and `train_on`. `place`: the file to name if its chat format is damaged.
+    settings: `think_in` and `train_on`. `source`: the name in the message if `saved` is damaged.
     """
     template = saved.get("template") or make_template(label_names, prompt, thinks(tokenizer))
     try:
         chat_format = ChatFormat(**saved["chat"]) if saved.get("chat") else None
     except TypeError as error:
         fault = f"its chat format is not valid ({error})"
-        raise UserError(f"{place}: {fault}; copy the whole model directory again") from None
+        raise UserError(f"{source}: {fault}; copy the whole model directory again") from None
     sizes = len(label_names), max_length
     return Chat(tokenizer, tuple(template), *sizes, format=chat_format, **settings)

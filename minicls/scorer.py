@@ -2,9 +2,9 @@
 
 The perplexity of an option is exp of the mean negative log-likelihood of its tokens after the
 question. A score is the mean log-likelihood: exp(-score) is the perplexity, and a softmax over the
-scores gives probabilities. With `--normalize sum` it is not divided by the option's length.
+scores gives probabilities. With `--normalize sum`, a score is the sum and not the mean.
 
-n questions, O options, V vocabulary; B of the questions in a batch.
+n questions, O options, V vocabulary; B questions in a batch.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from minicls.batch import length_batches, pack, to_device
 from minicls.decoder import KVCache
 from minicls.kernels import on_gpu
 
-# In a batch and its cache, on a CPU and on a GPU. Speed and memory depend on it, no score does.
+# Tokens of a batch and its cache, on a CPU and on a GPU. Affects speed and memory, not the scores.
 MAX_TOKENS = 1536, 16_384
 Rows = Sequence[list[int]]
 
@@ -35,9 +35,9 @@ def score_brute_force(
     scores = torch.zeros(len(questions), len(options))
     for row, question in enumerate(questions):
         for o, option in enumerate(options):
-            # A token is predicted by the one before it; the last token's prediction is not needed.
+            # The token before predicts a token, so start one early and leave out the last.
             at = torch.arange(len(question) - 1, len(question) + len(option) - 1, device=device)
-            logits = model(pack([question + option], device), at)  # (tokens of the option, V)
+            logits = model(pack([question + option], device), at)  # (option length, V)
             targets = torch.tensor(option, device=device)[:, None]
             log_likelihood = logits.log_softmax(1).gather(1, targets).sum()
             scores[row, o] = log_likelihood / (len(option) if normalize == "mean" else 1)
@@ -45,8 +45,8 @@ def score_brute_force(
 
 
 def common_prefix(rows: Rows) -> list[int]:
-    """The ids that all rows begin with, except that at least each row's last id is left over."""
-    first, last = min(rows), max(rows)  # in dictionary order: all rows share what these two share
+    """The ids that all rows begin with, without any row's last id, so that no row becomes empty."""
+    first, last = min(rows), max(rows)  # as in a dictionary: all others begin like these two
     shortest, length = min(map(len, rows)), 0
     while length < shortest - 1 and first[length] == last[length]:
         length += 1
@@ -54,20 +54,20 @@ def common_prefix(rows: Rows) -> list[int]:
 
 
 class Prefix(NamedTuple):
-    """Ids that questions begin with, and their keys and values."""
+    """The ids that questions begin with, and their keys and values."""
 
     ids: list[int]
     cache: KVCache  # of one row
 
     def begins(self, questions: Rows) -> bool:
-        """Whether every question begins with these ids, and continues."""
+        """Whether every question begins with these ids and has more after them."""
         length = len(self.ids)
         return all(len(ids) > length and ids[:length] == self.ids for ids in questions)
 
 
 @torch.inference_mode()
 def read_prefix(model: nn.Module, questions: Rows, device: torch.device) -> Prefix | None:
-    """One forward pass over the common prefix; None if it is empty, or with a single question."""
+    """Computes the common prefix in one forward pass; None if it is empty, or for one question."""
     ids = common_prefix(questions) if len(questions) > 1 else []
     if not ids:
         return None
@@ -103,7 +103,7 @@ def score(
     start = len(prefix.ids) if prefix else 0
     remainders = [question[start:] for question in questions]
     first_tokens = torch.tensor([option[0] for option in options], device=device)
-    room = max(map(len, options)) - 1  # for an option's tokens that are inputs: all but its last
+    room = max(map(len, options)) - 1  # an option's last token predicts nothing, so is no input
     max_tokens = max_tokens or MAX_TOKENS[on_gpu(device)]
     batches = length_batches(remainders, max_tokens, extra=start + room)
     for rows in batches[dist.rank() :: dist.world_size()]:
@@ -116,8 +116,8 @@ def score(
         for o, option in enumerate(options):
             if len(option) > 1:
                 batch = pack([option[:-1]] * len(rows), device, lengths)
-                everywhere = torch.arange(len(batch.input_ids), device=device)
-                logits = model(batch, everywhere, cache)  # (B * further tokens, V)
+                all_tokens = torch.arange(len(batch.input_ids), device=device)
+                logits = model(batch, all_tokens, cache)  # (B * (option length - 1), V)
                 targets = to_device(np.array(option[1:] * len(rows)), device)[:, None]
                 further = logits.log_softmax(1).gather(1, targets).view(len(rows), -1)
                 log_likelihoods[:, o] += further.sum(1)

@@ -1,4 +1,4 @@
-"""Everything with a clock: sends requests to an engine and computes the figures of one row of bench.json.
+"""All timing: sends requests to an engine and computes the figures of one row of bench.json.
 
 In a closed loop (modes single and offline) the next request is sent once the previous one is answered. In an open loop
 (mode server) requests arrive when they are due, whether the engine is ready or not. bench.py says why that matters.
@@ -17,15 +17,17 @@ from minicls.engines import Engine
 from minicls.generate import read_answers
 from minicls.predict import Reader
 
-MAX_BATCH_TOKENS, MAX_BATCH_WAIT = 2048, 0.005  # of a batch in mode server, and the seconds it waits for more requests
+# In mode server: the tokens of a batch, and the seconds that it waits for more requests.
+MAX_BATCH_TOKENS, MAX_BATCH_WAIT = 2048, 0.005
 WARM_UP_ROWS = 16
 
 
 def request_steps(s, reader: Reader, engine: Engine, method: str) -> tuple[Callable, Callable]:
-    """The two steps of a request, both of which are timed: texts -> rows of ids, and rows -> an answer each.
+    """The two steps of a request, both of which are timed: texts -> rows of ids, and rows -> one answer per row.
 
     An answer is a list of log-probabilities or of generated ids. Generation stops at the end of the turn, except with
-    random weights. A model trained on the letter alone is given the think block and asked for the letter alone.
+    random weights. For a model trained on the letter alone, the think block is part of the prompt, and only the letter
+    is generated.
     """
     if method == "classify":
         return reader.rows, lambda rows: engine.classify(rows).tolist()
@@ -50,7 +52,7 @@ def measure_row(s, reader: Reader, engine: Engine, method: str, mode: str, texts
 
     def warm_up_window() -> None:
         engine.forget()
-        # With --compile in batches of the size that is timed, or another would be compiled while the clock runs.
+        # With --compile, use the timed batch size, so that nothing is compiled while the clock runs.
         size = batch_size if s.compile else min(batch_size, WARM_UP_ROWS)
         for start in range(0, WARM_UP_ROWS, WARM_UP_ROWS if batch_size > 1 else 4):
             answer(encode(others[start : start + size]))
@@ -65,7 +67,7 @@ def measure_row(s, reader: Reader, engine: Engine, method: str, mode: str, texts
         else:
             feed = Feed(due, lambda i: encode([texts[i]])[0])
             latencies, answers = serve_batches(due, feed, answer, MAX_BATCH_TOKENS, MAX_BATCH_WAIT)
-        seconds = max(moment + latency for moment, latency in zip(due, latencies, strict=True))
+        seconds = max(due_time + latency for due_time, latency in zip(due, latencies, strict=True))
         row = figures(latencies, seconds, len(texts), tokens, s.slo_ms)
     else:
         timed = (lambda batch: answer(encode(batch))), engine.forget, s.num_requests, s.min_seconds
@@ -76,7 +78,7 @@ def measure_row(s, reader: Reader, engine: Engine, method: str, mode: str, texts
         predictions = read_answers(reader.tokenizer, answers, len(reader.label_names))[0]
     else:
         predictions = [int(np.argmax(values)) for values in answers]
-    # Accuracy and agreement are over the texts: asking one again steadies the clock but says nothing new.
+    # Accuracy and agreement count each text once: sending one again steadies the timing but adds no information.
     row |= {"num_requests": len(texts), "peak_memory_bytes": engine.peak_memory_bytes, "engine_version": engine.version}
     return row | {"predictions": predictions, "log_probabilities": log_probabilities}
 
@@ -84,10 +86,10 @@ def measure_row(s, reader: Reader, engine: Engine, method: str, mode: str, texts
 def figures(
     latencies: Sequence[float], seconds: float, num_answered: int, tokens: float, slo_ms: float | None = None
 ) -> dict:
-    """The figures of a row in which `num_answered` requests of `tokens` input tokens (mean) took `seconds`.
+    """The figures of a row in which `num_answered` requests of on average `tokens` input tokens took `seconds`.
 
-    latencies: in seconds; where all requests are sent at once, each has that of the whole call. With `slo_ms`, the row
-    also has the fraction of requests that were answered within it.
+    latencies: in seconds; in mode offline, that of the whole call. With `slo_ms`, the row also has the fraction of
+    requests that were answered within it.
     """
     p50, p90, p99 = (1000 * np.percentile(latencies, [50, 90, 99])).tolist()
     row = {"requests_per_second": num_answered / seconds}
@@ -99,7 +101,7 @@ def figures(
 
 
 def warm_up(window: Callable[[], None], clock: Callable[[], float] = time.perf_counter) -> int:
-    """Calls `window` until two calls in a row take equally long, within a tenth, or ten are done; returns how many."""
+    """Calls `window` until two successive calls differ by less than a tenth, at most ten times; returns the count."""
     seconds: list[float] = []
     while len(seconds) < 10 and not (len(seconds) > 1 and abs(seconds[-1] / seconds[-2] - 1) < 0.1):
         begin = clock()
@@ -117,7 +119,7 @@ def closed_loop(
     min_seconds: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[list[float], int, list]:
-    """Sends `batch_size` texts, waits for the answers, sends the next ones: whole passes until both minima are reached.
+    """Sends `batch_size` texts, waits for the answers, sends the next; in whole passes, until both minima are reached.
 
     Returns the seconds of each call, the number of requests, and the answers of the first pass.
     """
@@ -137,7 +139,7 @@ def closed_loop(
 
 
 def arrivals(rate: float, n: int, seed: int) -> np.ndarray:
-    """When n requests are due, (n,) ascending: a Poisson process of `rate` a second, so the gaps are exponential."""
+    """The times at which n requests are due, (n,): a Poisson process of `rate` per second, so gaps are exponential."""
     return np.random.default_rng(seed).exponential(1 / rate, n).cumsum()
 
 
@@ -151,8 +153,8 @@ class Feed:
         self.clock = lambda: clock() - start
 
         def run() -> None:
-            for i, moment in enumerate(due):
-                time.sleep(max(0.0, moment - self.clock()))
+            for i, due_time in enumerate(due):
+                time.sleep(max(0.0, due_time - self.clock()))
                 try:
                     self.queue.put((i, encode(i)))
                 except Exception as error:  # `poll` raises it
@@ -161,7 +163,7 @@ class Feed:
         threading.Thread(target=run, daemon=True).start()
 
     def poll(self, timeout: float | None) -> tuple[int, list[int]] | None:
-        """The next request and its row; None where none comes within `timeout` seconds (None: waits for ever)."""
+        """The next request and its row; None if none comes within `timeout` seconds (None: wait forever)."""
         try:
             i, row = self.queue.get(timeout=timeout) if timeout is None or timeout > 0 else self.queue.get_nowait()
         except queue.Empty:
@@ -180,15 +182,15 @@ def serve_batches(
     due, and answers.
     """
     latencies, answers = [0.0] * len(due), [None] * len(due)
-    held = None  # the request that did not fit into the previous batch
+    overflow = None  # the request that did not fit into the previous batch
     left = len(due)
     while left:
-        batch = [held or feed.poll(None)]
-        held, tokens, deadline = None, len(batch[0][1]), feed.clock() + max_wait
+        batch = [overflow or feed.poll(None)]
+        overflow, tokens, deadline = None, len(batch[0][1]), feed.clock() + max_wait
         while len(batch) < left and tokens < max_tokens and (request := feed.poll(max(0.0, deadline - feed.clock()))):
             tokens += len(request[1])
             if tokens > max_tokens:
-                held = request
+                overflow = request
                 break
             batch.append(request)
         batch_answers = answer([row for _, row in batch])
@@ -212,8 +214,8 @@ def serve_each(due: Sequence[float], answer: Callable[[int], object]) -> tuple[l
 
     futures = []
     with ThreadPoolExecutor(max_workers=len(due)) as threads:
-        for i, moment in enumerate(due):
-            time.sleep(max(0.0, start + moment - time.perf_counter()))
+        for i, due_time in enumerate(due):
+            time.sleep(max(0.0, start + due_time - time.perf_counter()))
             futures.append(threads.submit(send, i))
     latencies, answers = zip(*(future.result() for future in futures), strict=True)
     return [*latencies], [*answers]

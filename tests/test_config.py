@@ -236,7 +236,7 @@ def test_a_setting_that_is_gone_is_an_error(tmp_path):
     save(Settings, Settings(), tmp_path)
     edit_settings(tmp_path, language="zh")
     with pytest.raises(
-        UserError, match=r"run\.json: .*has language, which this script has not.*another script or version"
+        UserError, match=r"run\.json: .*has language, which this script lacks.*another script or version"
     ):
         parse(Settings, ["--resume", str(tmp_path)])
 

@@ -542,13 +542,13 @@ RUN = {
     "other rows": (write("data/train.csv", CSV.replace("text 3", "text three").encode()), ["--data", "data", "run", "new run"]),
     "a validation split more": (write("data/dev.csv", CSV.encode()), ["--data", "data", "run", "rows or classes", "new run"]),
     "no data": (lambda: shutil.rmtree("data"), ["--data", "data"]),
-    "no state.json": (remove(f"{CHECKPOINT}/state.json"), [CHECKPOINT, "not a whole checkpoint", "delete it"]),
-    "torn state.json": (cut(f"{CHECKPOINT}/state.json", 10), [CHECKPOINT, "not a whole checkpoint", "delete it"]),
-    "no optimizer": (remove(f"{CHECKPOINT}/optimizer.safetensors"), [CHECKPOINT, "not a whole checkpoint", "delete it"]),
-    "torn optimizer": (cut(f"{CHECKPOINT}/optimizer.safetensors", 1000), [CHECKPOINT, "not a whole checkpoint", "delete it"]),
+    "no state.json": (remove(f"{CHECKPOINT}/state.json"), [CHECKPOINT, "not a complete checkpoint", "delete it"]),
+    "torn state.json": (cut(f"{CHECKPOINT}/state.json", 10), [CHECKPOINT, "not a complete checkpoint", "delete it"]),
+    "no optimizer": (remove(f"{CHECKPOINT}/optimizer.safetensors"), [CHECKPOINT, "not a complete checkpoint", "delete it"]),
+    "torn optimizer": (cut(f"{CHECKPOINT}/optimizer.safetensors", 1000), [CHECKPOINT, "not a complete checkpoint", "delete it"]),
     "a moment missing": (
         tensors(lambda t: t.pop(f"exp_avg.{QUERY}"), f"{CHECKPOINT}/optimizer.safetensors"),
-        [CHECKPOINT, "not a whole checkpoint", "delete it"],
+        [CHECKPOINT, "not a complete checkpoint", "delete it"],
     ),
     "torn weights": (cut(f"{CHECKPOINT}/model.safetensors", 2000), [f"{CHECKPOINT}/model.safetensors", "not a readable"]),
 }  # fmt: skip

@@ -143,7 +143,7 @@ def test_flags(flags, here):
 def test_a_linear_head_of_other_classes_is_not_tested(here):
     change("linear/config.json", **weights.label_config(["cat", "dog"]))()
     argv = [*EVALUATE, "linear"]
-    check(here, argv, ["linear", "minicls.json and config.json name other classes"], minicls.__main__)
+    check(here, argv, ["linear", "minicls.json and config.json name different classes"], minicls.__main__)
 
 
 def test_evaluating_with_too_little_room(here):

@@ -222,7 +222,7 @@ def test_a_minicls_json_of_other_classes(bert_run, tmp_path):
     asked = json.loads((copy / "minicls.json").read_text())
     (copy / "minicls.json").write_text(json.dumps(asked | {"label_names": asked["label_names"][::-1]}))
     with pytest.raises(
-        UserError, match=r"^[^\n]*run: minicls.json and config.json name other classes; copy the whole .* again$"
+        UserError, match=r"^[^\n]*run: minicls.json and config.json name different classes; copy the whole .* again$"
     ):
         minicls.Classifier(copy, "cpu")
 

@@ -81,7 +81,7 @@ def ranked(name, flags, tmp_path_factory):
     (folder / "interrupted.py").write_text(INTERRUPTED)
     run = folder / "run"
     stopped = torchrun(str(folder / "interrupted.py"), name, *TINY, *flags, "--output-dir", str(run))
-    assert stopped.stdout.count("stopped at step 5 of 9; go on: ") == 1, stopped.stderr
+    assert stopped.stdout.count("stopped at step 5 of 9; continue with: ") == 1, stopped.stderr
     assert [*checkpoints(run)][-1] == 5 and not (run / "results.json").exists()
     resumed = torchrun(str(ROOT / f"train_{name}.py"), "--resume", str(run))
     assert resumed.returncode == 0, resumed.stderr

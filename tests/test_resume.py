@@ -159,7 +159,7 @@ class TestStopped:
 
     def test_broken_checkpoint_is_named(self, stopped):
         (checkpoints(stopped)[5] / "optimizer.safetensors").write_bytes(b"half")
-        with pytest.raises(UserError, match="step-000005: not a whole checkpoint"):
+        with pytest.raises(UserError, match="step-000005: not a complete checkpoint"):
             resume(stopped)
 
     def test_finished_run_says_so_and_changes_nothing(self, whole, capsys):
@@ -178,7 +178,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
         run_main(train_bert.main)
     assert stop.value.code == 130
     assert (
-        f"stopped at step 2 of 4; go on: python train_bert.py --resume {tmp_path / 'run'}\n" in capsys.readouterr().out
+        f"stopped at step 2 of 4; continue with: python train_bert.py --resume {tmp_path / 'run'}\n"
+        in capsys.readouterr().out
     )
     assert [*checkpoints(tmp_path / "run")] == [1, 2]
     assert signal.getsignal(signal.SIGINT) is before
@@ -218,7 +219,7 @@ def test_best_on_validation_is_remembered(tmp_path, monkeypatch):
             "1",
         )
     best = checkpoints(tmp_path / "run")[1].rename(tmp_path / "aside")
-    with pytest.raises(UserError, match="step 1, the best on validation, has no checkpoint any more"):
+    with pytest.raises(UserError, match="step 1, the best on validation, no longer has a checkpoint"):
         resume(tmp_path / "run")
     best.rename(tmp_path / "run/checkpoints/step-000001")
     found = results(resume(tmp_path / "run"))

@@ -42,7 +42,7 @@ from minicls.batch import pack, step_rows
 from minicls.checkpoint import checkpoints
 from minicls.config import UserError
 from minicls.data import Data, Split, load_data, split_data
-from minicls.optim import class_weights, cosine_lr, every_steps, make_optimizer
+from minicls.optim import cosine_lr, every_steps, make_class_weights, make_optimizer
 from minicls.predict import evaluate
 from minicls.tiny import SIZES
 from minicls.tokenizer import bert_rows, load_tokenizer, text_rows
@@ -186,13 +186,13 @@ def test_loss_is_the_mean_over_the_rows_of_the_step(calm, tmp_path):
 @pytest.mark.parametrize("labels", [[0, 0, 0, 1, 2, 2, 3], [1] * 9 + [0, 2, 3] * 2, [3, 2, 1, 0]])
 def test_balanced_class_weights_are_those_of_scikit_learn(labels):
     labels = np.array(labels)
-    assert class_weights(labels, 4, "balanced") == pytest.approx(their_class_weights("balanced", labels), rel=1e-6)
-    assert class_weights(labels, 4, "none").tolist() == [1.0] * 4
+    assert make_class_weights(labels, 4, "balanced") == pytest.approx(their_class_weights("balanced", labels), rel=1e-6)
+    assert make_class_weights(labels, 4, "none").tolist() == [1.0] * 4
 
 
 def test_a_class_without_rows_has_no_weight():
     """The others weigh what scikit-learn says of them alone."""
-    assert class_weights(np.array([0, 0, 2]), 4, "balanced").tolist() == [0.75, 0.0, 1.5, 0.0]
+    assert make_class_weights(np.array([0, 0, 2]), 4, "balanced").tolist() == [0.75, 0.0, 1.5, 0.0]
 
 
 @pytest.mark.parametrize("head", ["bert", "qwen linear"])

@@ -201,7 +201,7 @@ def test_ten_steps_equal_those_of_transformers(family, tmp_path, capsys):
     else:
         start = family_dir(family, tmp_path / "start")
     run = run_qwen(tmp_path / "run", "--model", str(start), *shared, "--max-steps", "10", "--learning-rate", "3e-3")
-    assert "tokens, computed once a batch" in capsys.readouterr().out  # transformers below reads them in every row
+    assert "tokens, computed once per batch" in capsys.readouterr().out  # transformers below reads them in every row
     model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32).train()
     data, _ = split_data(load_data("synthetic"), max_train_rows=150, seed=42)
     template = json.loads((run / "run.json").read_text())["template"]
@@ -247,12 +247,12 @@ def test_targets_of_a_hand_made_batch():
     """Two rows that begin with one equal id; the second one's letter is two tokens."""
     rows = [[9, 3, 4, 10, 11, 20, 12], [9, 8, 10, 11, 21, 22, 12]]  # prompt; 10 11; letter; 12
     endings = np.array([[2, 1, 1], [2, 2, 1]])
-    row_weights = np.array([0.5, 3.0], np.float32)
-    targets = make_targets(rows, np.array([0, 1]), endings, row_weights, 1, torch.device("cpu"))
+    class_weights = np.array([0.5, 3.0], np.float32)
+    targets = make_targets(rows, np.array([0, 1]), endings, class_weights, 1, torch.device("cpu"))
     assert targets.batch.input_ids.tolist() == [9, 3, 4, 10, 11, 20, 8, 10, 11, 21, 22]
     assert targets.at.tolist() == [2, 3, 4, 5, 6, 7, 8, 9, 10]
     assert targets.ids.tolist() == [10, 11, 20, 12, 10, 11, 21, 22, 12]
-    assert targets.letters.tolist() == [2, 6, 7]
+    assert targets.letter_index.tolist() == [2, 6, 7]
     assert targets.weights.tolist() == [1, 1, 0.5, 1, 1, 1, 3, 3, 1]
     logits = torch.randn(9, 30, generator=torch.Generator().manual_seed(0))
     each = [-logits[i].double().softmax(0)[token].log().item() for i, token in enumerate(targets.ids.tolist())]
@@ -266,9 +266,9 @@ def test_smoothing_of_a_hand_made_batch():
     """The letter's target gives a tenth of itself to the two letters in equal parts; the format's targets give nothing."""
     rows = [[3, 10, 20, 12], [4, 10, 21, 12], [5, 10, 21, 12]]
     labels, letter_ids = np.array([0, 1, 1]), torch.tensor([20, 21])
-    row_weights = np.array([0.5, 3.0], np.float32)
-    targets = make_targets(rows, labels, np.array([[1, 1, 1]] * 2), row_weights, 0, torch.device("cpu"))
-    assert targets.at.tolist() == [*range(9)] and targets.letters.tolist() == [1, 4, 7]
+    class_weights = np.array([0.5, 3.0], np.float32)
+    targets = make_targets(rows, labels, np.array([[1, 1, 1]] * 2), class_weights, 0, torch.device("cpu"))
+    assert targets.at.tolist() == [*range(9)] and targets.letter_index.tolist() == [1, 4, 7]
     logits = torch.randn(9, 30, generator=torch.Generator().manual_seed(0))
     likelihoods = logits.double().log_softmax(1)
     shares = {20: [0.95, 0.05], 21: [0.05, 0.95]}
