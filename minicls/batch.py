@@ -11,6 +11,8 @@ import torch
 
 from minicls.attention import Batch
 
+Rows = Sequence[list[int]]  # token ids of each row
+
 
 @functools.lru_cache(maxsize=1)
 def _epoch_order(epoch: int, num_rows: int, seed: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
 
+from minicls.batch import Rows
 from minicls.config import UserError
 from minicls.data import AG_NEWS_LABELS
 from minicls.tokenizer import CHAT_TEMPLATE_REMEDY, Tokenizer
@@ -22,7 +23,6 @@ PROMPTS = {file.stem: file for file in sorted((Path(__file__).parent / "prompts"
 # The published prompts speak of news. Data other than AG News gets these words instead.
 NEWS = {"news article": "text", "Article": "Text", "新闻文章": "文本", "文章": "文本"}
 TURN, LETTER = "\u2063minicls\u2063", "\u2063A\u2063"  # markers for the turn and the answer
-Rows = list[list[int]]
 
 
 def make_template(

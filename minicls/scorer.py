@@ -7,7 +7,6 @@ scores gives probabilities. With `--normalize sum`, a score is the sum and not t
 n questions, O options, V vocabulary; B questions in a batch.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from minicls import dist
-from minicls.batch import length_batches, pack, to_device
+from minicls.batch import Rows, length_batches, pack, to_device
 from minicls.decoder import KVCache
 from minicls.kernels import on_gpu
 
 # Tokens of a batch and its cache, on a CPU and on a GPU. Affects speed and memory, not the scores.
 MAX_TOKENS = 1536, 16_384
-Rows = Sequence[list[int]]
 
 
 @torch.inference_mode()

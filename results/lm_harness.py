@@ -3,7 +3,7 @@
     LM_EVAL/bin/python results/lm_harness.py --model RUN --data DIR --minicls-python .venv/bin/python --output FILE
 
 Runs in an environment of its own (`pip install torch==2.13.0 "lm-eval[hf]==0.4.13"`). RUN is a finished run of
-train_qwen.py. The harness gets each whole prompt as one text, with the letters as options, in batches of 16. Both clocks
+train_qwen.py. The harness gets each prompt as one text, with the letters as options, in batches of 16. Both clocks
 include tokenization.
 """
 

@@ -5,9 +5,9 @@
 
 A thin run has run.json without absolute paths; results.json, scores by class with seven decimals, without a confusion
 matrix that predictions.parquet can give; of metrics.jsonl all evaluations and the mean losses of at most 10 groups of
-steps before each test; and of predictions.parquet the columns row, label, prediction, probability (of the prediction, with
-two decimals), text_hash (its lowest byte) and num_tokens, in small types. Runs of 20,000 training rows and more keep
-validation.parquet, too, and a third decimal.
+steps before each test; and of predictions.parquet the columns row, label, prediction, probability (of the prediction,
+with two decimals), text_hash (its lowest byte) and num_tokens, in small types. Runs of 20,000 training rows and more
+keep validation.parquet, too, and a third decimal.
 """
 
 import json
