@@ -381,7 +381,7 @@ python -m minicls evaluate RUN                  # every checkpoint of a run, on 
 
 
 def evaluate(argv: list[str]) -> None:
-    """Writes results.json and predictions.parquet into a new run directory or, for a run's checkpoints, into the run."""
+    """Writes results.json and predictions.parquet into a new run directory; for a run's checkpoints, into the run."""
     argv = ["--model", *argv] if argv and not argv[0].startswith("-") else argv
     s = parse(EvaluateSettings, argv, EVALUATE, "python -m minicls evaluate")
     if s.model is None:

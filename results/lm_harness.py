@@ -1,10 +1,10 @@
-"""Questions a second of lm-evaluation-harness against minicls' scorer: the same prompts, weights and cores, in turn.
+"""Questions per second of lm-evaluation-harness and of minicls' scorer: the same prompts, weights and cores, in turn.
 
     LM_EVAL/bin/python results/lm_harness.py --model RUN --data DIR --minicls-python .venv/bin/python --output FILE
 
 Runs in an environment of its own (`pip install torch==2.13.0 "lm-eval[hf]==0.4.13"`). RUN is a finished run of
-train_qwen.py. The harness gets each whole prompt as one text, with the letters as options, in batches of 16. Both clocks
-include tokenization.
+train_qwen.py. The harness gets each whole prompt as one text, with the letters as options, in batches of 16. Both
+timings include tokenization.
 """
 
 import argparse
