@@ -44,7 +44,7 @@ class Settings(TrainingSettings):
 
     model: str = setting("google-bert/bert-base-cased", "hub id, directory, or tiny", group="model")
     long_text: str = setting(
-        "head", "part of a too long text to keep", choices=("head", "head-tail")
+        "head", "part of an overlong text to keep", choices=("head", "head-tail")
     )
     epochs: float = setting(5.0, "passes over the training rows", minimum=0, group="optimisation")
     global_batch_size: int = setting(64, "rows per optimizer step, over all ranks", minimum=1)

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     if argv and argv[0] in own_settings:
         own_settings[argv[0]](argv[1:])
         return
-    # argparse ends a list of positional arguments at the first flag; ours may go on after it.
+    # argparse ends a list of positional arguments at the first flag; here it may continue after one.
     args, more = parser.parse_known_args(argv)
     flags = more[: more.index("--")] if "--" in more else more
     for flag in flags:

@@ -26,7 +26,7 @@ from minicls.kernels import gpu_attention, has_flash, matmul_dtype, on_gpu, plai
 ROWS_PER_GROUP = 16
 # Up to this length, a CPU uses `plain_attention`, which keeps all S * S scores for backward.
 MAX_PLAIN = 256
-# Versions after torch 2.11 need this argument for grouped heads; 2.11 takes them without it.
+# Versions after torch 2.11 need this argument for grouped heads; 2.11 does not have it.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 

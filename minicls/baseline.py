@@ -4,7 +4,7 @@
     python -m minicls baseline --data DIR --features MODEL_DIR   # mean-pooled last hidden states, not trained
 
 The flags that choose rows are those of the training scripts. With the same flags, the baseline is fitted and tested on
-the rows of a run of theirs. It writes a run directory for `python -m minicls report`, but saves no model.
+the same rows as a training run. It writes a run directory for `python -m minicls report`, but saves no model.
 
 TF-IDF is scikit-learn's TfidfVectorizer on lower-cased words and pairs of neighbouring words (each Chinese or Japanese
 character is a word), with 1 + ln(count) for count, fitted on the training rows. An embedding is the mean over all
@@ -35,8 +35,8 @@ from minicls.metrics import evaluate_logits
 from minicls.predict import EVAL_TOKENS
 from minicls.tokenizer import Tokenizer, bert_rows, load_tokenizer
 
-GRID = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)  # of C, the inverse of the L2 penalty
-CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # written without blanks: a character is a word
+GRID = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)  # values of C, the inverse of the L2 penalty
+CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # written without spaces: a character is a word
 WORD = rf"[{CJK}]|[^\W{CJK}]+"
 NEVER = 30.0  # nats by which a class without training rows is behind the likeliest: the loss stays finite
 
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(np.unique(labels)) < 2:
         problem = f"the {len(train)} training rows are all {data.label_names[labels[0]]}"
         raise UserError(f"--data: {problem}; use rows of two classes or more")
-    # Rows to choose C on: the validation rows, else a fifth of the training rows. `rest` is fitted on meanwhile.
+    # C is chosen on the validation rows, else on a fifth of the training rows; `rest` is fitted on until then.
     fifth = stratified_rows(train, max(1, len(train) // 5)) if validation is None else np.array([], np.int64)
     rest = np.setdiff1d(np.arange(len(train)), fifth)
     choosing = validation or train.select(fifth)
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     started, tokenizer, revision = time.perf_counter(), None, None
     with threadpool_limits(s.threads):
         if s.features == "tfidf":
-            # While C is chosen, the words of the rows that choose it are unknown.
+            # The vectorizer must not know the words of the rows on which C is chosen.
             rest_features, choosing_features = tfidf(train.select(rest).texts, choosing.texts)
             train_features, test_features = tfidf(train.texts, data.test.texts)
         else:
@@ -169,9 +169,15 @@ def main(argv: list[str] | None = None) -> None:
             split_logits["validation"] = logits(model, choosing_features, num_labels)
 
     run_dir = checkpoint.new_run_dir(s.output_dir, "baseline")
-    about = {"script": "baseline", "C": C, "scikit_learn": sklearn.__version__, "total_steps": 0, "revision": revision}
-    about |= {"data_revision": data.revision, "data_fingerprint": data.fingerprint(), "num_train_rows": len(train)}
-    checkpoint.write_run_info(run_dir, dataclasses.asdict(s) | dict.fromkeys(unused), device, about)
+    details = {
+        "script": "baseline",
+        "C": C,
+        "scikit_learn": sklearn.__version__,
+        "total_steps": 0,
+        "revision": revision,
+    }
+    details |= {"data_revision": data.revision, "data_fingerprint": data.fingerprint(), "num_train_rows": len(train)}
+    checkpoint.write_run_info(run_dir, dataclasses.asdict(s) | dict.fromkeys(unused), device, details)
     logger = Logger(run_dir, 0, 0)
     scores, _ = evaluate_logits(split_logits["test"], data.test.labels)
     state = checkpoint.new_state() | {"train_seconds": train_seconds, "samples": len(train), "evaluations": 1}

@@ -1,7 +1,7 @@
-"""Compares finished runs: `python -m minicls report`. docs/report.md says how to read what it writes.
+"""Compares finished runs: `python -m minicls report`. docs/report.md explains the report.
 
-A run is a run directory or what was kept of one: run.json, results.json, metrics.jsonl and, for comparisons row by row,
-predictions.parquet, as written or as results/thin.py reduces it. A table is a list of rows, {header: cell}.
+A run is a run directory or the part of it that was kept: run.json, results.json, metrics.jsonl and, for comparisons row
+by row, predictions.parquet, as written or as results/thin.py reduces it. A table is a list of rows, {header: cell}.
 """
 
 import itertools
@@ -38,7 +38,7 @@ PUBLISHED = {
     },
 }
 PUBLISHED_BEST = {"BERT": (3752, 0.945572), "Qwen3": (1000, 0.941)}
-# What a report reads of every results.json.
+# The fields of results.json that a report needs.
 REQUIRED = {
     "accuracy", "f1", "f1_low", "f1_high", "num_test_rows", "per_class", "confusion", "headline_step", "final_step",
     "best_step_on_validation", "best_step_on_test", "best_f1_on_test", "train_seconds", "eval_seconds",
@@ -144,21 +144,21 @@ def test_fingerprint(run: Run) -> str:
 
 
 def common_note(runs: dict[str, Run], predicted: Predictions) -> str | None:
-    """Says how many test rows all runs share; None if all have the same."""
+    """A sentence on the number of test rows that all runs share; None if all have the same."""
     if len({*map(test_fingerprint, runs.values())}) == 1:
         return None
     num_rows = len(next(iter(predicted.values()))["label"])
     return f"The runs have different parts of the same test rows; comparisons use the {num_rows:,} rows that all have."
 
 
-# What a run is.
+# Properties of a run.
 
 
 class Model(NamedTuple):
-    """What a run trained."""
+    """The model that a run trained."""
 
     family: str  # BERT, Qwen3, decoder (any other) or baseline
-    name: str  # of the model directory, or the baseline's features
+    name: str  # that of the model directory, or the baseline's features
     head: str
 
     def __str__(self) -> str:
@@ -166,7 +166,7 @@ class Model(NamedTuple):
 
 
 def script(run: Run) -> str:
-    """train_bert, train_qwen, baseline or evaluate; a run.json too old to say so has a head if it is train_qwen's."""
+    """train_bert, train_qwen, baseline or evaluate. In an old run.json without it, only train_qwen's has a head."""
     return run.info.get("script") or ("train_qwen" if "head" in run.info["settings"] else "train_bert")
 
 
@@ -175,7 +175,7 @@ def describe_model(run: Run) -> Model:
     name = Path(s.get("model") or s["features"]).name
     decoder = "Qwen3" if "qwen" in name.lower() or name == "tiny" else "decoder"
     families = {"train_bert": "BERT", "train_qwen": decoder, "baseline": "baseline"}
-    # A model that was only tested says its architecture instead.
+    # For a model that was only tested, run.json has the architecture instead.
     family = families.get(script(run)) or ("BERT" if run.info["model_type"] == "bert" else decoder)
     return Model(family, name, "logistic regression" if family == "baseline" else s.get("head", "linear"))
 
@@ -224,7 +224,7 @@ def group_name(names: Sequence[str]) -> str:
 
 
 def over_seeds(group: Sequence[Run], key: str, digits: int = 4) -> str | None:
-    """A figure of results.json, or the mean over the seeds ± standard deviation; None where old results lack it."""
+    """A figure of results.json, or the mean over the seeds ± standard deviation; None if old results lack it."""
     values = [run.results.get(key) for run in group]
     return None if None in values else spread(values, digits)
 
@@ -295,7 +295,7 @@ def selection_table(runs: dict[str, Run]) -> str:
 
 
 def published_table(run: Run) -> str | None:
-    """The published table next to a run's own, joined where the same share of the training is done; None if nowhere."""
+    """The published table next to a run's own, joined where equal shares of training are done; None if nowhere."""
     if (family := published_family(run)) is None:
         return None
     columns, (header, ours) = PUBLISHED[family], steps(run.dir)
@@ -316,7 +316,7 @@ def published_table(run: Run) -> str | None:
 
 
 def compare_pairs(runs: dict[str, Run], predicted: Predictions) -> list[dict]:
-    """Every two runs, row by row. One is better where McNemar's test and both intervals of a - b agree on it."""
+    """Every two runs, row by row. One is better if McNemar's test and both intervals of a - b agree on it."""
     pairs = []
     for (a, left), (b, right) in itertools.combinations(predicted.items(), 2):
         labels, both = left["label"], (left["prediction"], right["prediction"])
@@ -338,7 +338,7 @@ def comparison_table(pairs: list[dict], num_runs: int) -> str:
 
 
 def verdicts(pairs: list[dict]) -> str:
-    """The outcome of each pair in a line."""
+    """One line per pair, with its outcome."""
     lines = []
     for pair in pairs[:10]:
         difference = f"accuracy differs by {pair['accuracy, a - b']}, McNemar's p " + pair["McNemar's p"]
@@ -463,8 +463,8 @@ def learning_curves(runs: dict[str, Run]) -> dict[str, dict[int, list[str]]]:
         return runs[name].info["num_train_rows"]
 
     def values(name: str, settings: Iterable[str]) -> tuple[tuple[str, str], ...]:
-        given = {setting: runs[name].info["settings"].get(setting) for setting in settings}
-        return tuple((setting, str(value)) for setting, value in given.items() if value and value != "none")
+        by_name = {setting: runs[name].info["settings"].get(setting) for setting in settings}
+        return tuple((setting, str(value)) for setting, value in by_name.items() if value and value != "none")
 
     def recipe(name: str) -> tuple:
         settings = runs[name].info["settings"].keys() - {*BOOKKEEPING, *SCHEDULE, "model", "features"}
@@ -483,9 +483,9 @@ def learning_curves(runs: dict[str, Run]) -> dict[str, dict[int, list[str]]]:
     labels = []
     for model, *settings in models:
         related = [{*other[1:]} for other in models if other[0] == model]
-        own = [" ".join(setting) for setting in settings if not all(setting in other for other in related)]
-        labels.append(", ".join([str(model), *own]))
-    # Labels are equal where the difference is that a setting is unset: these get a number.
+        differing = [" ".join(setting) for setting in settings if not all(setting in other for other in related)]
+        labels.append(", ".join([str(model), *differing]))
+    # Labels are equal if models differ only in a setting that one of them leaves unset: these get a number.
     numbered = [f"{label} ({i})" if labels.count(label) > 1 else label for i, label in enumerate(labels, start=1)]
     return dict(zip(numbered, models.values(), strict=True))
 
@@ -588,7 +588,7 @@ def bench_table(rows: Sequence[dict]) -> str:
     return markdown([*columns], zip(*columns.values(), strict=True))
 
 
-# What stands under each title of a report; docs/report.md says more.
+# The sentence under each title of a report; docs/report.md has more.
 NOTES = {
     "Headlines": "Test scores, one line for each setting; seeds as mean ± standard deviation.",
     "How the step was chosen": "No headline is selected on the test rows; a best step on test is.",

@@ -38,7 +38,7 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
 }
 TEXT_FORMATS = ("csv", "tsv", "jsonl", "json")
-FORMATS = ("parquet", *TEXT_FORMATS, *(f"{name}.gz" for name in TEXT_FORMATS))  # as file names end
+FORMATS = ("parquet", *TEXT_FORMATS, *(f"{name}.gz" for name in TEXT_FORMATS))  # the ends of file names
 UNREAD_FORMATS = {
     "xlsx xls ods": "a spreadsheet; save it as CSV in UTF-8",
     "txt": "no columns; write a CSV with a header",
@@ -175,16 +175,16 @@ def download(flag: str, name: str, repo_type: str, patterns: list[str], revision
     return path, path.name  # the cache names a snapshot's directory by its commit
 
 
-# Files: which of them belong to which split.
+# The files of each split.
 
 
 def _format(file: Path) -> str | None:
-    """The one of FORMATS that the file name ends in, in either case."""
+    """The one of FORMATS in which the file name ends, in upper or lower case."""
     return next((name for name in FORMATS if file.name.lower().endswith(f".{name}")), None)
 
 
 def _split_of(name: str) -> str | None:
-    """The split that a file name's first word means. A word ends at - . _ a space or a digit, as in `datasets`."""
+    """The split that a file name's first word stands for. A word ends at - . _ a space or a digit, as in `datasets`."""
     word = re.match(r"[a-z]+(?=[-._ 0-9])", name.lower())
     return next((split for split, words in SPLITS.items() if word and word[0] in words), None)
 
@@ -214,7 +214,7 @@ def _by_reason(unread: dict[str, str]) -> str:
 
 
 def _split_files(directory: Path, card: "_Card") -> tuple[dict[str, list[Path]], dict[str, str]]:
-    """The files of each split, by the card's data_files or else by name; and why the others are not read."""
+    """The files of each split, by the card's data_files or else by name; and the reasons for not reading the others."""
     root, files, unread = directory / card.folder, defaultdict(list), {}
     for split, patterns in card.data_files.items():
         matches = set()
@@ -266,7 +266,7 @@ class _Card:
             head = yaml.load(text, yaml.BaseLoader)
             self.head = head if isinstance(head, dict) else {}
         except yaml.YAMLError as error:
-            if re.search("class_label|data_files", text):  # nothing else in it matters here
+            if re.search("class_label|data_files", text):  # minicls reads nothing else of it
                 raise UserError(f"{self.file}: its head is not valid YAML ({error}); fix it") from None
 
     def _mappings(self, parent: dict, key: str) -> list[dict]:
@@ -354,8 +354,8 @@ def _read_split(split: str, files: list[Path], text_column: str, label_column: s
 
 
 def _label_text(label, place: str) -> str:
-    """A label as text, "" if it has none. In a column that had a hole, pandas writes 3 as 3.0: both are "3"."""
-    if label is None or label != label or (isinstance(label, str) and not label.strip()):  # a hole may be NaN, too
+    """A label as text; "" if it is missing. In a column with a missing value, pandas writes 3 as 3.0: both are "3"."""
+    if label is None or label != label or (isinstance(label, str) and not label.strip()):  # missing may be NaN
         return ""
     if not isinstance(label, (str, int, float)) or label in (math.inf, -math.inf):
         raise UserError(f"{place}: label {label!r} is neither a class name nor an index; fix the row")
@@ -474,25 +474,25 @@ def _as_split(rows: list[_Row], names: tuple[str, ...], class_of: dict[str, int]
 def read_rows(file: Path, text_column: str) -> list[tuple[str, dict]]:
     """The texts of one file, with or without labels, each with all columns of its row.
 
-    A .txt file, or a file without a suffix, holds a text a line. Raises UserError for any other format, and if the
+    A .txt file, or a file without a suffix, holds one text per line. Raises UserError for any other format, and if the
     column or a text is missing.
     """
     if _format(file):
         rows = _read_file(file, {text_column: "--text-column"}, whole=True)
         return [(checked_text(row[text_column], place), row) for place, row in rows]
     if file.is_dir() or file.suffix.lower() not in ("", ".txt"):
-        formats = ".parquet, .csv, .tsv, .jsonl, .json, or .txt with a text a line"
+        formats = ".parquet, .csv, .tsv, .jsonl, .json, or .txt with one text per line"
         raise UserError(f"{file}: {_why_unread(file)}; pass {formats}")
     return [(text, {"text": text}) for text in lines_of(_read_text(file))]
 
 
 def lines_of(text: str) -> list[str]:
-    """Its lines, ended by LF or CR LF. str.splitlines would also end them at U+2028, form feeds and the like."""
+    """The lines, ended by LF or CR LF. str.splitlines would also end them at U+2028, form feeds and the like."""
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 
 def checked_text(text, place: str) -> str:
-    """Returns the text. Raises UserError if a tokenizer would not take it."""
+    """Returns the text. Raises UserError if a tokenizer would reject it."""
     if not isinstance(text, str):
         raise UserError(f"{place}: the text is {text!r}; fix the row, or name another column with --text-column")
     try:
@@ -505,7 +505,7 @@ def checked_text(text, place: str) -> str:
 def _read_file(file: Path, columns: dict[str, str], whole: bool = False) -> Iterator[tuple[str, dict]]:
     """Yields (place, row) for each row of a file of FORMATS.
 
-    `columns` maps the columns that a row must have to the flags that chose them. `whole`: with all other columns, too.
+    `columns` maps the columns that a row must have to the flags that chose them. `whole`: with all others as well.
     """
     if _format(file) == "parquet":
         return _read_parquet(file, columns, whole)
@@ -513,7 +513,7 @@ def _read_file(file: Path, columns: dict[str, str], whole: bool = False) -> Iter
 
 
 def _check_columns(place: str | Path, names: list[str], columns: dict[str, str], hint: str = "") -> None:
-    """Raises UserError for a column that is missing or occurs twice; `hint` is for when all are missing."""
+    """Raises UserError for a column that is missing or occurs twice; `hint` is added if all are missing."""
     if not names:
         raise UserError(f"{place}: empty; write a header and rows")
     for name, flag in columns.items():
@@ -629,7 +629,7 @@ def _read_text(file: Path) -> str:
 
 
 def _utf_16_or_32(content: bytes) -> str | None:
-    """iconv's name for it, if there is a byte order mark, or if so many bytes are zero that it must be UTF-16."""
+    """iconv's name for UTF-16 or UTF-32, if a byte order mark or the many zero bytes (UTF-16) show it; else None."""
     marks = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
     sample = content[: 1 << 16]
     even, odd = sample[::2].count(0), sample[1::2].count(0)
@@ -646,7 +646,7 @@ def _likely_encoding(content: bytes) -> str | None:
     runs = re.findall(rb"[\x80-\xff]+", content)
     high = sum(map(len, runs))
     pairs = len(re.findall(rb"[\xa1-\xf7][\xa1-\xfe]", content))  # GB 2312, which nearly all Chinese text keeps to
-    # Letters with accents stand between others.
+    # In WINDOWS-1252, letters with accents are mostly single, between plain ones.
     for encoding, plausible in (("GB18030", 2 * pairs > 0.8 * high), ("WINDOWS-1252", high < 2 * len(runs))):
         with contextlib.suppress(UnicodeDecodeError):
             if plausible and content.decode(encoding):
@@ -654,7 +654,7 @@ def _likely_encoding(content: bytes) -> str | None:
     return None
 
 
-# The choice of rows, and what a run says of them.
+# The choice of rows, and the lines about them at the start of a run.
 
 
 def synthetic(num_train: int = 4000, num_test: int = 1000) -> Data:
@@ -670,7 +670,7 @@ def stratified_rows(split: Split, size: int, seed: int | None = None) -> np.ndar
     """`size` rows, ascending, with the classes in the split's own proportions, chosen by a hash of their texts.
 
     Without a seed, the choice depends on the texts alone, not on the order of the file; each seed gives another sample.
-    A smaller choice is part of a larger one of the same seed, up to one row a class.
+    A smaller choice is part of a larger one of the same seed, up to one row per class.
     """
     salt = b"" if seed is None else b"%d " % seed
     shares = np.bincount(split.labels) * size / len(split)
@@ -751,7 +751,7 @@ def describe(data: Data, validation: Split | None = None) -> list[str]:
     for name in data.label_names:
         similar[" ".join(name.split()).casefold()].append(repr(name))
     for names in [names for names in similar.values() if len(names) > 1]:
-        lines.append(f"warning: the classes {', '.join(names)} differ only in case or blanks; are they the same?")
+        lines.append(f"warning: the classes {', '.join(names)} differ only in case or spaces; are they the same?")
     if broken := [repr(name) for name in data.label_names if len(name.splitlines()) > 1]:
         lines.append(f"warning: class names with line breaks: {', '.join(broken[:5])}")
     splits = {"train": data.train, "validation": validation, "test": data.test}

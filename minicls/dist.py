@@ -20,7 +20,7 @@ SLOW_BF16 = "BF16 IS SLOW HERE: {}; pass --dtype fp32"
 def start(device: str | None, threads: int | None = None, dtype: str | None = None) -> torch.device:
     """Chooses this rank's device, sets PyTorch up for it, and joins torchrun's process group if there is one.
 
-    `dtype`: --dtype, to warn where bf16 is slow.
+    `dtype`: that of --dtype, to warn if bf16 is slow here.
     """
     if threads is not None:
         if threads < 1:

@@ -1,7 +1,7 @@
 """The engines that bench.py measures: minicls, transformers, an evaluation harness and vLLM, behind the same methods.
 
 An engine is made from a model directory, with the weights in one dtype, and answers rows of token ids. A single row is
-one request; several rows, each engine batches as suits it. Only minicls scores options of more than one token.
+one request; each engine batches several rows in its own way. Only minicls scores options of more than one token.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ class Engine:
 
     @property
     def peak_memory_bytes(self) -> int | None:
-        """Peak memory of this process so far; None where it cannot be told."""
+        """Peak memory of this process so far; None if it is unknown."""
         return dist.peak_memory_bytes(self.device)
 
     def forget(self) -> None:
@@ -54,7 +54,7 @@ def is_classifier(directory: Path) -> bool:
 
 
 def only_tokens(options: list[list[int]]) -> list[int]:
-    """The one token of each option. Raises UserError where an option has several."""
+    """The one token of each option. Raises UserError if an option has several."""
     if any(len(option) > 1 for option in options):
         raise UserError("--engines: an option has several tokens, which only minicls can score; leave the others out")
     return [option[0] for option in options]
@@ -138,7 +138,7 @@ class Transformers(Engine):
             positions = (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)
             few = {"use_cache": False, "logits_to_keep": self.logits_to_keep}
             logits = self.model(**padded, position_ids=positions, **few).logits
-            # A single position is worth fp32's digits. All positions stay in the weights' dtype, as a harness has them.
+            # One position costs little in fp32. All positions stay in the dtype of the weights, as in a harness.
             logits = logits.float() if self.logits_to_keep else logits
             log_probabilities[batch] = logits.log_softmax(-1)[:, -1, tokens].float().cpu()
         return log_probabilities
@@ -155,7 +155,7 @@ class Transformers(Engine):
 
 
 class Harness(Transformers):
-    """Scores one-token options as lm-evaluation-harness does: a forward pass a question, logits of all positions."""
+    """Scores one-token options as lm-evaluation-harness does: one forward pass per question, with all logits."""
 
     logits_to_keep = 0
 
@@ -167,10 +167,10 @@ class Harness(Transformers):
 def _vllm_arguments(directory: Path, dtype: torch.dtype, device: torch.device, max_length: int, eager: bool) -> dict:
     """vLLM's settings, under the names that its LLM class and, with dashes, its server's flags share."""
     runner = "pooling" if is_classifier(directory) else "generate"
-    # By default it takes nearly the whole card, part of which a desktop or bench.py itself may hold.
+    # By default vLLM takes nearly the whole card, of which a desktop or bench.py itself may use a part.
     share = {"gpu_memory_utilization": 0.6} if device.type == "cuda" else {}
-    about_model = {"model": str(directory), "dtype": str(dtype).removeprefix("torch."), "runner": runner}
-    return about_model | {"max_model_len": max_length, "enforce_eager": eager} | share
+    model = {"model": str(directory), "dtype": str(dtype).removeprefix("torch."), "runner": runner}
+    return model | {"max_model_len": max_length, "enforce_eager": eager} | share
 
 
 def vllm_environment(threads: int) -> dict[str, str]:
@@ -212,7 +212,7 @@ class VLLM(Engine):
 
     @property
     def peak_memory_bytes(self) -> int | None:
-        """None on a GPU, where vLLM reserves memory ahead of its needs."""
+        """None on a GPU, where vLLM reserves memory in advance."""
         return None if self.device.type == "cuda" else super().peak_memory_bytes
 
     def forget(self) -> None:
@@ -239,7 +239,7 @@ class VLLMServer(Engine):
         self.process = subprocess.Popen(command, stdout=2, env=env)  # to stderr: standard output is for results
         try:
             self._wait_for_server()
-        except BaseException:  # Ctrl-C, too: the caller has no engine to close yet
+        except BaseException:  # also for Ctrl-C: the caller has no engine to close yet
             self.close()
             raise
 
@@ -270,8 +270,8 @@ class VLLMServer(Engine):
 
     def score(self, rows: list[list[int]], options: list[list[int]]) -> torch.Tensor:
         tokens = only_tokens(options)
-        wanted = {"logprobs": 1, "logprob_token_ids": tokens, "return_tokens_as_token_ids": True}
-        answers = [self._complete(row, max_tokens=1, **wanted)["logprobs"]["top_logprobs"][0] for row in rows]
+        parameters = {"logprobs": 1, "logprob_token_ids": tokens, "return_tokens_as_token_ids": True}
+        answers = [self._complete(row, max_tokens=1, **parameters)["logprobs"]["top_logprobs"][0] for row in rows]
         return torch.tensor([[logprobs[f"token_id:{token}"] for token in tokens] for logprobs in answers])
 
     def generate(self, rows: list[list[int]], max_new_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
@@ -281,7 +281,7 @@ class VLLMServer(Engine):
 
     @property
     def peak_memory_bytes(self) -> int | None:
-        """Resident memory of the server's processes, each at its peak; None on a GPU, which reports only one's own."""
+        """Resident memory of the server's processes, each at its peak; None on a GPU, where it is unknown."""
         if self.device.type == "cuda":
             return None
         processes, total = [str(self.process.pid)], 0

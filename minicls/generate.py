@@ -12,7 +12,7 @@ from minicls.decoder import KVCache
 from minicls.kernels import on_gpu
 from minicls.tokenizer import Tokenizer
 
-# In a batch with its answers, on a CPU and on a GPU. A GPU decodes 200 rows in the time of one.
+# Tokens of a batch with its answers, on a CPU and on a GPU. A GPU decodes 200 rows in the time of one.
 MAX_TOKENS = 4096, 32_768
 
 

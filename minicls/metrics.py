@@ -38,7 +38,7 @@ def classification_metrics(confusion: np.ndarray) -> dict[str, float]:
     """
     occurring = occurs(confusion)
     accuracy = np.trace(confusion) / max(1, confusion.sum())
-    means = [float(scores.sum() / max(1, occurring.sum())) for scores in per_class(confusion)]  # 0 where nothing occurs
+    means = [float(scores.sum() / max(1, occurring.sum())) for scores in per_class(confusion)]  # 0 if no class occurs
     return {"accuracy": float(accuracy)} | dict(zip(("precision", "recall", "f1"), means, strict=True))
 
 
@@ -176,7 +176,7 @@ def resampled_accuracies(
 
     right: (runs, n) bool; points: for each of P points, the runs that are its seeds. Returns the means, (P,), and their
     replicates, (resamples, P). A replicate draws n test rows with replacement, the same for all runs, and for each
-    point as many of its runs as it has, with replacement. So the only run of a point varies with the test rows alone.
+    point its runs with replacement, in their number. So a point with a single run varies only with the test rows.
     """
     # Test rows that all runs treat alike are drawn together.
     patterns, counts = np.unique(right, axis=1, return_counts=True)  # (runs, K), (K,)
@@ -192,11 +192,10 @@ def resampled_accuracies(
 
 
 def last_crossing(x: np.ndarray, differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where piecewise linear curves change sign for the last time, (R,), and their sign from there on, (R,).
+    """The places where piecewise linear curves last change sign, (R,), and the signs from there on, (R,).
 
     x: (S,), ascending; differences: (R, S), the curves' values there. A curve without values of both signs has NaN and
-    its only sign (0 if it is 0 everywhere). If a curve is 0 for a while between the signs, the place is the end of
-    that.
+    its only sign (0 if it is 0 everywhere). If a curve is 0 over an interval between the signs, the place is its end.
     """
     signs, rows, end = np.sign(differences), np.arange(len(differences)), len(x) - 1
     last = end - (signs[:, ::-1] != 0).argmax(1)  # (R,): the last value that is not 0

@@ -9,7 +9,7 @@ from minicls import metrics, results
 from minicls.logger import read_metrics
 from minicls.results import shown
 
-MAX_CLASSES = 100  # that a confusion matrix shows one by one; of more, those with most mistakes
+MAX_CLASSES = 100  # in a confusion matrix; if there are more, those with most mistakes are shown
 
 
 def _pyplot(texts: Sequence[str] = ()):
@@ -36,7 +36,7 @@ def _pyplot(texts: Sequence[str] = ()):
 
 
 def _plain(value: float) -> str:
-    """Three digits, all before the point where there are more: 1,138 rather than 1.14e+03."""
+    """Three digits, or all digits before the point if there are more: 1,138 rather than 1.14e+03."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

@@ -1,4 +1,4 @@
-"""What a run writes when it ends, results.json, predictions.parquet and validation.parquet, and Markdown tables."""
+"""The files written at the end of a run (results.json, predictions.parquet, validation.parquet); Markdown tables."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from minicls.tokenizer import Tokenizer
 
 
 def text_hash(text: str) -> int:
-    """32 bits of the text's SHA-256: together with the row number it tells whether two files describe the same row."""
+    """32 bits of the text's SHA-256: with the row number, it shows whether two files describe the same row."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little", signed=True)
 
 
@@ -107,13 +107,13 @@ def write_results(
         "headline_step": headline_step,
         "final_step": state["step"],
         "stopped_early": state.get("stopped_early", False),
-        "final_train_loss": float(np.mean(last_losses)) if trained else None,  # of the last logged steps' answers
+        "final_train_loss": float(np.mean(last_losses)) if trained else None,  # of answers, over the last logged steps
         "best_step_on_test": best_step,
         "best_f1_on_test": best_f1,
         "best_step_on_validation": state["best_on_validation"][0] if state["best_on_validation"] else None,
         "train_seconds": seconds,
         "eval_seconds": state["eval_seconds"],
-        "evaluations": state["evaluations"],  # that took eval_seconds
+        "evaluations": state["evaluations"],  # those that took eval_seconds
         "tokens_per_second": state["tokens"] / seconds if seconds and state["tokens"] else None,
         "samples_per_second": state["samples"] / seconds if seconds else None,
         "peak_memory_bytes": max(memory),  # over all processes: a resumed one may only have evaluated
@@ -124,7 +124,7 @@ def write_results(
 
 
 def summary(results: dict) -> str:
-    """The headline in words, and advice where it is no better than a constant answer."""
+    """The headline in words, with advice if it is no better than a constant answer."""
     constant = f" (always answering {shown(results['majority_class'])}: {results['majority_accuracy']:.4f})"
     step = f", step {results['headline_step']}" * bool(results["headline_step"])
     lines = [
@@ -179,7 +179,7 @@ def advice(results: dict) -> list[str]:
 
 
 def shown(value: object) -> str:
-    """A value on one line: Python's notation for strings with line breaks or with blanks at their ends."""
+    """A value on one line: Python's notation for strings with line breaks or with spaces at their ends."""
     text = str(value)
     return text if text == text.strip() and text.isprintable() else repr(text)
 

@@ -1,4 +1,4 @@
-"""All that an offline smoke run needs: model sizes, two small tokenizers, and synthetic texts."""
+"""The parts of an offline smoke run: model sizes, two small tokenizers, and synthetic texts."""
 
 import random
 from collections import Counter
@@ -32,7 +32,7 @@ SIZES = {
         "rope_theta": 10_000.0,
         "tie_word_embeddings": True,
     },
-    # 3.1M parameters in four layers, trained from random weights in results/; the vocabulary is what its tokenizer has.
+    # 3.1M parameters in four layers, trained from random weights in results/; the vocabulary is that of its tokenizer.
     "qwen3-small": {
         "model_type": "qwen3",
         "hidden_size": 256,
@@ -61,7 +61,7 @@ SIZES = {
     },
 }
 
-CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast"}  # of both tokenizers
+CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast"}  # for both tokenizers
 
 
 def train_bert_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
@@ -84,19 +84,19 @@ def train_bert_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces[: max(vocab_size, len(special))]))}
     tokenizer.model = models.WordPiece(vocab, unk_token="[UNK]")
     tokenizer.add_special_tokens(special)
-    # minicls inserts [CLS] and [SEP] by id; this is for those who open the saved file with transformers.
+    # For users who open the saved file with transformers; minicls inserts [CLS] and [SEP] by id.
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"]))
     return Tokenizer(tokenizer.to_str(), CONFIG | {"model_max_length": 512} | BERT_TOKENS)
 
 
 QWEN_CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 
-# How Qwen splits a text before it merges byte pairs: letters, single digits, punctuation with line breaks, blanks.
+# Qwen splits a text like this before merging byte pairs: letters, single digits, punctuation with line breaks, spaces.
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# Qwen's chat format without tools and thoughts, for serving a tiny model's directory.
+# Qwen's chat format without tools and thinking, for serving a tiny model's directory.
 QWEN_CHAT_TEMPLATE = (
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{%- endfor %}"
@@ -121,7 +121,7 @@ def train_qwen_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     size = max(vocab_size - len(QWEN_CONTROL_TOKENS), len(alphabet))
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
-    # As in Qwen's own file, they come after the merges, and some are not marked special.
+    # As in Qwen's own file, control tokens come after the merges, and some are not marked special.
     for token in QWEN_CONTROL_TOKENS:
         tokenizer.add_tokens([AddedToken(token, special=token.startswith("<|"), normalized=False)])
     names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": QWEN_CHAT_TEMPLATE}
@@ -129,9 +129,9 @@ def train_qwen_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
 
 
 def new_model(size: str, texts: Sequence[str], vocab_size: int) -> tuple[dict, Tokenizer]:
-    """The config.json of one of SIZES and a small tokenizer learned from `texts`: a model to give random weights.
+    """The config.json of one of SIZES and a small tokenizer learned from `texts`, for a model with random weights.
 
-    For a decoder, the texts should stand in their prompt, so that its words become tokens, too.
+    For a decoder, pass the texts with their prompt, so that the words of the prompt become tokens as well.
     """
     if SIZES[size]["model_type"] == "bert":
         tokenizer = train_bert_tokenizer(texts, vocab_size)

@@ -205,7 +205,7 @@ class Tokenizer:
             (directory / name).write_text(content + "\n", encoding="utf-8")
 
     def _post_processor(self, spec: dict) -> dict | None:
-        """What transformers adds to a text: the same control tokens as `bert_rows` or `text_rows`."""
+        """The control tokens that transformers adds to a text: the same as in `bert_rows` or `text_rows`."""
         if self.is_bert:
             cls, sep = self.control_ids(["[CLS]", "[SEP]"])
             return {"type": "BertProcessing", "sep": ["[SEP]", sep], "cls": ["[CLS]", cls]}
@@ -261,7 +261,7 @@ def bert_rows(
 def text_rows(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> tuple[list[list[int]], int]:
     """The ids of each plain text, for a decoder's linear head, at most `max_length`; and the number of texts cut.
 
-    A row begins with what the tokenizer's own post-processor puts there, such as Llama's `<s>`. The row of an empty
+    A row begins with the ids that the tokenizer's own post-processor adds, such as Llama's `<s>`. The row of an empty
     text is one end-of-sequence token: the head needs a token to read.
     """
     before = tokenizer.added_before()

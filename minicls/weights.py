@@ -27,12 +27,12 @@ INDEX = "model.safetensors.index.json"
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """A model class, and how the names in a file may differ from its own; any other difference is an error."""
+    """A model class, and the allowed differences between its names and a file's; any other difference is an error."""
 
     model: type[nn.Module]
     config: type
     model_types: tuple[str, ...]  # the values of config.json's model_type
-    prefix: str  # of the encoder, which files without a head leave out (sentence-transformers' layout)
+    prefix: str  # name of the encoder, which files without a head leave out (sentence-transformers' layout)
     fresh: tuple[str, ...]  # prefixes of names that a file may lack: they start from random values
     ignored: tuple[str, ...]  # prefixes of names in a file that the model does not use
     renamed: tuple[tuple[str, str], ...] = ()  # (pattern, replacement), for files older than today's names
@@ -57,7 +57,7 @@ DECODER = Architecture(
 )
 DECODER_LINEAR = dataclasses.replace(DECODER, model=DecoderForSequenceClassification, fresh=("score.",))
 
-# By the names of the classes in transformers.
+# Keys: the names of the classes in transformers.
 ARCHITECTURES = {"BertForSequenceClassification": BERT}
 ARCHITECTURES |= {f"{family.prefix}ForCausalLM": DECODER for family in FAMILIES.values()}
 ARCHITECTURES |= {f"{family.prefix}ForSequenceClassification": DECODER_LINEAR for family in FAMILIES.values()}
@@ -222,7 +222,7 @@ def weight_files(directory: Path) -> list[Path]:
 def init_weights(model: nn.Module, names: set[str], std: float, seed: int) -> None:
     """Initialises the named parameters as transformers does: normal(0, std) matrices, zero biases, unit norm weights.
 
-    Each parameter has its own generator, seeded by its position, so a fresh head does not depend on what else is fresh.
+    Each parameter has its own generator, seeded by its position, so a fresh head does not depend on the others.
     """
     for position, (name, parameter) in enumerate(model.named_parameters()):
         if name in names and parameter.ndim >= 2:
@@ -291,7 +291,7 @@ def load_weights(model: nn.Module, directory: Path, architecture: Architecture) 
 
 
 def _check_tied(model: nn.Module, file: Path) -> None:
-    """Raises UserError if a head that is to be tied to the embedding was trained apart from it: it would be lost."""
+    """Raises UserError if a head that should be tied to the embedding differs from it, since it would be lost."""
     embedding = model.get_parameter("model.embed_tokens.weight")
     head = read_tensor(file, "lm_head.weight").to(embedding)
     if head.shape != embedding.shape or not torch.equal(head, embedding):
@@ -334,7 +334,7 @@ def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
     """Writes a safetensors file. Raises OSError, also for the library's own error about a full disk."""
     file.unlink(missing_ok=True)
     file.touch()
-    mode = file.stat().st_mode  # as the umask says; the library lets only the owner read its files
+    mode = file.stat().st_mode  # set by the umask; the library would let only the owner read the file
     try:
         save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, file, metadata={"format": "pt"})
         file.chmod(mode)

@@ -196,8 +196,8 @@ def bert_config(**changes) -> dict:
     return SIZES["bert-base-cased"] | labels | changes | (tiny if args.smoke else {})
 
 
-def build(kind, config: dict, device: torch.device | None = None, dtype: torch.dtype = torch.float32):
-    return weights.build_model(kind, config, None, 0, device or DEVICE, dtype)[0]
+def build(architecture, config: dict, device: torch.device | None = None, dtype: torch.dtype = torch.float32):
+    return weights.build_model(architecture, config, None, 0, device or DEVICE, dtype)[0]
 
 
 def distance(ours: torch.Tensor, theirs: torch.Tensor, floor: float = 0.0) -> float:
@@ -211,7 +211,7 @@ def distance(ours: torch.Tensor, theirs: torch.Tensor, floor: float = 0.0) -> fl
 
 @section(20)
 def environment() -> None:
-    """Device, versions, and what a large matrix product reaches."""
+    """Device, versions, and the speed of a large matrix product."""
     RESULT["versions"] = {"python": platform.python_version()}
     for name in ("torch", "transformers", "accelerate", "tokenizers", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -221,16 +221,16 @@ def environment() -> None:
         properties = torch.cuda.get_device_properties(DEVICE)
         driver = Path("/proc/driver/nvidia/version")
         version = re.search(r"\d+\.\d+[.\d]*", driver.read_text()) if driver.is_file() else None
-        about = {
+        details = {
             "capability": f"{properties.major}.{properties.minor}",
             "gib": round(properties.total_memory / 2**30, 1),
         }
-        about |= {
+        details |= {
             "driver": version and version.group(),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
         }
-        say("gpu", about | {"allocator": os.environ.get("PYTORCH_ALLOC_CONF")})
+        say("gpu", details | {"allocator": os.environ.get("PYTORCH_ALLOC_CONF")})
         say(
             "cuDNN attention is off",
             not torch.backends.cuda.cudnn_sdp_enabled(),
@@ -245,7 +245,7 @@ def environment() -> None:
 
 @section(30)
 def attention_check() -> None:
-    """Both implementations, forward and backward, against float64 on the CPU, also for sizes without a flash kernel."""
+    """Both implementations, forward and backward, against fp64 on the CPU, also for sizes without a flash kernel."""
     worst: dict[str, float] = {}
     for H, Hkv, Dh, causal in (
         (12, 12, 64, False),
@@ -261,8 +261,8 @@ def attention_check() -> None:
             ]
             upstream = torch.randn(sum(lengths), H, Dh, dtype=torch.float64)
             rows = pack([[0] * length for length in lengths])
-            wanted = padded_attention(*exact, pad_layout(rows, torch.float64), causal)
-            wanted = wanted, *torch.autograd.grad(wanted, exact, upstream)
+            expected = padded_attention(*exact, pad_layout(rows, torch.float64), causal)
+            expected = expected, *torch.autograd.grad(expected, exact, upstream)
             for dtype in (torch.bfloat16, torch.float32):
                 for way in (attention, padded_attention):
                     q, k, v = (x.detach().to(DEVICE, dtype).requires_grad_() for x in exact)
@@ -271,7 +271,7 @@ def attention_check() -> None:
                     output = way(q, k, v, layout, causal)
                     actual = output, *torch.autograd.grad(output, (q, k, v), upstream.to(DEVICE, dtype))
                     name = f"{way.__name__}, {str(dtype).removeprefix('torch.')}, heads {H}/{Hkv} of {Dh}"
-                    gaps = [distance(*pair, floor=1e-2) for pair in zip(actual, wanted, strict=True)]
+                    gaps = [distance(*pair, floor=1e-2) for pair in zip(actual, expected, strict=True)]
                     worst[name] = max(worst.get(name, 0.0), *gaps)
     for name, gap in worst.items():
         say(f"{name}: off by", f"{gap:.1e}", gap < (0.02 if "bfloat16" in name else 1e-4))
@@ -280,12 +280,12 @@ def attention_check() -> None:
 @section(40)
 def models() -> None:
     """Logits and gradients of small models against fp32 on the CPU; activation checkpointing."""
-    # A fresh model's attention is all but uniform and would hide mistakes: larger weights.
+    # A fresh model's attention is almost uniform, which would hide mistakes, so the weights are larger.
     rows = random_rows([3, 150, 61, 9, 200], 500)
     calm = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_hidden_layers": 2, "vocab_size": 600}
     calm |= {"initializer_range": 0.06}
     small = {"num_hidden_layers": 2, "vocab_size": 600, "initializer_range": 0.06}
-    kinds = {
+    small_models = {
         "bert": (weights.BERT, bert_config(**calm)),
         "qwen3": (weights.DECODER, decoder_config(**small)),
         "llama": (weights.DECODER, decoder_config(**small) | {"model_type": "llama"}),
@@ -293,20 +293,20 @@ def models() -> None:
         "qwen3 linear": (weights.DECODER_LINEAR, decoder_config(**small) | {"id2label": {"0": "a", "1": "b"}}),
     }
 
-    def outcome(kind, config, device, dtype, checkpointing=False):
-        model = build(kind, config, device).train()
-        (model.bert if kind is weights.BERT else model.model).activation_checkpointing = checkpointing
+    def outcome(architecture, config, device, dtype, checkpointing=False):
+        model = build(architecture, config, device).train()
+        (model.bert if architecture is weights.BERT else model.model).activation_checkpointing = checkpointing
         batch = pack(rows, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
-            logits = model(batch, *([batch.last] if kind is weights.DECODER else []))
+            logits = model(batch, *([batch.last] if architecture is weights.DECODER else []))
         F.cross_entropy(logits, torch.arange(len(rows), device=device)[: len(logits)] % logits.shape[1]).backward()
         return logits, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
-    for name, (kind, config) in kinds.items():
-        wanted = outcome(kind, config, CPU, "fp32")
+    for name, (architecture, config) in small_models.items():
+        expected = outcome(architecture, config, CPU, "fp32")
         for precision, bound in (("fp32", 1e-4), ("bf16", 0.05), ("bf16, checkpointing", 0.05)):
-            actual = outcome(kind, config, DEVICE, precision[:4], "checkpointing" in precision)
-            gaps = [distance(*pair) for pair in zip(actual, wanted, strict=True)]
+            actual = outcome(architecture, config, DEVICE, precision[:4], "checkpointing" in precision)
+            gaps = [distance(*pair) for pair in zip(actual, expected, strict=True)]
             say(f"{name}, {precision}: logits, gradients off by", [f"{gap:.1e}" for gap in gaps], max(gaps) < bound)
 
 
@@ -366,13 +366,13 @@ def scoring_check() -> None:
     for shape, (before, low, high) in shapes.items():
         rows = random_rows(np.random.default_rng(1).integers(low, high, 12), 600, before=before)
         for options in ([[11], [12], [13]], [[11, 14], [12], [13, 15, 16]]):
-            wanted = scorer.score_brute_force(theirs, rows, options, CPU)
-            gap = float((scorer.score(ours, rows, options, DEVICE) - wanted).abs().max())
+            expected = scorer.score_brute_force(theirs, rows, options, CPU)
+            gap = float((scorer.score(ours, rows, options, DEVICE) - expected).abs().max())
             with bf16():
-                rough = float((scorer.score(ours, rows, options, DEVICE) - wanted).abs().max())
-            kind = "one token" if len(options[0]) == 1 else "several tokens"
+                rough = float((scorer.score(ours, rows, options, DEVICE) - expected).abs().max())
+            option_length = "one token" if len(options[0]) == 1 else "several tokens"
             say(
-                f"score, {shape}, {kind}: nats off in fp32, bf16",
+                f"score, {shape}, {option_length}: nats off in fp32, bf16",
                 [f"{gap:.1e}", f"{rough:.1e}"],
                 gap < 1e-3 and rough < 0.15,
             )
@@ -444,10 +444,10 @@ def sft() -> None:
     loss = functools.partial(sft_loss, model)
     for micro in MICRO:
         parts = [rows[i : i + micro] for i in range(0, SFT_ROWS, micro)]
-        one = functools.partial(step, model, optimizer, loss, parts)
+        one_step = functools.partial(step, model, optimizer, loss, parts)
         try:
-            memory = peak_gib(one)
-            figures = rates(lengths, clock(one, 4.0), operations) | {"peak_gib": memory}
+            memory = peak_gib(one_step)
+            figures = rates(lengths, clock(one_step, 4.0), operations) | {"peak_gib": memory}
             say(f"Qwen3-0.6B SFT, micro-batch {micro}", figures)
         except torch.cuda.OutOfMemoryError:
             say(f"Qwen3-0.6B SFT, micro-batch {micro}", "out of memory")

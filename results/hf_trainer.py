@@ -47,7 +47,7 @@ IGNORED = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What is unset is a default of train_bert.py or train_qwen.py."""
+    """Unset settings take the defaults of train_bert.py or train_qwen.py."""
 
     model: str | None = setting(None, "directory or hub id of a BERT or, for speed, of a decoder")
     data: str = setting("fancyzhx/ag_news", "hub id, directory, or synthetic")
@@ -175,19 +175,19 @@ SIDES = {"minicls": train_minicls, "transformers": train_transformers}
 
 
 def train_side(s: Settings, side: str, env: dict[str, str]) -> dict:
-    os.environ.update(env)  # what is set here, libraries read at their first call
+    os.environ.update(env)  # libraries read these at their first call
     return SIDES[side](s)
 
 
 def run_side(s: Settings, side: str) -> dict:
-    """Trains one side in a process of its own, whose peak memory is then that side's."""
+    """Trains one side in its own process, so that the peak memory is that side's."""
     env, device = bench.side_environment(side, s.device, s.threads)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(train_side, replace(s, device=device), side, env).result()
 
 
 def untimed_steps(s: Settings) -> int:
-    """Steps that warm up: a GPU is still choosing kernels and fetching memory."""
+    """The untimed steps, in which a GPU still chooses kernels and allocates memory."""
     return min(10, s.max_steps // 2) if bench.uses_gpu(s.device) else 1
 
 
@@ -202,7 +202,7 @@ def compare_speed(s: Settings, data: Data) -> dict:
             print(f"round {number + 1} of {s.rounds}, {side}: {seconds:.2f} s a step", file=sys.stderr)
     windows = [training_examples(s, data, window) for window in step_windows(s, data)[untimed_steps(s) :]]
     lengths = [[len(item["input_ids"]) for item in window] for window in windows]
-    samples, tokens = statistics.mean(map(len, lengths)), statistics.mean(map(sum, lengths))  # of a step
+    samples, tokens = statistics.mean(map(len, lengths)), statistics.mean(map(sum, lengths))  # means over the steps
     rows = []
     for side, rounds in runs.items():
         seconds = statistics.median(value for measured in rounds for value in measured["seconds"])

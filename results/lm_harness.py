@@ -1,4 +1,4 @@
-"""Questions a second of lm-evaluation-harness against minicls' scorer: the same prompts, weights and cores, in turn.
+"""Questions per second of lm-evaluation-harness and of minicls' scorer: the same prompts, weights and cores, in turn.
 
     LM_EVAL/bin/python results/lm_harness.py --model RUN --data DIR --minicls-python .venv/bin/python --output FILE
 

@@ -1,7 +1,7 @@
-"""The README's recipe for one's own data on three samples of 1,000 rows, and TF-IDF on the same rows.
+"""The README's recipe for your own data on three samples of 1,000 rows, and TF-IDF on the same rows.
 
     python results/own_data.py --data DIR --model DIR --out results/own_data/NAME           # the recipe
-    python results/own_data.py --data DIR --model DIR --out results/own_data/NAME --grid    # what it was chosen from
+    python results/own_data.py --data DIR --model DIR --out results/own_data/NAME --grid    # the grid behind it
 
 `--data` has a train and a test file. Each seed's 1,000 rows are written to a directory of their own, as users would
 have them; a fifth of them are the validation rows. The recipe was chosen on the validation rows of banking77, seed 42.

@@ -45,7 +45,7 @@ DECODERS = RESULTS / "decoders"
 PAIRED = ("minilm-62629-42", "minilm-20000-42", "smollm2-linear-20000-42", "smollm2-options-20000-42", "tfidf-20000-42")
 PUBLISHED_MODELS = {"BERT": ("bert-base-cased", "linear"), "Qwen3": ("Qwen3-0.6B", "options")}
 ENGINES = ("minicls", "transformers", "vLLM")
-# By model: training, requests, and methods with their names in results/gpu.py.
+# Per model: training, requests, and methods with their names in results/gpu.py.
 SPEED_FILES = {
     "BERT-base": ("train-bert-base-bf16", "rps-bert-base-bf16", {"classify": "classify"}),
     "Qwen3-0.6B": (
@@ -125,7 +125,7 @@ def results_table(run_dirs: Sequence[Path]) -> str:
 
 
 def own_data_table() -> str:
-    """The README's recipe for one's own data on three samples of 1,000 rows, next to TF-IDF on the same rows."""
+    """The README's recipe for your own data on three samples of 1,000 rows, next to TF-IDF on the same rows."""
     rows = []
     for name in sorted(folder.name for folder in (RESULTS / "own_data").iterdir() if not folder.match("*-grid")):
         runs = {folder.name: read(folder / "results.json") for folder in folders(f"own_data/{name}/*")}
@@ -140,7 +140,7 @@ def own_data_table() -> str:
 
 
 def own_data_grid() -> str:
-    """What the recipe was chosen from, by macro F1 on the validation rows of banking77."""
+    """The grid from which the recipe was chosen, by macro F1 on the validation rows of banking77."""
     rows = []
     for folder in folders("own_data/banking77-grid/*"):
         events = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
@@ -247,7 +247,7 @@ def gpu_table() -> str:
 
 
 def profile_table() -> str:
-    """How much of a call the GPU works, from the traces of results/gpu.py."""
+    """The share of a call in which the GPU is busy, from the traces of results/gpu.py."""
     rows = []
     for gpu in gpus():
         for name, figures in gpu.items():

@@ -1,4 +1,4 @@
-"""Keeps what `python -m minicls report` reads of a run, at a small fraction of its size: the form of results/.
+"""Reduces a run to the parts that `python -m minicls report` reads, a small fraction of its size, as kept in results/.
 
     python results/thin.py runs/bert results/bert      # from a run directory into a new directory
     python results/thin.py results/bert                # in place

@@ -1,4 +1,4 @@
-"""What the tests of the training scripts share: runs of it in this process (a fresh one costs seconds), and tiny inputs."""
+"""Shared by the tests of the training scripts: runs in this process (a new one costs seconds), and tiny inputs."""
 
 import csv
 import itertools
@@ -60,7 +60,7 @@ def interrupt_at(step: int, number: signal.Signals = signal.SIGINT) -> Iterator[
 
 
 def events(run_dir: Path, kind: str, split: str | None = None) -> list[dict]:
-    """The lines of metrics.jsonl of one kind as they stand in the file, a line written twice included."""
+    """The lines of metrics.jsonl of one event type in file order, including lines written twice."""
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if line["event"] == kind and line.get("split") == split]
 

@@ -85,7 +85,7 @@ def test_counts_of_several_rounds_stay_whole():
 
 
 class Clock:
-    """It stands still until somebody moves it."""
+    """It stands still until it is advanced."""
 
     def __init__(self):
         self.now = 0.0
@@ -314,7 +314,7 @@ def test_an_engine_that_is_not_installed_says_so(bert_run, monkeypatch):
 
 
 def test_a_process_measures_every_method_and_mode(qwen_run, capsys, monkeypatch):
-    """What such a process prints, from the real engine: the answers are minicls' own; and it is told what was asked."""
+    """The output of such a process with the real engine: the answers are minicls' own, and its flags are those asked for."""
     monkeypatch.setattr(bench.signal, "signal", lambda *args: None)
     s = bench.Settings(qwen=str(qwen_run), data="synthetic", mode=bench.MODES, dtype="fp32", threads=1)
     s = replace(s, num_requests=8, min_seconds=0.0, rate=1e6)
@@ -373,7 +373,7 @@ def test_a_published_size_needs_no_files(role, size, small_sizes, tmp_path):
 
 
 def test_a_directory_without_weights_gives_config_and_tokenizer(small_sizes, tmp_path):
-    """What results/small_qwen3.py writes is enough, and the weights follow from the seed."""
+    """The files of results/small_qwen3.py are enough, and the weights follow from the seed."""
     small_qwen3.main([str(tmp_path / "small"), "--data", "synthetic", "--vocab-size", "400"])
     assert not (tmp_path / "small" / "model.safetensors").exists()
     made = []

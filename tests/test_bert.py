@@ -113,7 +113,7 @@ def naive_attention(q, k, v, lengths, causal):
     for q_row, k_row, v_row in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
         heads = []
         for head in range(q.shape[1]):
-            shared = head * k.shape[1] // q.shape[1]  # of the key and value heads, the one of this head's group
+            shared = head * k.shape[1] // q.shape[1]  # the key and value head of this head's group
             scores = q_row[:, head] @ k_row[:, shared].T / q.shape[2] ** 0.5  # (T, T)
             if causal:
                 scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
@@ -156,7 +156,9 @@ def test_attention_equals_the_naive_one(function, causal, kv_heads, lengths, way
     layout = lay_out(batch, q, 8) if function is attention else pad_layout(batch, q.dtype)
     output = function(q, k, v, layout, causal)
     expected = naive_attention(q, k, v, lengths, causal)
-    weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)  # of a loss that tells outputs apart
+    weights = torch.randn(
+        output.shape, generator=generator, dtype=torch.float64
+    )  # weights of a loss that distinguishes the outputs
     found = [output, *torch.autograd.grad((output * weights).sum(), (q, k, v))]
     wanted = [expected, *torch.autograd.grad((expected * weights).sum(), (q, k, v))]
     torch.testing.assert_close(
@@ -170,7 +172,7 @@ def test_attention_to_a_shared_beginning_equals_whole_rows(causal, lengths, way)
     """With causal masks the beginning's own outputs are everyone's; without one they would differ from row to row."""
     shared, generator = 3, torch.Generator().manual_seed(0)
     lengths = [shared + length for length in lengths]
-    begins = [0, *(start + shared for start in np.cumsum(lengths)[:-1])]  # of each row's own tokens among all
+    begins = [0, *(start + shared for start in np.cumsum(lengths)[:-1])]  # where each row's own tokens begin
     own = torch.cat([torch.arange(a, b) for a, b in zip(begins, np.cumsum(lengths), strict=True)])
     shapes = [(len(own), heads, 8) for heads in (4, 2, 2)]
     q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes)

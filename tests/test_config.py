@@ -100,7 +100,7 @@ def test_help_lists_every_flag_with_type_default_and_meaning(cls, capsys, monkey
 
 def test_an_empty_argument_is_shown():
     with pytest.raises(UserError, match="unknown flag ''; see --help"):
-        parse(Settings, ["--fast", ""])  # as of an unset "$FLAGS"
+        parse(Settings, ["--fast", ""])  # from an unset "$FLAGS"
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_settings_of_another_script_are_named(tmp_path):
         load(train_bert.Settings, tmp_path / "nowhere" / "run.json")
 
 
-# How a script ends.
+# The end of a script.
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
     python -m pytest tests/test_data.py
 
-Everything is exact and seeded: no tolerance but the one written beside the synthetic texts, no chance of a false failure.
+Everything is exact and seeded: no tolerance but the one written with the synthetic texts, no chance of a false failure.
 """
 
 import csv
@@ -688,7 +688,7 @@ def test_a_fingerprint_matches_the_same_rows_and_classes():
     assert not validated.matches({"train": saved["train"], "test": saved["test"]})  # a run that chose no step by it
 
 
-# What a run says of its data.
+# The lines about the data at the start of a run.
 
 
 def described(
@@ -717,7 +717,7 @@ def test_a_run_warns_of_what_looks_wrong_with_its_classes():
     assert ids[1:] == ["warning: 300 classes for 300 training rows; is --label-column the right one?"]
     alike = [(f"{name} {i}", name) for name in ("good", "Good", "good ", "bad", "b ad") for i in range(3)]
     assert described(alike, [("t", "bad")])[1:] == [
-        "warning: the classes 'Good', 'good', 'good ' differ only in case or blanks; are they the same?"
+        "warning: the classes 'Good', 'good', 'good ' differ only in case or spaces; are they the same?"
     ]
     broken = described([(f"{name} {i}", name) for name in ("good\nnews", "bad") for i in range(3)], [("t", "bad")])
     assert broken == [

@@ -85,7 +85,7 @@ def values_of(name: str, **others) -> dict:
 
 
 def family_of(config: str, **values) -> str:
-    """How transformers' class names of a config begin."""
+    """The start of transformers' class names for a config."""
     return FAMILIES[(CONFIGS[config] | values).get("model_type", "qwen3")].prefix
 
 
@@ -243,7 +243,7 @@ def test_classification_reads_the_last_token_whatever_it_is():
 
 
 def test_what_a_layer_keeps_for_the_backward_pass():
-    """Under bf16 autocast on a CPU, counted in bytes: a step's activations are what its peak memory is made of.
+    """Under bf16 autocast on a CPU, counted in bytes: a step's peak memory consists of its activations.
 
     Two residuals in fp32; both norms' outputs in bf16; q and k as projected; q, k, v and the weights of attention, one for each
     position of the longest row; the input of o_proj; gate, its silu, up and their product. Beside these a few numbers a
@@ -311,13 +311,13 @@ def assert_logits_close(found: list[torch.Tensor], wanted: list[torch.Tensor]) -
 
 @torch.inference_mode()
 def feed(model: torch.nn.Module, cache: KVCache, chunks: list[list[int]], starts: list[int]) -> list[torch.Tensor]:
-    """The logits after every token of one chunk a row."""
+    """The logits after every token of one chunk per row."""
     batch = pack(chunks, "cpu", starts)
     return list(model(batch, everywhere(batch), cache).split([len(chunk) for chunk in chunks]))
 
 
 def cuts(length: int, pieces: int, rng: np.random.Generator) -> list[int]:
-    """Where to cut a row into so many chunks of at least one token."""
+    """The positions that cut a row into this many chunks of at least one token."""
     return [0, *sorted(rng.choice(np.arange(1, length), pieces - 1, replace=False).tolist()), length]
 
 
@@ -337,7 +337,7 @@ def test_rows_fed_in_chunks_equal_whole_rows(config, pieces, way):
 
 
 def test_token_by_token_equals_whole_rows():
-    model, rows = make_model(), random_rows([9] * 3)  # of one length: every step is one token a row
+    model, rows = make_model(), random_rows([9] * 3)  # equally long, so every step is one token per row
     cache = KVCache(3, 9)
     steps = [feed(model, cache, [[row[t]] for row in rows], [t] * 3) for t in range(9)]
     assert_logits_close([torch.cat(logits) for logits in zip(*steps, strict=True)], all_logits(model, rows))
@@ -505,10 +505,10 @@ def test_layouts_load_with_a_report(layout, tmp_path):
     assert f"ignored {num_ignored}" in report
     if fresh:
         assert found["score.weight"].shape == (3, SIZES["hidden_size"])
-        assert 0 < found["score.weight"].std() < 0.04  # initializer_range 0.02: not what was in the memory before
+        assert 0 < found["score.weight"].std() < 0.04  # initializer_range 0.02, not the previous content of the memory
 
 
-REFUSED_FILES = {  # the config, what is written, and what the message has to name
+REFUSED_FILES = {  # the config, the change to the tensors, and the words that the message must name
     "untied without its head": (
         UNTIED,
         lambda t: {name: t[name] for name in t if name != "lm_head.weight"},
@@ -542,7 +542,7 @@ def test_a_file_that_does_not_fit_is_a_user_error(reason, tmp_path):
         build(write(tmp_path, values, change(tensors)))
 
 
-REFUSED_CONFIGS = {  # what a config.json says, and what the message has to name
+REFUSED_CONFIGS = {  # changes to a config.json, and the words that the message must name
     "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type"),
     "yarn in an older file": ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type"),
     "yarn in a newer file": ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}}, "rope_type"),
@@ -572,12 +572,12 @@ def test_a_config_of_another_model_is_a_user_error(reason, kind):
 
 
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-UNSUPPORTED = {  # of a config.json, and how the message begins
+UNSUPPORTED = {  # values in a config.json, and the start of the message
     "Gemma 3": ({"model_type": "gemma3"}, "is a gemma3 model"),
     "ModernBERT": ({"model_type": "modernbert"}, "is a modernbert model"),
     "no type": ({"model_type": None}, "is a nameless model"),
     "Llama 3.2": ({"model_type": "llama", "rope_scaling": LLAMA3_ROPE}, "rope_type 'llama3' is not supported"),
-    "Llama 3.2, saved anew": (
+    "Llama 3.2, saved again": (
         {"model_type": "llama", "rope_parameters": LLAMA3_ROPE | {"rope_theta": 5e5}},
         "rope_type 'llama3'",
     ),

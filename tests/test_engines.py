@@ -123,7 +123,7 @@ class FakeFeed:
     def poll(self, timeout):
         limit = float("inf") if timeout is None else self.now + timeout
         if self.next == len(self.due) or self.due[self.next] > limit:
-            assert timeout is not None, "waits for ever"
+            assert timeout is not None, "waits forever"
             self.now = limit
             return None
         self.now = max(self.now, self.due[self.next])

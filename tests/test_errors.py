@@ -55,7 +55,7 @@ TRAIN = [
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """What a working call needs: `data/` of two classes, `model/` trained on them, `run/` stopped between its steps."""
+    """The files of a working call: `data/` of two classes, `model/` trained on them, `run/` stopped between its steps."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "data").mkdir()
     for split in ("train", "test"):
@@ -75,7 +75,7 @@ def files(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def here(files, tmp_path, monkeypatch) -> Path:
-    """The working directory, with a copy of the files for the case to spoil."""
+    """The working directory, with a copy of the files for the case to damage."""
     shutil.copytree(files, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -91,7 +91,7 @@ def check(here: Path, argv: list[str], parts: list[str], script: ModuleType = tr
     with pytest.raises(UserError) as error:
         script.main(argv)
     message = str(error.value)
-    assert len(message.splitlines()) == 1 and "; " in message  # what is wrong; what to do
+    assert len(message.splitlines()) == 1 and "; " in message  # the fault; the remedy
     assert [part for part in parts if part not in message] == []
     assert listing(here) == before
 
@@ -251,7 +251,7 @@ def twice() -> bytes:
 
 
 GOOD = parquet({"text": ["a", "b"], "label": ["bad", "good"]})
-DATA = {  # what is wrong: (file, content, parts of the message); other files of the split are taken away
+DATA = {  # the fault: (file, content, parts of the message); other files of the split are taken away
     "empty csv": ("train.csv", b"", ["train.csv", "empty", "header"]),
     "header only": ("train.csv", b"text,label\n", ["train.csv", "no rows", "train row"]),
     "header only, test": ("test.csv", b"text,label\n", ["test.csv", "no rows", "test row"]),
@@ -451,7 +451,7 @@ def tokenizer_without(token: str) -> Callable[[], None]:
 
 
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
-MODEL = {  # what is wrong: (how to bring it about, parts of the message)
+MODEL = {  # the fault: (a function that causes it, parts of the message)
     "no config": (remove("model/config.json"), ["model/config.json", "Hugging Face layout"]),
     "broken config": (write("model/config.json", b"{"), ["model/config.json", "not readable", "pass a directory"]),
     "config is a list": (write("model/config.json", b"[]"), ["model", "pass"]),

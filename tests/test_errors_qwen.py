@@ -1,4 +1,4 @@
-"""What test_errors.py says of train_bert.py, for what only train_qwen.py can get wrong.
+"""Like test_errors.py for train_bert.py, for the mistakes that only train_qwen.py can meet.
 
     python -m pytest tests/test_errors_qwen.py
 
@@ -28,7 +28,7 @@ LENGTH = 180  # tokens: enough for the question, whose words the tokenizer below
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """What a working call needs: `data/` of two classes and `model/`; and, to be refused, `bert/` and `linear/`."""
+    """The files of a working call: `data/` of two classes and `model/`; and, to be refused, `bert/` and `linear/`."""
     folder = tmp_path_factory.mktemp("files")
     for name, csv in (
         ("data", CSV),
@@ -66,7 +66,7 @@ def files(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def here(files, tmp_path, monkeypatch) -> Path:
-    """The working directory, with a copy of the files for the case to spoil."""
+    """The working directory, with a copy of the files for the case to damage."""
     shutil.copytree(files, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -159,7 +159,7 @@ def shrink_embedding() -> None:
     change("model/config.json", vocab_size=9)()
 
 
-MODEL = {  # what is wrong: (how to bring it about, parts of the message)
+MODEL = {  # the fault: (a function that causes it, parts of the message)
     "another kind of layer": (
         change("model/config.json", hidden_act="gelu"),
         ["--model", "config.json", "hidden_act", "pass another"],

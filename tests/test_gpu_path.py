@@ -42,7 +42,7 @@ def bf16_autocast():
 
 @pytest.fixture
 def taken(monkeypatch) -> list[tuple]:
-    """What is handed to the variable-length kernel, call by call."""
+    """The arguments of each call of the variable-length kernel."""
     calls = []
 
     def counted(*arguments, **options):
@@ -193,7 +193,7 @@ SHAPES = [5, 9, 1], MIXED, [8, 8]  # the longest row: odd, even, and a multiple 
 
 @pytest.fixture
 def graphs():
-    """How many graphs torch.compile has made."""
+    """The number of graphs that torch.compile has made."""
     torch._dynamo.utils.counters.clear()
     return lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
@@ -220,7 +220,7 @@ def test_bert_classifies_in_one_graph_for_all_lengths(graphs):
 
 @pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_decoder_trains_in_one_graph_for_all_lengths(checkpointing, graphs):
-    """Two layers with checkpointing, as its second one was what torch.compile failed in."""
+    """Two layers with checkpointing, since torch.compile used to fail in the second one."""
     model, gradients = make_model(num_hidden_layers=1 + checkpointing).train(), []
     forwards = {False: model, True: compiled(model)}
     for is_compiled, forward in forwards.items():
@@ -265,7 +265,7 @@ def test_decoding_breaks_no_graph():
     assert generate(compiled(model), random_rows(MIXED), 4, [], CPU) == generate(model, random_rows(MIXED), 4, [], CPU)
 
 
-# What a GPU spends its time on, counted where no GPU is.
+# The costs of a GPU, counted without one.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -381,7 +381,7 @@ def test_the_script_for_a_gpu_runs_on_a_cpu(sections, tmp_path):
 
 
 def test_scoring_hands_a_kernel_one_shape_a_batch(monkeypatch):
-    """cuDNN, should somebody turn it on again, plans anew for each shape; and no padding beyond a batch's own is computed."""
+    """cuDNN, if it is enabled again, makes a new plan for each shape; and no padding beyond a batch's own is computed."""
     shapes, batches, original = set(), [], F.scaled_dot_product_attention
 
     def attend(q, k, v, *more, **options):
@@ -397,7 +397,7 @@ def test_scoring_hands_a_kernel_one_shape_a_batch(monkeypatch):
 
 
 class _FusedNorm(torch.autograd.Function):
-    """What CUDA's fused RMSNorm keeps for the backward pass: its input, its weight and a scale a vector."""
+    """CUDA's fused RMSNorm keeps its input, its weight and one scale per vector for the backward pass."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):

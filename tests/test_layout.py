@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# From the bottom to the top: a module imports only what stands before it. A new module gets its place here.
+# From the bottom to the top: a module imports only those before it. Add a new module here.
 ORDER = [
     *("__init__", "config", "kernels", "attention", "bert", "decoder", "optim", "metrics", "dist", "batch"),
     *("tokenizer", "tiny", "data", "prompt", "weights", "logger", "checkpoint", "scorer", "generate", "results"),

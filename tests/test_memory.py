@@ -16,7 +16,7 @@ from minicls import dist
 from minicls.tiny import train_bert_tokenizer
 
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-# Two rounds over more shapes than the cache of compiled operations is to hold: of the second, it has forgotten the first's.
+# Two rounds over more shapes than the cache of compiled operations should hold: in the second round, the first's are gone.
 SHAPES = """
 import torch
 from minicls import dist
@@ -47,7 +47,7 @@ def test_peak_memory_is_flat_after_100_steps(tmp_path):
     tokenizer = train_bert_tokenizer(words, vocab_size=2000)
     tokenizer.save(model)
     (model / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": len(tokenizer)}))
-    # Where a CPU has no products in bf16, one step takes as long as ten.
+    # On a CPU without bf16 matrix products, one step takes as long as ten.
     dtype = "bf16" if "avx512_bf16" in Path("/proc/cpuinfo").read_text() else "fp32"
     flags = [
         "--model",
@@ -67,7 +67,7 @@ def test_peak_memory_is_flat_after_100_steps(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "train_bert.py", *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     peaks = {event["step"]: event["peak_memory_bytes"] for event in events(tmp_path / "run", "train")}
-    # Where each cache keeps 1,024: 843 MB at step 100 and 1,129 at step 400 (fp32). With the fix: 712 and 743.
+    # If each cache keeps 1,024: 843 MB at step 100 and 1,129 at step 400 (fp32). With the fix: 712 and 743.
     assert peaks[400] <= 1.05 * peaks[100]
 
 

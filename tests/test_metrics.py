@@ -2,7 +2,7 @@
 
     python -m pytest tests/test_metrics.py
 
-Counts and quotients agree to a few units of the last of 16 digits: 1e-12. The bootstrap's tolerance stands beside it;
+Counts and quotients agree to a few units of the last of 16 digits: 1e-12. The bootstrap's tolerance is written next to it;
 everything is seeded, so nothing fails by chance.
 """
 

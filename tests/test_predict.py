@@ -25,7 +25,7 @@ from minicls.data import load_data, split_data
 
 
 def lines(capsys, *argv) -> list[str]:
-    capsys.readouterr()  # what a fixture's training printed
+    capsys.readouterr()  # drops the output of a fixture's training
     main(["predict", *map(str, argv), "--device", "cpu"])
     return capsys.readouterr().out.rstrip("\n").split("\n")
 
@@ -66,7 +66,7 @@ def test_perplexities_are_those_of_the_options(qwen_run, bert_run, capsys):
     """Shares of 1 / perplexity are the probabilities, where an option is one token; a linear head has none."""
     (row,) = map(json.loads, lines(capsys, qwen_run, "Shares fell.", "--format", "jsonl"))
     likelihoods = 1 / np.array([*row["perplexities"].values()])
-    assert likelihoods.sum() < 1  # of all tokens, the letters are some
+    assert likelihoods.sum() < 1  # the letters are only some of all tokens
     np.testing.assert_allclose(likelihoods / likelihoods.sum(), [*row["probabilities"].values()], rtol=1e-5)
     (row,) = map(json.loads, lines(capsys, bert_run, "Shares fell.", "--format", "jsonl"))
     assert "perplexities" not in row
@@ -238,7 +238,7 @@ def test_nothing_to_classify(argv, bert_run, tmp_path, monkeypatch):
 
 
 def test_a_reader_that_has_enough_is_no_error(bert_run):
-    """As `| head -1`: the pipe closes before all is written."""
+    """Like `| head -1`: the pipe closes before everything is written."""
     command = [sys.executable, "-m", "minicls", "predict", str(bert_run), "Shares fell.", "--threads", "1"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
@@ -269,7 +269,7 @@ def test_untrained_model_and_missing_column(bert_run, tmp_path):
         main(["predict", str(bert_run), str(tmp_path / "a.csv")])
 
 
-# Which files, and flags in any place.
+# Input files, and flags in any place.
 
 
 def test_flags_stand_in_any_place(bert_run, tmp_path, capsys):
@@ -388,7 +388,7 @@ def test_standard_input_has_a_place_among_the_inputs(bert_run, capsys, monkeypat
     assert rows == ["one", "two", "-", "four"]
 
 
-# What comes out.
+# The output.
 
 
 @pytest.fixture(scope="module")

@@ -127,7 +127,7 @@ def test_names_that_make_no_options(names, parts):
 def test_a_prompt_file(start, ending, tmp_path):
     file = tmp_path / "prompt.txt"
     file.write_text(f"{start}哪一个？\n{{options}}\n{{braces}} {{text}}\nEnd.\n{ending}", encoding="utf-8")
-    # Of the line breaks at the end, one is the file's own.
+    # One of the line breaks at the end belongs to the file.
     assert make_template(["x", "y"], str(file), True) == (
         "哪一个？\nA. x\nB. y\n{braces} ",
         "\nEnd." + ("\n" if ending else ""),
@@ -280,7 +280,7 @@ def test_the_published_lengths(qwen, ag_news):
     ],
 )
 def test_what_is_trained_on(train_on, think_in, targets, qwen, texts):
-    """Whoever the think block is said to belong to, it stands in every row; only the targets differ."""
+    """Wherever the think block belongs, every row has it; only the targets differ."""
     chat = make_chat(qwen, train_on=train_on, think_in=think_in)
     labels = [i % 4 for i in range(8)]
     questions, _ = chat.questions(texts[:8])
@@ -372,7 +372,7 @@ def kept(chat: Chat, row: list[int]) -> str:
 
 
 def unused(chat: Chat, text: str, kept: str) -> int:
-    """How many tokens longer the row would be, and still fit, had some more characters of the text been kept."""
+    """The number of tokens by which the row could still grow if more characters of the text were kept."""
 
     def length(start: str) -> int:
         return len(chat.tokenizer.encode([turn(chat.template, start)])[0])
@@ -425,11 +425,13 @@ def test_texts_around_the_limit(tiny, texts):
         for text, row, length in zip(mixed, rows, lengths, strict=True):
             assert (kept(chat, row) == unicodedata.normalize("NFC", text)) == (length <= max_length)
         assert rows[:9] == [chat.training_rows([text], [0])[0][0] for text in mixed[:9]]
-        assert chat.questions(mixed)[1] == chat.prompts(mixed)[1] == cut  # what is scored is cut as what is trained on
+        assert (
+            chat.questions(mixed)[1] == chat.prompts(mixed)[1] == cut
+        )  # rows for scoring are cut like rows for training
 
 
 def test_real_texts_are_cut_to_the_limit(qwen, ag_news):
-    """Of the 7,600 articles, at half their usual length limit."""
+    """On the 7,600 articles, at half their usual length limit."""
     longest = sorted(ag_news[0], key=len)[-300:]
     whole = make_chat(qwen).training_rows(longest, [0] * 300)[0]
     chat = make_chat(qwen, 150)
@@ -500,14 +502,14 @@ ZEPHYR = (  # TinyLlama's; its roles are spelled in plain text
     "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n' + message['content'] + eos_token }}\n{% endif %}\n"
     "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
 )
-MISTRAL = (  # an answer follows a blank
+MISTRAL = (  # a space comes before the answer
     "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
     "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
     "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token}}"
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
-GENERATION = (  # the blanks around the marks would be seen
+GENERATION = (  # spaces around the markers would show
     "{%- for message in messages %}\n"
     "    {{- '<|im_start|>' + message.role + '\\n' }}\n"
     "    {%- if message.role == 'assistant' %}\n"
@@ -601,7 +603,7 @@ def test_the_templates_say_what_their_models_were_trained_on(tiny, tmp_path):
 @pytest.mark.parametrize("source", ["config", "file", "saved by us"])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_rows_are_those_of_transformers_for_other_templates(name, source, tiny, texts, tmp_path):
-    """The template stands in tokenizer_config.json or in a file of its own; and what we save asks the same."""
+    """The template is in tokenizer_config.json or in its own file; a saved model asks the same question."""
     import transformers
 
     template, tokens, names = TEMPLATES[name]
@@ -634,7 +636,7 @@ def test_rows_are_those_of_transformers_for_other_templates(name, source, tiny, 
 
 
 def test_the_bare_question_where_there_is_no_template(tiny, texts, tmp_path):
-    """The turn, a blank, the letter and the end-of-sequence token, after what the tokenizer puts before any text."""
+    """The turn, a space, the letter and the end-of-sequence token, after the tokens that the tokenizer always adds."""
     import transformers
 
     for name, begins in (("none", False), ("begins", True)):
@@ -726,7 +728,7 @@ def test_an_option_that_merges_with_the_text_before_or_after_it(tiny, tmp_path):
 
 @pytest.mark.parametrize("begin", ["<s>", "<s>user\n"])
 def test_a_tokenizer_that_reads_on_after_a_control_token_otherwise_than_from_the_start(begin, tmp_path):
-    """SentencePiece's blank before the first word of a text, not before the first word after a control token."""
+    """SentencePiece's space before the first word of a text, not before the first word after a control token."""
     own = tokenizers.Tokenizer(tokenizers.models.BPE())
     own.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
     alphabet = [*map(chr, range(32, 127)), "\n", "▁"]

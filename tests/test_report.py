@@ -62,7 +62,7 @@ def columns(run: Path) -> dict[str, np.ndarray]:
 def copy_run(
     run: Path, folder: Path, results: dict | None = None, num_train_rows: int | None = None, **settings
 ) -> Path:
-    """What is kept of a run, under other settings and with other results."""
+    """The kept form of a run, with other settings and results."""
     folder.mkdir(parents=True)
     for name in ("run.json", "results.json", "metrics.jsonl", "predictions.parquet"):
         shutil.copy(run / name, folder)
@@ -620,7 +620,7 @@ def test_what_is_kept_of_runs_will_do(bert_run, qwen_run, tmp_path):
             "macro_classes",
             "absent_classes",
         ):
-            del old[key]  # of before they were kept
+            del old[key]  # as in files from before they were kept
         for scores in old["per_class"].values():
             del scores["support"]
         (run / "results.json").write_text(json.dumps(old))

@@ -90,13 +90,13 @@ def test_resumed_run_equals_the_uninterrupted_one(stopped, whole):
 
 @pytest.mark.parametrize("pair", ["bert fp32", "qwen fp32"], indirect=True)
 class TestStopped:
-    """What else may have happened to the stopped run before it goes on."""
+    """Other things that may happen to the stopped run before it continues."""
 
     def test_torn_leftovers_are_not_picked_up(self, stopped, whole):
         newest = checkpoints(stopped)[5]
-        torn = shutil.copytree(newest, newest.with_name(".step-000007.tmp"))  # as a kill while saving leaves it
+        torn = shutil.copytree(newest, newest.with_name(".step-000007.tmp"))  # left by a kill while saving
         (torn / "optimizer.safetensors").write_bytes(b"half")
-        shutil.copytree(newest, newest.with_name(".step-000006.old"))  # as a kill while deleting leaves it
+        shutil.copytree(newest, newest.with_name(".step-000006.old"))  # left by a kill while deleting
         with (stopped / "metrics.jsonl").open("a") as file:
             for step in (6, 7):
                 file.write(json.dumps({"event": "train", "step": step, "loss": 9.9}) + "\n")
@@ -124,7 +124,7 @@ class TestStopped:
             5,
         ]  # 3 while training, then both checkpoints
         assert results(stopped)["final_step"] == 5 and len(losses(stopped)) == steps
-        assert results(stopped)["evaluations"] == 2  # what the seconds are of
+        assert results(stopped)["evaluations"] == 2  # those that took eval_seconds
         resume(stopped)
         assert (
             losses(stopped) == losses(whole)

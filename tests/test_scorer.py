@@ -18,7 +18,7 @@ from minicls.scorer import common_prefix, read_prefix, score, score_brute_force
 from minicls.tiny import train_qwen_tokenizer
 from minicls.tokenizer import load_tokenizer
 
-SAME = [7, 8, 9, 10, 11, 12]  # what the questions of a prompt begin with
+SAME = [7, 8, 9, 10, 11, 12]  # the common start of a prompt's questions
 QUESTIONS = {
     "none": [],
     "one": [[5, 6, 7]],
@@ -80,7 +80,7 @@ def test_score_equals_the_brute_force(questions, options, model, way):
 
 @pytest.mark.parametrize(("config", "template"), [("qwen2", "Qwen2.5"), ("llama", "SmolLM2"), ("llama", "Llama 3")])
 def test_score_equals_the_brute_force_in_other_chat_formats(config, template, tmp_path):
-    """The system turn stands in every question and is read once."""
+    """The system turn is in every question and is computed once."""
     texts = ["Stocks fell.", "The cup final, after a long night of rain, went to penalties.", "", "A new chip"]
     tiny = train_qwen_tokenizer(["".join(make_template(AG_NEWS_LABELS))] * 2, 500)
     tokenizer = load_tokenizer(tokenizer_dir(tmp_path, tiny, *TEMPLATES[template], begins=template in BEGINS))
@@ -100,7 +100,7 @@ def test_score_equals_the_brute_force_in_other_chat_formats(config, template, tm
 
 @pytest.mark.parametrize("options", ["one token", "of different lengths"])
 def test_a_prefix_read_before_serves_later_questions(options, model):
-    """As one request after another has it: the prefix of two earlier questions, for a third that begins so."""
+    """As in successive requests: the prefix of two earlier questions serves a third with the same start."""
     first, second, third = QUESTIONS["a prefix in common"][:3]
     prefix = read_prefix(model, [first, second], CPU)
     assert (
@@ -128,7 +128,7 @@ def test_scores_come_in_the_order_of_the_questions(model):
     questions, options = QUESTIONS["many"], OPTIONS["of different lengths"]
     found = score(model, questions, options, CPU, max_tokens=50)
     distances = torch.cdist(found, found).fill_diagonal_(torch.inf)
-    assert distances.min() > 1e-3  # no row could stand in for another
+    assert distances.min() > 1e-3  # rows cannot be mixed up unnoticed
     order = [*range(1, 35, 2), *range(0, 35, 2)]
     assert_scores_close(score(model, [questions[row] for row in order], options, CPU, max_tokens=50), found[order])
     backwards = score(model, questions, options[::-1], CPU, max_tokens=50)
@@ -142,7 +142,7 @@ def by_hand(theirs: torch.nn.Module, question: list[int], option: list[int]) -> 
         logits = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
     total = 0.0
     for i, token in enumerate(option):
-        distribution = logits[len(question) + i - 1].double().softmax(0)  # what is said before the token is there
+        distribution = logits[len(question) + i - 1].double().softmax(0)  # the prediction before the token
         total += distribution[token].log().item()
     return total
 

@@ -307,7 +307,7 @@ def test_a_chat_template_in_a_file_of_its_own_is_kept(tiny_qwen, tmp_path):
 def test_a_file_s_own_truncation_and_padding_have_no_effect(tiny, tmp_path):
     tiny.save(tmp_path)
     file = tmp_path / "tokenizer.json"
-    spec = json.loads(file.read_text(encoding="utf-8"))  # as sentence-transformers' files have them
+    spec = json.loads(file.read_text(encoding="utf-8"))  # as in sentence-transformers' files
     spec["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
     spec["padding"] = {"strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None}
     spec["padding"] |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]"}
@@ -331,7 +331,7 @@ def test_a_missing_control_token_is_named(tiny):
         tiny.control_ids(["[CLS]", "<|im_end|>", "<think>"])
 
 
-# What transformers reads of a directory that we write: the ids that training used. Every case is a field or a file that
+# transformers reads a directory that we write, and gives the ids that training used. Every case is a field or a file that
 # transformers builds a tokenizer from. `change(tokenizer.json, tokenizer_config.json)` edits a directory like a published one.
 
 PARTS = [
@@ -516,7 +516,7 @@ def surround(*parts: str, byte_level: bool = False) -> Callable:
 
 
 def digits_first(spec: dict, config: dict) -> None:
-    """As SmolLM2's file."""
+    """Like SmolLM2's file."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     parts = [{"type": "Digits", "individual_digits": True}, byte_level]
     spec.update(pre_tokenizer={"type": "Sequence", "pretokenizers": parts}, normalizer=None)

@@ -1,4 +1,4 @@
-"""What train_qwen.py's loop has of its own: targets, the two losses, both heads.   python -m pytest tests/test_train_qwen.py
+"""The parts of the loop that only train_qwen.py has: targets, the two losses, both heads.   python -m pytest tests/test_train_qwen.py
 
 What it shares with train_bert.py is tested there, and in test_resume.py and test_ranks.py for both. Everything runs in fp32
 where two orders of summation are compared: losses differ by a few 1e-7 then (bound: 1e-5, against transformers 1e-4, as two
@@ -152,7 +152,7 @@ def test_losses_and_gradient_against_transformers(flags, trained, letter, tmp_pa
     assert grad_norm == pytest.approx(norm.item(), rel=1e-4)
 
 
-FAMILIES = {  # model_type: (sizes beside TINY's, chat template and control tokens)
+FAMILIES = {  # model_type: (sizes in addition to TINY's, chat template and control tokens)
     "qwen3": None,
     "llama": ({"head_dim": 32, "rope_theta": 500_000.0, "tie_word_embeddings": False}, "Llama 3"),
     "qwen2": ({"num_attention_heads": 2, "num_key_value_heads": 1}, "Qwen2.5"),  # heads of 32 as well
@@ -428,7 +428,7 @@ class TestOptions:
         (copy / "metrics.jsonl").write_text("".join(line for line in lines if '"eval"' not in line))
         evaluate([str(copy)])
         assert events(copy, "eval", "test") == before and results(copy)["f1"] == results(learned)["f1"]
-        # The table is that of a run evaluated while it trained, though the evaluations stand at the end of the file now.
+        # The table is that of a run evaluated while it trained, though the evaluations are now at the end of the file.
         assert (
             steps_table(copy) == steps_table(learned)
             and steps_table(copy).count("\n") == 6

@@ -44,7 +44,7 @@ SIZES |= {"max_position_embeddings": 32, "num_labels": 3}
 VALUES = SIZES | {"model_type": "bert"}
 HEAD = {"classifier.weight", "classifier.bias"}
 POOLER = {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
-EXTRAS = {  # of a pretraining checkpoint, and of files that older transformers wrote
+EXTRAS = {  # tensors of a pretraining checkpoint, and of files by older versions of transformers
     "cls.seq_relationship.weight": torch.zeros(2, 16),
     "cls.predictions.bias": torch.zeros(40),
     "bert.embeddings.position_ids": torch.arange(32)[None],
@@ -102,7 +102,7 @@ def halves(tensors: dict) -> list[dict]:
     return [{name: tensors[name] for name in part} for part in (names[::2], names[1::2])]
 
 
-# How a file may differ from the model: (what is written, the names that then start fresh, how many are ignored).
+# Allowed differences between a file and the model: (the tensors, the names that then start fresh, how many are ignored).
 LAYOUTS = {
     "as it is": (lambda t: [t], set(), 0),
     "gamma and beta": (lambda t: [gamma_beta(t)], set(), 0),
@@ -135,7 +135,7 @@ def test_layouts_load_with_a_report(layout, tensors, tmp_path):
     assert all(name in report for name in sorted(fresh)[:3])
 
 
-REFUSED = {  # what is written, and what the message has to name
+REFUSED = {  # the tensors, and the words that the message must name
     "missing": (
         lambda t: [{name: t[name] for name in t if name != "bert.embeddings.LayerNorm.bias"}],
         "bert.embeddings.LayerNorm.bias",
@@ -174,7 +174,7 @@ def truncate(file: Path, size: int) -> None:
     file.write_bytes(file.read_bytes()[:size])
 
 
-DAMAGES = {  # what happens to a directory of one file, and what the message has to name
+DAMAGES = {  # damage to a directory of one file, and the words that the message must name
     "torn weights": (lambda d: truncate(d / "model.safetensors", 5000), "model.safetensors"),
     "torn header": (lambda d: truncate(d / "model.safetensors", 100), "model.safetensors"),
     "empty weights": (lambda d: truncate(d / "model.safetensors", 0), "model.safetensors"),
@@ -229,7 +229,7 @@ def test_loaded_parameters_are_copies_of_the_file(tensors, tmp_path):
             header = int.from_bytes(stream.read(8), "little")
             stream.seek(8 + header)
             stream.write(bytes(file.stat().st_size - 8 - header))
-        assert (view == 0).all()  # what a view of the mapped file comes to
+        assert (view == 0).all()  # a view of the mapped file changes with it
     for name, parameter in model.items():
         assert torch.equal(parameter, tensors[name]), name
 
@@ -243,7 +243,7 @@ def test_loading_takes_the_memory_of_one_copy(tmp_path):
     save_file(dict(model.named_parameters()), tmp_path / "model.safetensors")
     size = (tmp_path / "model.safetensors").stat().st_size
     assert size > 100e6
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew, from what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the memory now resident
     before = dist.resident_peak_bytes()
     loaded, _, _ = weights.build_model(weights.BERT, values, tmp_path, 0, torch.device("cpu"), torch.bfloat16)
     assert loaded.classifier.weight.dtype == torch.bfloat16
@@ -436,7 +436,7 @@ def test_a_decoder_that_knows_no_classes_is_no_classifier(qwen_run, tmp_path):
         Classifier(folder, torch.device("cpu"))
 
 
-STALE = {  # what a pretrained model's config.json may say that is not true of the model trained from it
+STALE = {  # fields of a pretrained config.json that do not hold for the model trained from it
     "num_labels": 2,
     "_num_labels": 7,
     "id2label": {"0": "negative", "1": "positive"},
@@ -537,7 +537,7 @@ def one_more(model):
 
 @pytest.mark.parametrize("change", [two_layers, no_pooler, one_more])
 def test_a_changed_model_does_not_pass_for_transformers_class(change, tmp_path, monkeypatch, capsys):
-    """As after an edit of bert.py. It trains, resumes and predicts here, and opens nowhere else."""
+    """As after a change of bert.py. It trains, resumes and predicts here, but opens nowhere else."""
     original = BertForSequenceClassification.__init__
 
     def init(self, config):
@@ -583,7 +583,7 @@ def test_weights_have_the_mode_of_other_files(umask, mode, tmp_path):
     before = os.umask(umask)
     try:
         weights.write_tensors({"x": torch.zeros(1)}, tmp_path / "a.safetensors")
-        (tmp_path / "b.safetensors").touch(mode=0o400)  # what an earlier run left behind says nothing
+        (tmp_path / "b.safetensors").touch(mode=0o400)  # the mode of an earlier run's file is ignored
         weights.write_tensors({"x": torch.zeros(1)}, tmp_path / "b.safetensors")
     finally:
         os.umask(before)
