@@ -29,9 +29,7 @@ A shared machine is noisy: figures are medians over --rounds, and ratios within 
 import importlib.util
 import itertools
 import json
-import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -47,9 +45,7 @@ from minicls.comparison import bench_table
 from minicls.config import UserError, flag_of, parse, run_main, setting
 from minicls.data import Data, Split, load_data, stratified_rows
 from minicls.predict import Reader
-from minicls.prompt import make_template
-from minicls.tiny import SIZES, new_model
-from minicls.tokenizer import load_tokenizer
+from minicls.tiny import SIZES
 
 ENGINES = ("minicls", "transformers", "vllm", "harness")
 MODES = ("single", "offline", "server")
@@ -154,57 +150,13 @@ def requests(s: Settings, data: Data) -> Split:
     return data.test.select(stratified_rows(data.test, min(s.num_requests, len(data.test))))
 
 
-# Random weights.
-
-
-def random_model(model: str, architecture: weights.Architecture, data: Data, seed: int, folder: Path) -> Path:
-    """Writes a model directory with random weights into `folder`, for all engines to open; returns its path.
-
-    `model` is the source of config and tokenizer: a directory, a hub id, or one of SIZES, for which the tokenizer is
-    learned from the data.
-    """
-    if model in SIZES and not Path(model).is_dir():
-        if SIZES[model]["model_type"] not in architecture.model_types:
-            raise UserError(f"--init: {model} is a {SIZES[model]['model_type']} model; give it to another flag")
-        before, after = ("", "") if architecture is weights.BERT else make_template(data.label_names, no_think=True)
-        config, tokenizer = new_model(model, [before + text + after for text in data.train.texts[:20_000]], 20_000)
-    else:
-        directory, _ = weights.find_model(model)
-        config, tokenizer = weights.read_config(directory, architecture), load_tokenizer(directory)
-    config |= weights.label_config(data.label_names)
-    if architecture is not weights.BERT:
-        end, pad = tokenizer.eos_and_pad(config)
-        config |= {"pad_token_id": pad, "eos_token_id": end}
-    dtype = torch.float32 if architecture is weights.BERT else torch.bfloat16
-    built, _, _ = weights.build_model(architecture, config, None, seed, torch.device("cpu"), dtype)
-    weights.save_model(built, config, tokenizer, folder / Path(model).name)
-    return folder / Path(model).name
-
-
 # A side: a process that measures one model in one engine.
-
-
-def uses_gpu(device: str | None) -> bool:
-    return (device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
-
-
-def side_environment(side: str, device: str | None, threads: int | None) -> tuple[dict[str, str], str | None]:
-    """The environment variables of a process that measures one engine, and the --device for it."""
-    env = dict(os.environ)
-    if uses_gpu(device):  # show one GPU only: the HF Trainer would use all that it sees, and vLLM the first one
-        visible = (env.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
-        index = torch.device(device or "cuda").index or 0
-        if index < len(visible) and visible[index]:  # otherwise the process itself reports the mistake
-            env["CUDA_VISIBLE_DEVICES"], device = visible[index], "cuda"
-    if side != "minicls":  # `dist.start` lowers these for minicls' batches; other libraries keep PyTorch's default
-        env |= {name: "1024" for name in dist.CPU_CACHES if env.get(name) in (None, dist.CPU_CACHE_CAPACITY)}
-    return env | (engines.vllm_environment(threads or os.cpu_count()) if side == "vllm" else {}), device
 
 
 def side_process(s: Settings, side: str) -> tuple[list[str], dict[str, str]]:
     """The command line and the environment of a side's process."""
-    env, device = side_environment(side, s.device, s.threads)
-    if side == "minicls" and s.compile and not uses_gpu(device):
+    env, device = engines.process_environment(side, s.device, s.threads)
+    if side == "minicls" and s.compile and not engines.uses_gpu(device):
         env["TORCHINDUCTOR_FREEZING"] = "1"  # constant weights: a CPU packs them for its matrix products
     python = s.vllm_python if side == "vllm" and s.vllm_python else sys.executable
     side_settings = replace(s, side=side, device=device, output_dir=None, vllm_python=None)
@@ -230,19 +182,6 @@ def start_side(s: Settings, side: str) -> Iterator[dict]:
         raise UserError(f"{command[0]} does not start ({error.strerror})") from None
 
 
-def make_engine(s: Settings, directory: Path, device: torch.device, max_length: int) -> engines.Engine:
-    """Loads the model into the engine that --side names. Raises UserError if it is not installed."""
-    arguments = directory, DTYPES[s.dtype], device
-    try:
-        if s.side == "minicls":
-            return engines.Minicls(*arguments, s.compile)
-        if s.side == "vllm":
-            return (engines.VLLMServer if s.mode == ("server",) else engines.VLLM)(*arguments, max_length)
-        return (engines.Harness if s.side == "harness" else engines.Transformers)(*arguments)
-    except ImportError as error:
-        raise UserError(f"{s.side} does not import ({error}); install it or leave it out") from None
-
-
 def measure_side(s: Settings) -> None:
     """Measures the one model that is named, and prints a row for each mode and method."""
     # Exit through `finally`, because a server must not outlive this process.
@@ -251,7 +190,9 @@ def measure_side(s: Settings) -> None:
     data = load_data(s.data, s.text_column, s.label_column)
     ((role, directory),) = models(s).items()
     reader = Reader(directory, s.max_length)
-    engine = make_engine(s, directory, device, reader.max_length + (s.max_new_tokens if role == "qwen" else 0))
+    max_length = reader.max_length + (s.max_new_tokens if role == "qwen" else 0)
+    arguments = directory, DTYPES[s.dtype], device, max_length, s.compile, s.mode == ("server",)
+    engine = engines.make_engine(s.side, *arguments)
     texts = requests(s, data).texts
     try:
         for mode, method in itertools.product(s.mode, methods(role, s.side)):
@@ -304,17 +245,6 @@ def judge(row: dict, expected: np.ndarray, labels: np.ndarray, s: Settings) -> d
     return verdict | {"reason": ", ".join(reasons) or None}
 
 
-def median_row(rows: list[dict]) -> dict:
-    """Merges a row's rounds: the medians of its figures, and its worst status."""
-    merged = dict(max(rows, key=lambda row: ("ok", "invalid", "failed").index(row["status"])))
-    for name in merged:
-        values = [row[name] for row in rows if row["status"] != "failed"]
-        values = [value for value in values if not isinstance(value, (str, type(None)))]
-        if values:  # counts are the same in all rounds, and stay whole
-            merged[name] = values[0] if len({*values}) == 1 else statistics.median(values)
-    return merged
-
-
 def compare(s: Settings, data: Data) -> tuple[list[dict], Path]:
     """Measures every model in every engine; returns the rows and the directory of bench.json, which grows with them."""
     device = dist.start(s.device, s.threads, s.dtype)
@@ -326,9 +256,8 @@ def compare(s: Settings, data: Data) -> tuple[list[dict], Path]:
             names = [name for name, value in weights.ARCHITECTURES.items() if value is ARCHITECTURES[role]]
             raise UserError(f"{model} is a {reader.config['architectures'][0]}; pass a {' or '.join(names)}")
         if tuple(reader.label_names) != tuple(data.label_names):
-            raise UserError(
-                f"{model} was trained on other classes than --data has ({', '.join(data.label_names)[:80]})"
-            )
+            classes = ", ".join(data.label_names)[:80]
+            raise UserError(f"{model} was trained on other classes than --data has ({classes})")
     output_dir = checkpoint.new_run_dir(s.output_dir, "bench")
     checkpoint.write_json(output_dir / "bench.json", [])
     expected = {role: reference(role, readers[role], directories[role], device, test.texts) for role in readers}
@@ -344,7 +273,7 @@ def compare(s: Settings, data: Data) -> tuple[list[dict], Path]:
         columns = COLUMNS + ("slo_attainment",) * (row["mode"] == "server")
         same_rows = rounds.setdefault((role, engine, row["method"], row["mode"]), [])
         same_rows.append({column: values.get(column) for column in columns})
-        checkpoint.write_json(output_dir / "bench.json", [*map(median_row, rounds.values())])
+        checkpoint.write_json(output_dir / "bench.json", [*map(serving.median_row, rounds.values())])
         print(f"{values['model']}, {engine}, {row['method']}, {row['mode']}: {verdict['status']}", file=sys.stderr)
 
     for _, role, engine in itertools.product(range(s.rounds), readers, s.engines):
@@ -360,7 +289,7 @@ def compare(s: Settings, data: Data) -> tuple[list[dict], Path]:
             except UserError as error:
                 for method, mode in missing:
                     add_row(role, engine, {"method": method, "mode": mode, "failed": str(error)})
-    return [*map(median_row, rounds.values())], output_dir
+    return [*map(serving.median_row, rounds.values())], output_dir
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -390,8 +319,8 @@ def main(argv: list[str] | None = None) -> None:
     data = load_data(s.data, s.text_column, s.label_column)
     with tempfile.TemporaryDirectory() as folder:
         for role in named if s.init == "random" else ():
-            made = random_model(getattr(s, role), ARCHITECTURES[role], data, s.seed, Path(folder) / role)
-            s = replace(s, **{role: str(made)})
+            arguments = ARCHITECTURES[role], data.train.texts, data.label_names, s.seed, Path(folder) / role
+            s = replace(s, **{role: str(weights.save_random_model(getattr(s, role), *arguments))})
         rows, output_dir = compare(s, data)
     print(bench_table(rows))
     print(f"{output_dir / 'bench.json'}, {plots.plot_requests(rows, output_dir / 'rps.png')}")

@@ -303,3 +303,38 @@ class VLLMServer(Engine):
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+def uses_gpu(device: str | None) -> bool:
+    return (device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
+
+
+def process_environment(engine: str, device: str | None, threads: int | None) -> tuple[dict[str, str], str | None]:
+    """The environment variables of a process that measures one engine, and the --device for it."""
+    env = dict(os.environ)
+    if uses_gpu(device):  # show one GPU only: the HF Trainer would use all that it sees, and vLLM the first one
+        visible = (env.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+        index = torch.device(device or "cuda").index or 0
+        if index < len(visible) and visible[index]:  # otherwise the process itself reports the mistake
+            env["CUDA_VISIBLE_DEVICES"], device = visible[index], "cuda"
+    if engine != "minicls":  # `dist.start` lowers these for minicls' batches; other libraries keep PyTorch's default
+        env |= {name: "1024" for name in dist.CPU_CACHES if env.get(name) in (None, dist.CPU_CACHE_CAPACITY)}
+    return env | (vllm_environment(threads or os.cpu_count()) if engine == "vllm" else {}), device
+
+
+def make_engine(
+    name: str, directory: Path, dtype: torch.dtype, device: torch.device, max_length: int, compile: bool, server: bool
+) -> Engine:
+    """The engine of this name with the model of a directory; `server`: vLLM's, in a process of its own.
+
+    Raises UserError if it is not installed.
+    """
+    arguments = directory, dtype, device
+    try:
+        if name == "minicls":
+            return Minicls(*arguments, compile)
+        if name == "vllm":
+            return (VLLMServer if server else VLLM)(*arguments, max_length)
+        return (Harness if name == "harness" else Transformers)(*arguments)
+    except ImportError as error:
+        raise UserError(f"{name} does not import ({error}); install it or leave it out") from None

@@ -219,3 +219,14 @@ def serve_each(due: Sequence[float], answer: Callable[[int], object]) -> tuple[l
             futures.append(threads.submit(send, i))
     latencies, answers = zip(*(future.result() for future in futures), strict=True)
     return [*latencies], [*answers]
+
+
+def median_row(rows: list[dict]) -> dict:
+    """Merges a row's rounds: the medians of its figures, and its worst status."""
+    merged = dict(max(rows, key=lambda row: ("ok", "invalid", "failed").index(row["status"])))
+    for name in merged:
+        values = [row[name] for row in rows if row["status"] != "failed"]
+        values = [value for value in values if not isinstance(value, (str, type(None)))]
+        if values:  # counts are the same in all rounds, and stay whole
+            merged[name] = values[0] if len({*values}) == 1 else statistics.median(values)
+    return merged

@@ -20,7 +20,9 @@ from minicls.bert import BertConfig, BertForSequenceClassification
 from minicls.config import UserError
 from minicls.data import derived_seed, download
 from minicls.decoder import FAMILIES, DecoderConfig, DecoderForCausalLM, DecoderForSequenceClassification
-from minicls.tokenizer import Tokenizer
+from minicls.prompt import make_template
+from minicls.tiny import SIZES, new_model
+from minicls.tokenizer import Tokenizer, load_tokenizer
 
 INDEX = "model.safetensors.index.json"
 
@@ -341,3 +343,29 @@ def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
     except SafetensorError as error:
         file.unlink(missing_ok=True)
         raise OSError(f"{file}: {error}") from None
+
+
+def save_random_model(
+    model: str, architecture: Architecture, texts: Sequence[str], label_names: Sequence[str], seed: int, folder: Path
+) -> Path:
+    """Writes a model directory with random weights into `folder`; returns its path.
+
+    `model` is the source of config and tokenizer: a directory, a hub id, or one of SIZES, for which the tokenizer is
+    learned from the texts.
+    """
+    if model in SIZES and not Path(model).is_dir():
+        if SIZES[model]["model_type"] not in architecture.model_types:
+            raise UserError(f"--init: {model} is a {SIZES[model]['model_type']} model; give it to another flag")
+        before, after = ("", "") if architecture is BERT else make_template(label_names, no_think=True)
+        config, tokenizer = new_model(model, [before + text + after for text in texts[:20_000]], 20_000)
+    else:
+        directory, _ = find_model(model)
+        config, tokenizer = read_config(directory, architecture), load_tokenizer(directory)
+    config |= label_config(label_names)
+    if architecture is not BERT:
+        end, pad = tokenizer.eos_and_pad(config)
+        config |= {"pad_token_id": pad, "eos_token_id": end}
+    dtype = torch.float32 if architecture is BERT else torch.bfloat16
+    built, _, _ = build_model(architecture, config, None, seed, torch.device("cpu"), dtype)
+    save_model(built, config, tokenizer, folder / Path(model).name)
+    return folder / Path(model).name

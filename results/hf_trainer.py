@@ -30,7 +30,7 @@ import bench
 import minicls
 import train_bert
 import train_qwen
-from minicls import dist, weights
+from minicls import dist, engines, weights
 from minicls.batch import step_rows
 from minicls.checkpoint import write_json
 from minicls.config import UserError, parse, run_main, setting
@@ -181,14 +181,14 @@ def train_side(s: Settings, side: str, env: dict[str, str]) -> dict:
 
 def run_side(s: Settings, side: str) -> dict:
     """Trains one side in its own process, so that the peak memory is that side's."""
-    env, device = bench.side_environment(side, s.device, s.threads)
+    env, device = engines.process_environment(side, s.device, s.threads)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(train_side, replace(s, device=device), side, env).result()
 
 
 def untimed_steps(s: Settings) -> int:
     """The untimed steps, in which a GPU still chooses kernels and allocates memory."""
-    return min(10, s.max_steps // 2) if bench.uses_gpu(s.device) else 1
+    return min(10, s.max_steps // 2) if engines.uses_gpu(s.device) else 1
 
 
 def compare_speed(s: Settings, data: Data) -> dict:
@@ -233,9 +233,16 @@ def main(argv: list[str] | None = None) -> None:
         if s.measure == "quality" and script is train_qwen:
             raise UserError(f"--model: {s.model} is a decoder, which --measure quality cannot score; pass a BERT")
         if s.init == "random":
-            s = replace(s, model=str(bench.random_model(s.model, architecture, data, s.seed, Path(folder))))
+            s = replace(
+                s,
+                model=str(
+                    weights.save_random_model(
+                        s.model, architecture, data.train.texts, data.label_names, s.seed, Path(folder)
+                    )
+                ),
+            )
         s = replace(s, global_batch_size=s.global_batch_size or (64 if script is train_bert else 12))
-        s = replace(s, max_steps=s.max_steps or (50 if bench.uses_gpu(s.device) else 5))
+        s = replace(s, max_steps=s.max_steps or (50 if engines.uses_gpu(s.device) else 5))
         unset = [name for name in ("learning_rate", "weight_decay") if getattr(s, name) is None]
         s = replace(s, **{name: getattr(script.Settings, name) for name in unset})
         if s.measure == "speed" and s.max_steps * s.global_batch_size > len(data.train):

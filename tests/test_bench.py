@@ -79,9 +79,9 @@ def test_counts_of_several_rounds_stay_whole():
         {"status": "ok", "num_requests": 64, "threads": 2, "requests_per_second": rate, "reason": None}
         for rate in (2.0, 3.0)
     ]
-    assert json.dumps(bench.median_row(rounds)) == json.dumps(rounds[0] | {"requests_per_second": 2.5})
+    assert json.dumps(serving.median_row(rounds)) == json.dumps(rounds[0] | {"requests_per_second": 2.5})
     failed = {"status": "failed", "num_requests": None, "threads": 2, "requests_per_second": None, "reason": "it broke"}
-    assert bench.median_row([failed, rounds[0]]) == failed | {"num_requests": 64, "requests_per_second": 2.0}
+    assert serving.median_row([failed, rounds[0]]) == failed | {"num_requests": 64, "requests_per_second": 2.0}
 
 
 class Clock:
@@ -356,8 +356,8 @@ def small_sizes(monkeypatch):
     sizes = {name: tiny.SIZES[name] | small for name in ("bert-base-cased", "Qwen3-0.6B", "qwen3-small")}
     for name in ("Qwen3-0.6B", "qwen3-small"):
         sizes[name] |= {"num_key_value_heads": 1, "head_dim": 8}
-    monkeypatch.setattr(bench, "SIZES", sizes)
-    monkeypatch.setattr(tiny, "SIZES", sizes)
+    for module in (bench, tiny, weights):
+        monkeypatch.setattr(module, "SIZES", sizes)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +365,9 @@ def small_sizes(monkeypatch):
 )
 def test_a_published_size_needs_no_files(role, size, small_sizes, tmp_path):
     """Random weights, a tokenizer learned from the data, and its classes."""
-    directory = bench.random_model(size, bench.ARCHITECTURES[role], load_data("synthetic"), 42, tmp_path)
+    data = load_data("synthetic")
+    arguments = bench.ARCHITECTURES[role], data.train.texts, data.label_names, 42, tmp_path
+    directory = weights.save_random_model(size, *arguments)
     reader = Reader(directory)
     assert directory == tmp_path / size and reader.architecture is bench.ARCHITECTURES[role]
     assert reader.label_names == ["World", "Sports", "Business", "Sci/Tech"]
@@ -378,8 +380,9 @@ def test_a_directory_without_weights_gives_config_and_tokenizer(small_sizes, tmp
     assert not (tmp_path / "small" / "model.safetensors").exists()
     made = []
     for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
-        arguments = str(tmp_path / "small"), weights.DECODER, load_data("synthetic"), seed, tmp_path / folder
-        directory = bench.random_model(*arguments)
+        data = load_data("synthetic")
+        arguments = weights.DECODER, data.train.texts, data.label_names, seed, tmp_path / folder
+        directory = weights.save_random_model(str(tmp_path / "small"), *arguments)
         assert directory == tmp_path / folder / "small" and Reader(directory).config["vocab_size"] == 400
         made.append((directory / "model.safetensors").read_bytes())
     assert made[0] == made[1] != made[2]
