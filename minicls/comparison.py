@@ -72,9 +72,10 @@ def open_runs(run_dirs: Sequence[Path]) -> dict[str, Run]:
             raise UserError(f"{run_dir}: no finished run ({error}); train it to the end first") from None
         if run.results is None:
             raise UserError(f"{run_dir}: no finished run (no results.json); train it to the end first")
-        if "confusion" not in run.results and (predicted := predictions(run)):  # left out of a reduced run
-            pair, size = (predicted["label"], predicted["prediction"]), len(run.results.get("per_class", ()))
-            run.results["confusion"] = metrics.confusion_matrix(*pair, size).tolist()
+        # A reduced run leaves out the confusion matrix, which its predictions give.
+        if "confusion" not in run.results and "per_class" in run.results and (predicted := predictions(run)):
+            pair = predicted["label"], predicted["prediction"]
+            run.results["confusion"] = metrics.confusion_matrix(*pair, len(run.results["per_class"])).tolist()
         if missing := sorted(REQUIRED - run.results.keys()):
             remedy = "restore the file or train the run again"
             raise UserError(f"{run_dir / 'results.json'}: no {missing[0]} in it; {remedy}")

@@ -639,7 +639,7 @@ def test_thin_runs_give_the_same_report(bert_run, qwen_run, tmp_path):
         table, full = pq.read_table(small / "predictions.parquet"), columns(run)
         assert {*table.column_names} == {"row", "label", "prediction", "probability", "text_hash", "num_tokens"}
         probabilities = np.stack([full[f"probability_{c}"] for c in range(4)], axis=1)
-        assert table["probability"].to_numpy() == pytest.approx(probabilities.max(1), abs=6e-4)
+        assert table["probability"].to_numpy() == pytest.approx(probabilities.max(1), abs=6e-3)  # two decimals
     of_whole, of_thin = (report(tmp_path / name, *runs) for name, runs in (("a", whole), ("b", thin)))
     assert of_whole.keys() == of_thin.keys()
     differ = {title for title in of_whole if of_whole[title] != of_thin[title]}
