@@ -325,9 +325,9 @@ def main(argv: list[str] | None = None) -> None:
     # 6. Keep the headline model, the best on validation or else the last, and report its scores.
     logits = run.save_headline_model(architecture, logits_of)
     if dist.is_first():
-        validation, state = splits.get("validation"), run.state
+        validation = splits.get("validation")
         written = results.write_results(
-            run.dir, data, validation, tokenizer, logits, state, run.headline_step, device
+            run.dir, data, validation, tokenizer, logits, run.state, device
         )
         print(plots.finish(run.dir, written))
     run.close()

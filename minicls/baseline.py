@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     logger.event("eval", 0, split="test", **scores)
     logger.close()
     print(f"C {C:g}, fitted on {len(train):,} rows with {train_features.shape[1]:,} features of {s.features}")
-    written = results.write_results(run_dir, data, validation, tokenizer, split_logits, state, 0, device)
+    written = results.write_results(run_dir, data, validation, tokenizer, split_logits, state, device)
     print(results.summary(written))
     print(f"confusion matrix: {plots.plot_confusion(written['confusion'], data.label_names, run_dir)}")
     print(f"run: {run_dir}")

@@ -392,21 +392,16 @@ class TrainingRun:
         self.total_steps, self.model, self.optimizer, self.device = total_steps, model, optimizer, device
         self.save_model, self.num_train_rows = save_model, len(data.train)
         self.splits = {name: split for name, split in splits.items() if name != "train"}
-        self.eval_every, self.save_every = (
-            every_steps(s.eval_every, total_steps),
-            every_steps(s.save_every, total_steps),
-        )
+        self.eval_every = every_steps(s.eval_every, total_steps)
+        self.save_every = every_steps(s.save_every, total_steps)
         if self.checkpoint:
             self.state |= load_state(self.checkpoint, model, optimizer)
         if dist.is_first() and not self.previous:
             self.dir = new_run_dir(s.output_dir, self.script)
             self.lock = lock(self.dir)
             details |= {"script": self.script, "total_steps": total_steps, "num_train_rows": len(data.train)}
-            details |= {
-                "revision": self.revision,
-                "data_revision": data.revision,
-                "data_fingerprint": data.fingerprint(),
-            }
+            details |= {"revision": self.revision, "data_revision": data.revision}
+            details |= {"data_fingerprint": data.fingerprint()}
             write_run_info(self.dir, dataclasses.asdict(s), device, details)
         self.logger = Logger(self.dir, self.state["step"], total_steps)
         self.logged = dict(self.state)
@@ -480,17 +475,14 @@ class TrainingRun:
             arguments = self.save_model, self.model, self.optimizer, self.state, self.settings.keep_checkpoints
             save_checkpoint(self.dir, *arguments, best_step)
 
-    @property
-    def headline_step(self) -> int:
-        return headline_step(self.state)
-
     def save_headline_model(
         self, architecture: weights.Architecture, logits_of: Callable[[str], torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Loads the headline step's weights and saves them in the run directory; returns their logits of each split."""
-        if self.headline_step != self.state["step"]:
+        step = headline_step(self.state)
+        if step != self.state["step"]:
             if dist.is_first():
-                weights.load_weights(self.model, checkpoints(self.dir)[self.headline_step], architecture)
+                weights.load_weights(self.model, checkpoints(self.dir)[step], architecture)
             dist.broadcast_model(self.model)
             self.logits = None
         if self.logits is None:  # resumed after the last step, or the weights are not those last evaluated

@@ -603,7 +603,7 @@ NOTES = {
     "Curves": "Loss and scores over the steps.",
     "Calibration": "Expected calibration error over 15 bins, before and after scaling by the temperature.",
     "Cost": "Compare times only on the same, otherwise idle hardware.",
-    "Which one to deploy": "Requests per second against accuracy; up and to the right is better.",
+    "Which one to deploy": "Accuracy with its 95 % interval (Wilson) and requests per second, on the same requests.",
 }
 
 
@@ -640,7 +640,7 @@ def write_report(runs: dict[str, Run], bench: Sequence[dict], out: Path) -> str:
         "Curves": by_run(images),
         "Calibration": calibration_table(runs),
         "Cost": cost_table(runs),
-        "Which one to deploy": bench and f"{bench_table(bench)}\n\n![accuracy over requests per second](deploy.png)",
+        "Which one to deploy": bench and f"{bench_table(bench)}\n\n![accuracy and requests per second](deploy.png)",
     }
     parts = ["# Report"]
     for title, body in sections.items():

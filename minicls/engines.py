@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import minicls
 from minicls import dist, scorer, weights
-from minicls.config import UserError
+from minicls.config import UserError, flag_of
 from minicls.generate import generate
 from minicls.predict import classify_rows
 
@@ -232,7 +232,7 @@ class VLLMServer(Engine):
             self.port = free.getsockname()[1]
         flags = ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "model"]
         for name, value in _vllm_arguments(directory, dtype, device, max_length, eager).items():
-            flag = "--" + name.replace("_", "-")
+            flag = flag_of(name)
             flags += [flag] * value if isinstance(value, bool) else [flag, str(value)]
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
         env = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}  # for /reset_prefix_cache

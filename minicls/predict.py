@@ -470,9 +470,7 @@ def evaluate_checkpoints(run_dir: Path, s: EvaluateSettings) -> None:
 def _finish(run_dir, data, splits, classifier, logits, state, logger) -> None:
     logger.close()
     if run_dir:
-        step, validation, tokenizer = checkpoint.headline_step(state), splits.get("validation"), classifier.tokenizer
-        written = result_files.write_results(
-            run_dir, data, validation, tokenizer, logits, state, step, classifier.device
-        )
+        validation, tokenizer = splits.get("validation"), classifier.tokenizer
+        written = result_files.write_results(run_dir, data, validation, tokenizer, logits, state, classifier.device)
         print(plots.finish(run_dir, written))
     dist.stop()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from minicls import dist, metrics
-from minicls.checkpoint import write_json
+from minicls.checkpoint import headline_step, write_json
 from minicls.data import AG_NEWS_LABELS, Data, Split
 from minicls.logger import read_metrics
 from minicls.metrics import evaluate_logits
@@ -56,7 +56,6 @@ def write_results(
     tokenizer: Tokenizer | None,
     logits: dict[str, torch.Tensor],
     state: dict,
-    headline_step: int,
     device: torch.device,
 ) -> dict:
     """Writes predictions.parquet, validation.parquet (if there is one) and, last, results.json; returns the latter.
@@ -104,7 +103,7 @@ def write_results(
         "calibration_error_scaled": calibration_error(test_logits / temperature) if validation else None,
         "per_class": per_class,
         "confusion": confusion.tolist(),
-        "headline_step": headline_step,
+        "headline_step": headline_step(state),
         "final_step": state["step"],
         "stopped_early": state.get("stopped_early", False),
         "final_train_loss": float(np.mean(last_losses)) if trained else None,  # of answers, over the last logged steps

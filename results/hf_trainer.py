@@ -33,7 +33,7 @@ import train_qwen
 from minicls import dist, engines, weights
 from minicls.batch import step_rows
 from minicls.checkpoint import write_json
-from minicls.config import UserError, parse, run_main, setting
+from minicls.config import UserError, flag_of, parse, run_main, setting
 from minicls.data import Data, load_data, stratified_rows
 from minicls.metrics import classification_metrics, confusion_matrix, f1_interval
 from minicls.prompt import make_chat
@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     s = parse(Settings, argv, __doc__)
     for name in IGNORED[s.measure]:
         if getattr(s, name) != getattr(Settings, name):
-            raise UserError(f"--{name.replace('_', '-')}: --measure {s.measure} does not use it; leave it out")
+            raise UserError(f"{flag_of(name)}: --measure {s.measure} does not use it; leave it out")
     if s.model is None:
         raise UserError("--model: unset; pass a directory or hub id")
     data, model = load_data(s.data), Path(s.model).name
@@ -233,14 +233,8 @@ def main(argv: list[str] | None = None) -> None:
         if s.measure == "quality" and script is train_qwen:
             raise UserError(f"--model: {s.model} is a decoder, which --measure quality cannot score; pass a BERT")
         if s.init == "random":
-            s = replace(
-                s,
-                model=str(
-                    weights.save_random_model(
-                        s.model, architecture, data.train.texts, data.label_names, s.seed, Path(folder)
-                    )
-                ),
-            )
+            arguments = architecture, data.train.texts, data.label_names, s.seed, Path(folder)
+            s = replace(s, model=str(weights.save_random_model(s.model, *arguments)))
         s = replace(s, global_batch_size=s.global_batch_size or (64 if script is train_bert else 12))
         s = replace(s, max_steps=s.max_steps or (50 if engines.uses_gpu(s.device) else 5))
         unset = [name for name in ("learning_rate", "weight_decay") if getattr(s, name) is None]

@@ -24,6 +24,9 @@ CLASSES = ("ant", "bee", "cat", "dog")
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
+# Two epochs of windows of 64, 64 and 22 rows, every step logged.
+EVERY_STEP = ["--max-train-rows", "150", "--global-batch-size", "64", "--micro-batch-size", "64", "--epochs", "2"]
+EVERY_STEP += ["--log-every", "1", "--dtype", "fp32", "--eval-every", "0", "--save-every", "0"]
 SCRIPTS = {"bert": train_bert, "qwen": train_qwen}
 
 

@@ -96,7 +96,7 @@ def write_three(
     logits = torch.from_numpy(4.0 * np.eye(len(names))[predictions]).float()
     data = Data(train, test, names)
     return write_results(
-        run_dir, data, train, Words(), {"test": logits, "validation": logits[:3]}, STATE, 4, torch.device("cpu")
+        run_dir, data, train, Words(), {"test": logits, "validation": logits[:3]}, STATE, torch.device("cpu")
     )
 
 
@@ -201,7 +201,7 @@ def test_temperature_is_fitted_on_validation_and_used_on_test(held_out, tmp_path
     data, validation = Data(splits[1], splits[0], ("x", "y", "z")), splits[1] if held_out else None
 
     of_splits = {"test": logits[0]} | ({"validation": logits[1]} if held_out else {})
-    results = write_results(tmp_path, data, validation, Words(), of_splits, STATE, 4, torch.device("cpu"))
+    results = write_results(tmp_path, data, validation, Words(), of_splits, STATE, torch.device("cpu"))
     assert results == found(tmp_path) and columns(tmp_path)["num_tokens"].tolist() == [3] * 300
     if not held_out:
         assert results["temperature"] is results["calibration_error_scaled"] is None

@@ -16,6 +16,7 @@ import pytest
 import torch
 from runs import (
     CLASSES,
+    EVERY_STEP,
     LOSS_FLAGS,
     MODEL_FILES,
     SCRIPTS,
@@ -77,25 +78,9 @@ def calm(bert_run, tmp_path_factory):
     return without_dropout(bert_run, tmp_path_factory.mktemp("calm") / "model")
 
 
-# Two epochs of windows of 64, 64 and 22 rows, every step logged.
-UNEVEN = [
-    "--max-train-rows",
-    "150",
-    "--global-batch-size",
-    "64",
-    "--micro-batch-size",
-    "64",
-    "--epochs",
-    "2",
-    "--log-every",
-    "1",
-]
-UNEVEN += ["--dtype", "fp32", "--eval-every", "0", "--save-every", "0"]
-
-
 @pytest.fixture(scope="module")
 def plain(calm, tmp_path_factory):
-    return train(tmp_path_factory.mktemp("plain") / "run", "--model", str(calm), *UNEVEN)
+    return train(tmp_path_factory.mktemp("plain") / "run", "--model", str(calm), *EVERY_STEP)
 
 
 def predictions(run_dir):
@@ -164,7 +149,7 @@ def test_step_rows_cover_each_epoch_once(num_rows, batch):
 
 def test_loss_is_the_mean_over_the_rows_of_the_step(calm, tmp_path):
     """With a learning rate of 0 every step's loss follows from one look at each row, also in a window of 22 = 6 + 6 + 5 + 5."""
-    run = train(tmp_path / "run", "--model", str(calm), *UNEVEN, "--micro-batch-size", "16", "--learning-rate", "0")
+    run = train(tmp_path / "run", "--model", str(calm), *EVERY_STEP, "--micro-batch-size", "16", "--learning-rate", "0")
     data, _ = split_data(load_data("synthetic"), max_train_rows=150, seed=42)
     model, _, _ = weights.build_model(weights.BERT, weights.read_config(run), run, 0, torch.device("cpu"))
     rows, _ = bert_rows(load_tokenizer(run), data.train.texts, max_length=512)
@@ -206,7 +191,17 @@ def test_loss_with_class_weights_and_smoothing(flags, head, tmp_path):
 
     scheme, smoothing = LOSS_FLAGS[flags]
     news = write_uneven(tmp_path / "news")
-    given = ["--data", str(news), *UNEVEN, "--max-eval-rows", "4", "--micro-batch-size", "16", "--learning-rate", "0"]
+    given = [
+        "--data",
+        str(news),
+        *EVERY_STEP,
+        "--max-eval-rows",
+        "4",
+        "--micro-batch-size",
+        "16",
+        "--learning-rate",
+        "0",
+    ]
     given += ["--max-steps", "3", *flags.split()]
     if head == "bert":  # without dropout
         start = train(
@@ -242,7 +237,7 @@ COMPILED = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile nee
     ids=" ".join,
 )
 def test_same_training_another_way(variant, calm, plain, tmp_path):
-    run = train(tmp_path / "run", "--model", str(calm), *UNEVEN, *variant)
+    run = train(tmp_path / "run", "--model", str(calm), *EVERY_STEP, *variant)
     assert np.array(losses(run)) == pytest.approx(np.array(losses(plain)), rel=1e-5)
     trained, expected = load_file(run / "model.safetensors"), load_file(plain / "model.safetensors")
     torch.testing.assert_close(trained, expected, rtol=0, atol=1e-4)

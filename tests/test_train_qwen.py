@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from runs import (
     CLASSES,
+    EVERY_STEP,
     LOSS_FLAGS,
     MODEL_FILES,
     events,
@@ -46,20 +47,8 @@ from minicls.tiny import SIZES, train_qwen_tokenizer
 from minicls.tokenizer import load_tokenizer
 from train_qwen import answer_loss, make_targets
 
-# Two epochs of windows of 64, 64 and 22 rows, every step logged, few rows scored.
-UNEVEN = [
-    "--max-train-rows",
-    "150",
-    "--global-batch-size",
-    "64",
-    "--micro-batch-size",
-    "64",
-    "--epochs",
-    "2",
-    "--log-every",
-    "1",
-]
-UNEVEN += ["--max-eval-rows", "20", "--dtype", "fp32", "--eval-every", "0", "--save-every", "0"]
+# Few rows scored.
+UNEVEN = [*EVERY_STEP, "--max-eval-rows", "20"]
 
 
 def run_qwen(run_dir, *flags):
