@@ -2,8 +2,7 @@
 
     python train_bert.py                          # the published experiment on AG News
     python train_bert.py --model DIR --data DIR   # files instead of the hub
-    python train_bert.py --model tiny --data synthetic --epochs 1 --learning-rate 1e-3
-                                                  # a minute, no network, no GPU
+    python train_bert.py --model tiny --data synthetic --epochs 1 --learning-rate 1e-3  # no network
     torchrun --nproc-per-node 2 train_bert.py     # several devices, same batch and schedule
     python train_bert.py --resume RUN_DIR         # continue after a stop or a crash
 
@@ -31,6 +30,7 @@ from minicls.config import (
     setting,
 )
 from minicls.data import describe, describe_rows, load_splits
+from minicls.distill import SoftTargets, add_soft_labels, distillation_loss
 from minicls.optim import cosine_lr, make_class_weights, make_optimizer
 from minicls.predict import classify_rows
 from minicls.tiny import new_model
@@ -43,15 +43,20 @@ class Settings(TrainingSettings):
     Trainer. The settings that both scripts share are in minicls/config.py."""
 
     model: str = setting("google-bert/bert-base-cased", "hub id, directory, or tiny", group="model")
-    long_text: str = setting(
-        "head", "part of an overlong text to keep", choices=("head", "head-tail")
-    )
+    long_text: str = setting("head", "part of a long text to keep", choices=("head", "head-tail"))
     epochs: float = setting(5.0, "passes over the training rows", minimum=0, group="optimisation")
     global_batch_size: int = setting(64, "rows per optimizer step, over all ranks", minimum=1)
     micro_batch_size: int = setting(64, "rows per forward pass, at most", minimum=1)
     learning_rate: float = setting(1e-5, "peak of the cosine schedule", minimum=0)
     warmup_ratio: float = setting(0.0, "fraction of steps used for warm-up", minimum=0, maximum=1)
     weight_decay: float = setting(1e-6, "for matrices and embeddings only", minimum=0)
+    soft_labels: str | None = setting(
+        None, "file of `predict`, as .parquet: distil its probabilities"
+    )
+    soft_label_weight: float | None = setting(
+        None, "its share of a labelled row's loss; default 0.5", minimum=0, maximum=1
+    )
+    temperature: float | None = setting(None, "of soft labels; default 1", minimum=0.1, maximum=100)
     eval_every: float = setting(0.1, EVAL_EVERY, minimum=0, group=EVALUATION)
     save_every: float = setting(0.1, SAVE_EVERY, minimum=0, group=EVALUATION)
 
@@ -62,16 +67,19 @@ def batch_loss(
     labels: np.ndarray,
     class_weights: torch.Tensor,
     label_smoothing: float,
+    soft: tuple | None = None,
 ) -> torch.Tensor:
     """The cross-entropy of B packed rows, each weighted by its class, as a sum: a scalar.
 
-    labels: (B,) int64 class indices; class_weights: (C,) fp32.
+    labels: (B,) int64 class indices; class_weights: (C,) fp32; soft: of `SoftTargets`, or None.
     """
     logits = model(batch)  # (B, C) fp32
     targets = to_device(labels, logits.device)  # (B,)
     losses = F.cross_entropy(  # (B,)
         logits, targets, reduction="none", label_smoothing=label_smoothing
     )
+    if soft:
+        losses = distillation_loss(losses, logits, *soft)
     return (losses * class_weights[targets]).sum()
 
 
@@ -87,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     run.claim()
 
     # 2. Data, tokenizer, model, optimizer.
-    data, splits = load_splits(s, run.data_revision)
+    data, splits = add_soft_labels(s, *load_splits(s, run.data_revision))
     run.check_data(data, splits)
     # With more micro-batches than rows, some would be empty.
     grad_accum_steps = min(grad_accum_steps, math.ceil(len(data.train) / dist.world_size()))
@@ -129,9 +137,10 @@ def main(argv: list[str] | None = None) -> None:
     lines.append(f"{s.model}: {load_report}; {dist.device_name(device)}")
     run.logger.print(*lines)
 
-    # 3. The loss: `batch_loss`, with one weight per class.
+    # 3. The loss: `batch_loss`, with one weight per class, and soft targets if there are any.
     class_weights = make_class_weights(labels, len(data.label_names), s.class_weights)  # (C,)
     class_weights_on_device = torch.from_numpy(class_weights).to(device)
+    soft = s.soft_labels and SoftTargets(data.train, s, device)
 
     # 4. Evaluation.
     def logits_of(split: str) -> torch.Tensor:
@@ -165,15 +174,14 @@ def main(argv: list[str] | None = None) -> None:
                 batch = pack([rows["train"][row] for row in micro_batch], device)
                 with autocast:
                     arguments = labels[micro_batch], class_weights_on_device, s.label_smoothing
-                    loss = batch_loss(forward, batch, *arguments)
+                    loss = batch_loss(forward, batch, *arguments, soft and soft[micro_batch])
                 (loss / total_weight).backward()
                 step_loss += loss.detach() / total_weight
 
             # Sum the gradients of all ranks, clip them, and update the weights.
             dist.sum_gradients(model)
-            grad_norm = torch.nn.utils.clip_grad_norm_(
-                model.parameters(), s.max_grad_norm or math.inf
-            )
+            max_norm = s.max_grad_norm or math.inf
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
             optimizer.step()
             optimizer.zero_grad()
 

@@ -302,9 +302,8 @@ def main(argv: list[str] | None = None) -> None:
 
             # Sum the gradients of all ranks, clip them, and update the weights.
             dist.sum_gradients(model)
-            grad_norm = torch.nn.utils.clip_grad_norm_(
-                model.parameters(), s.max_grad_norm or math.inf
-            )
+            max_norm = s.max_grad_norm or math.inf
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
             optimizer.step()
             optimizer.zero_grad()
 

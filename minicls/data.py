@@ -51,11 +51,15 @@ FOR_PREDICT = "texts without labels are for `python -m minicls predict`: move th
 
 @dataclass(frozen=True)
 class Split:
-    """n texts, their class indices (n,) int64, and the index of each row in its split's files, (n,) int64."""
+    """n texts, their class indices (n,) int64, and the index of each row in its split's files, (n,) int64.
+
+    soft_labels: (n, C) float64, see distill.py.
+    """
 
     texts: list[str]
     labels: np.ndarray
     rows: np.ndarray
+    soft_labels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -69,6 +73,8 @@ class Split:
         for text, label in zip(self.texts, self.labels, strict=True):
             encoded = text.encode()
             digest.update(b"%d %d " % (label, len(encoded)) + encoded)
+        if self.soft_labels is not None:
+            digest.update(self.soft_labels.tobytes())
         return digest.hexdigest()
 
 
