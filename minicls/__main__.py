@@ -5,7 +5,9 @@ python -m minicls predict RUN news.csv --out predictions.csv      # the file's c
 cat texts.txt | python -m minicls predict RUN --format jsonl --top-k 3
 python -m minicls evaluate MODEL --data DIR                       # test a model as it is; a language model: zero-shot
 python -m minicls evaluate RUN                                    # test every checkpoint of a run
+python -m minicls predict SMALL news.csv --then LARGE             # a cascade: texts of which SMALL is unsure go on
 python -m minicls report RUN RUN ... --bench bench.json           # compare finished runs; requests/s against accuracy
+python -m minicls report --cascade SMALL LARGE                    # what a cascade of two runs brings and costs
 python -m minicls baseline --data DIR                             # logistic regression on word counts, to compare with
 """
 
@@ -32,11 +34,16 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=Path, metavar="FILE", help="a new file, .jsonl, .csv or .parquet (default: standard output)")
     add("--top-k", type=int, metavar="INT", help="only the most probable classes, best first (default: all)")
     add("--text-column", default="text", metavar="STR", help="column of the texts (default: %(default)s)")
+    add("--then", type=Path, metavar="RUN", help="a larger run for the texts of which the first is unsure")
+    add("--threshold", type=float, metavar="FLOAT", help="confidence below which it is (default: by validation)")
     add("--device", metavar="STR", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     add("--threads", type=int, metavar="INT", help="CPU threads (default: PyTorch's choice)")
     report = commands.add_parser("report", help="compare finished runs")
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories with results")
+    report.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directories with results")
     report.add_argument("--bench", type=Path, metavar="FILE", help="a bench.json of bench.py")
+    report.add_argument(
+        "--cascade", nargs=2, type=Path, metavar=("SMALL", "LARGE"), help="two runs, the first of which asks the second"
+    )
     report.add_argument("--out", type=Path, metavar="DIR", help="new or empty directory (default: runs/report-<time>)")
     commands.add_parser("evaluate", help="test a model as it is, or every checkpoint of a run")
     commands.add_parser("baseline", help="logistic regression on word counts or frozen embeddings")
@@ -55,11 +62,16 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "predict":
         predict_texts(args, [*args.inputs, *more])
         return
+    run_dirs = [*args.runs, *map(Path, more), *(args.cascade or ())]
+    if not run_dirs:
+        report.error("the following arguments are required: RUN")
     out = args.out or Path(f"runs/report-{time.strftime('%Y%m%d-%H%M%S')}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out: {out} is not empty; name a new directory")
-    runs = open_runs([*args.runs, *map(Path, more)])
-    print(write_report(runs, read_bench(args.bench) if args.bench else [], out))
+    runs = open_runs(run_dirs)
+    names = {run.dir.resolve(): name for name, run in runs.items()}
+    small_and_large = args.cascade and [names[path.resolve()] for path in args.cascade]
+    print(write_report(runs, read_bench(args.bench) if args.bench else [], out, small_and_large))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minicls import metrics, plots
+from minicls import cascade, metrics, plots
 from minicls.checkpoint import Run, open_run
 from minicls.config import UserError
 from minicls.data import AG_NEWS_LABELS
 from minicls.logger import read_metrics
-from minicls.results import absent_classes_note, interval, markdown, spread, steps, table
+from minicls.results import (
+    absent_classes_note,
+    interval,
+    markdown,
+    read_predictions,
+    scores_by_class,
+    spread,
+    steps,
+    table,
+)
 
 # The published experiment on AG News, one RTX 3090: all steps, the columns of its table, the best on test (step, F1).
 PUBLISHED_STEPS = {"BERT": 9375, "Qwen3": 1250}
@@ -72,10 +81,11 @@ def open_runs(run_dirs: Sequence[Path]) -> dict[str, Run]:
             raise UserError(f"{run_dir}: no finished run ({error}); train it to the end first") from None
         if run.results is None:
             raise UserError(f"{run_dir}: no finished run (no results.json); train it to the end first")
-        # A reduced run leaves out the confusion matrix, which its predictions give.
+        # A reduced run has only the names of its classes: its predictions give the confusion matrix and the scores.
         if "confusion" not in run.results and "per_class" in run.results and (predicted := predictions(run)):
-            pair = predicted["label"], predicted["prediction"]
-            run.results["confusion"] = metrics.confusion_matrix(*pair, len(run.results["per_class"])).tolist()
+            names = [*run.results["per_class"]]
+            confusion = metrics.confusion_matrix(predicted["label"], predicted["prediction"], len(names))
+            run.results.update(confusion=confusion.tolist(), per_class=scores_by_class(confusion, names))
         if missing := sorted(REQUIRED - run.results.keys()):
             remedy = "restore the file or train the run again"
             raise UserError(f"{run_dir / 'results.json'}: no {missing[0]} in it; {remedy}")
@@ -93,23 +103,7 @@ def short_names(run_dirs: Sequence[Path]) -> list[str]:
 
 
 def predictions(run: Run) -> dict[str, np.ndarray] | None:
-    """The columns of predictions.parquet without nulls, (n,) each; None if the file was not kept."""
-    import pyarrow.parquet as pq
-
-    file = run.dir / "predictions.parquet"
-    try:
-        columns = pq.read_table(file)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        remedy = f"run `python -m minicls evaluate {run.dir}` again"
-        raise UserError(f"{file}: not a readable parquet file ({error}); {remedy}") from None
-    arrays = {name: columns[name].to_numpy() for name in columns.column_names if not columns[name].null_count}
-    # Reduced files have 16-bit classes, too small to number the cells of a confusion matrix.
-    arrays = {name: a.astype(np.int64) if a.dtype.kind in "iu" else a for name, a in arrays.items()}
-    if "text_hash" in arrays:
-        arrays["text_hash"] &= 0xFF  # a reduced file keeps this byte, enough over hundreds of rows
-    return arrays
+    return read_predictions(run.dir / "predictions.parquet")
 
 
 def common_predictions(runs: dict[str, Run]) -> Predictions:
@@ -356,7 +350,7 @@ def grid_tables(runs: dict[str, Run]) -> list[str]:
         groups = fold(tried)
         settings = [group[0].info["settings"] for group in groups]
         names = (name for name in settings[0] if name not in ("seed", "output_dir"))
-        varied = [name for name in names if len({str(s.get(name)) for s in settings}) > 1]
+        varied = [name for name in names if len({str(s.get(name) or None) for s in settings}) > 1]  # old runs lack some
         seeds = sorted({run.info["settings"]["seed"] for run in tried})
         scores = [[validation_f1(run) for run in group] for group in groups]
         means = [None if None in values else float(np.mean(values)) for values in scores]
@@ -539,6 +533,73 @@ def _crossing_row(cross: dict, sizes: Sequence[int], a: str, b: str) -> dict:
     return row | {"replicates without a crossing": f"{cross['without']:.1%}"}
 
 
+# A cascade of two runs.
+
+
+def cascade_section(small: str, large: str, runs: dict[str, Run], bench: Sequence[dict]) -> tuple[str, dict]:
+    """Tables of the cascade against each model alone, and its curve to draw."""
+    names = {"small": small, "large": large}
+    validation = cascade.validation_answers(*(runs[name].dir for name in names.values()))
+    predicted = common_predictions({name: runs[name] for name in names.values()})
+    if len(predicted) < 2:
+        raise UserError(f"--cascade: {small} and {large} both need a predictions.parquet; evaluate them again")
+    answers = cascade.pair(*predicted.values())
+    threshold, n = cascade.choose_threshold(validation), len(answers.labels)
+    share = float((answers.confidence < threshold).mean())
+    accuracies = {name: float((answers._asdict()[name] == answers.labels).mean()) for name in names}
+    seconds = {name: _seconds_per_text(runs[run], bench) for name, run in names.items()}
+    cost = None if None in seconds.values() else seconds["small"] + share * seconds["large"]
+
+    def row(name: str, share: float, of_validation: np.ndarray, of_test: np.ndarray, seconds: float | None) -> dict:
+        accuracy = float((of_test == answers.labels).mean())
+        cells = {"answers": name, "sent on": f"{share:.1%}"}
+        cells |= {"validation accuracy": f"{(of_validation == validation.labels).mean():.4f}"}
+        cells |= {"test accuracy (95 % interval)": interval(accuracy, *metrics.accuracy_interval(accuracy, n))}
+        return cells | {"seconds per 1,000 texts": seconds and f"{1000 * seconds:.1f}"}
+
+    together = f"both, threshold {threshold:.3f}"
+    rows = [row(f"small: {small}", 0, validation.small, answers.small, seconds["small"])]
+    rows.append(row(f"large: {large}", 1, validation.large, answers.large, seconds["large"]))
+    rows.append(row(together, share, validation.cascade(threshold), answers.cascade(threshold), cost))
+    random = (1 - share) * accuracies["small"] + share * accuracies["large"]
+    rows.append({"answers": "both, as many texts sent on at random", "sent on": f"{share:.1%}"})
+    rows[-1] |= {"test accuracy (95 % interval)": f"{random:.4f} (expected)", "seconds per 1,000 texts": "-"}
+    rows[-1] = {header: rows[-1].get(header) for header in rows[0]}
+
+    by_name = {"cascade": answers.cascade(threshold), "small": answers.small, "large": answers.large}
+    columns = {name: {"label": answers.labels, "prediction": values} for name, values in by_name.items()}
+    pairs = compare_pairs(dict.fromkeys(by_name, runs[small]), columns)[:2]  # each model alone against the cascade
+
+    # The curve, at thresholds which send on given shares of the validation rows.
+    points = []
+    for wanted in (0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1):
+        point = np.quantile(validation.confidence, wanted, method="lower") if wanted < 1 else math.inf
+        right = answers.cascade(point) == answers.labels
+        points.append((float((answers.confidence < point).mean()), float(right.mean())))
+    curve = [(*point, *metrics.accuracy_interval(point[1], n)) for point in points]
+    cells = [{"sent on": f"{share:.1%}", "accuracy (95 % interval)": interval(*figures)} for share, *figures in curve]
+    for line, (share_sent, *_) in zip(cells, curve, strict=True):
+        expected = (1 - share_sent) * accuracies["small"] + share_sent * accuracies["large"]
+        line["at random (expected)"] = f"{expected:.4f}"
+
+    wrong = (answers.small != answers.labels) & (answers.confidence >= threshold)
+    same = int((wrong & (answers.small == answers.large)).sum())
+    stay = f"Of the {wrong.sum():,} wrong answers that stay with the small model"
+    note = f"{stay}, the large one gives the same in {same:,}: no threshold repairs these."
+    picture = "![accuracy by share of texts sent on](cascade.png)"
+    body = "\n\n".join([table(rows), comparison_table(pairs, 2), note, table(cells), picture])
+    return body, {"curve": curve, "ends": (accuracies["small"], accuracies["large"]), "chosen": share}
+
+
+def _seconds_per_text(run: Run, bench: Sequence[dict]) -> float | None:
+    """By bench.py's fastest valid row of minicls, all requests at once, for a model with the run's head."""
+    model = describe_model(run)
+    role = {"BERT": "bert", "baseline": None}.get(model.family, "qwen-linear" if model.head == "linear" else "qwen")
+    rows = [row for row in bench if (row["engine"], row["mode"], row["status"]) == ("minicls", "offline", "ok")]
+    rates = [row["requests_per_second"] for row in rows if row["model"].split(":")[0] == role]
+    return 1 / max(rates) if rates else None
+
+
 # The report.
 
 
@@ -597,6 +658,7 @@ NOTES = {
     "Pairwise comparison": "Paired on the same test rows; better is said where the test and both intervals agree.",
     "Settings and seeds": "Macro F1 on the validation rows and on the test rows; validation chooses.",
     "Training rows": "Mean accuracy over the seeds, all on the same test rows.",
+    "Cascade": "The small model answers, and texts of which it is unsure go on to the large one; docs/report.md says how.",
     "Length": "Accuracy by length of the untruncated text, with 95 % intervals.",
     "Classes": "F1 (precision, recall).",
     "Confusion": "True class down, predicted class across.",
@@ -607,8 +669,13 @@ NOTES = {
 }
 
 
-def write_report(runs: dict[str, Run], bench: Sequence[dict], out: Path) -> str:
-    """Writes report.md and its pictures into the new or empty directory `out`; returns a summary to print."""
+def write_report(
+    runs: dict[str, Run], bench: Sequence[dict], out: Path, small_and_large: Sequence[str] | None = None
+) -> str:
+    """Writes report.md and its pictures into the new or empty directory `out`; returns a summary to print.
+
+    small_and_large: names of two runs to join in a cascade.
+    """
 
     def by_run(bodies: dict[str, str | None]) -> str:
         return "\n\n".join(f"### {name}\n\n{body}" for name, body in bodies.items() if body)
@@ -616,6 +683,7 @@ def write_report(runs: dict[str, Run], bench: Sequence[dict], out: Path) -> str:
     predicted = common_predictions(runs)
     pairs, rows_note = compare_pairs(runs, predicted), common_note(runs, predicted)
     curves, points = curve_section(runs, predicted)
+    cascaded, deferral = cascade_section(*small_and_large, runs, bench) if small_and_large else (None, None)
     absent = {name: note for name, run in runs.items() if (note := absent_classes_note(run.results))}
     pictures = {name: run.dir / "curves.png" for name, run in runs.items() if (run.dir / "curves.png").is_file()}
     images = {name: f"![loss and scores over steps](curves-{i}.png)" for i, name in enumerate(pictures, start=1)}
@@ -634,6 +702,7 @@ def write_report(runs: dict[str, Run], bench: Sequence[dict], out: Path) -> str:
         "Pairwise comparison": comparison_table(pairs, len(runs)),
         "Settings and seeds": "\n\n".join(grid_tables(runs)),
         "Training rows": curves and f"{curves}\n\n![accuracy over training rows](rows.png)",
+        "Cascade": cascaded,
         "Length": length_table(predicted),
         "Classes": per_class_table(runs),
         "Confusion": by_run({name: confusion_table(run) for name, run in runs.items()}),
@@ -651,6 +720,8 @@ def write_report(runs: dict[str, Run], bench: Sequence[dict], out: Path) -> str:
         shutil.copyfile(picture, out / f"curves-{i}.png")
     if points:
         plots.plot_learning_curves(points, out / "rows.png")
+    if deferral:
+        plots.plot_deferral(**deferral, file=out / "cascade.png")
     if bench:
         plots.plot_requests(bench, out / "deploy.png")
     (out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")

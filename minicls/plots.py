@@ -179,6 +179,26 @@ def plot_learning_curves(curves: dict[str, Sequence], file: Path, dpi: int = 120
     plt.close(figure)
 
 
+def plot_deferral(curve: Sequence[tuple], ends: tuple[float, float], chosen: float, file: Path) -> None:
+    """A cascade's accuracy by the share of texts sent on: points (share, accuracy, low, high), from 0 to 1.
+
+    ends: the accuracies of the two models alone, which sending on at random connects; chosen: the threshold's share.
+    """
+    plt, _ = _pyplot([])
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    share, accuracy, low, high = np.array(curve).T
+    axes.plot(share, accuracy, marker="o", markersize=4, label="least confident first")
+    axes.fill_between(share, low, high, alpha=0.15, label="95 % interval")
+    axes.plot([0, 1], ends, linestyle="--", color="grey", label="at random (expected)")
+    axes.axvline(chosen, color="C1", linewidth=1, label="threshold chosen on validation rows")
+    axes.set(xlabel="share of texts sent on to the large model", ylabel="accuracy on test", xlim=(0, 1))
+    axes.xaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:.0%}"))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
 def finish(run_dir: Path, written: dict) -> str:
     """Draws the pictures of a finished run; returns its tables, its headline, and where the pictures are."""
     lines = [results.steps_table(run_dir), results.summary(written), f"curves: {plot_curves(run_dir)}"]

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from minicls import checkpoint, dist, plots, weights
+from minicls import cascade, checkpoint, dist, plots, weights
 from minicls import results as result_files
 from minicls.batch import length_batches, pack, to_device
 from minicls.config import DataSettings, UserError, flag_of, parse, setting
@@ -318,7 +318,13 @@ def predict_texts(args: argparse.Namespace, inputs: list[str]) -> None:
         raise UserError(f"--out: {args.out} {'exists' if args.out.exists() else 'is in no directory'}; name a new file")
     if args.top_k is not None and args.top_k < 1:
         raise UserError(f"--top-k: {args.top_k} is too small; pass at least 1")
-    check_model_dir(args.run)
+    if args.threshold is not None and not args.then:
+        raise UserError(f"--threshold: {args.threshold} is for --then RUN; name one or leave the flag out")
+    for run in filter(None, (args.run, args.then)):
+        check_model_dir(run)
+    threshold = args.threshold
+    if args.then and threshold is None:
+        threshold = cascade.choose_threshold(cascade.validation_answers(args.run, args.then))
     device = dist.start(args.device, args.threads)
     rows = gather(inputs or ([] if sys.stdin.isatty() else ["-"]), args.text_column)
     if not rows:
@@ -326,6 +332,8 @@ def predict_texts(args: argparse.Namespace, inputs: list[str]) -> None:
             "FILE|TEXT: nothing to classify; pass texts or files, or write texts to standard input, one a line"
         )
     classifier = Classifier(args.run, device)
+    if args.then:
+        classifier = cascade.Cascade(classifier, Classifier(args.then, device), threshold)
     names = classifier.label_names
     top_k = args.top_k and min(args.top_k, len(names))
     classified = results(classifier, rows, top_k, progress=bool(args.out) or not sys.stdout.isatty())
@@ -348,6 +356,9 @@ def predict_texts(args: argparse.Namespace, inputs: list[str]) -> None:
         if temporary:
             temporary.replace(args.out)
             print(f"predictions: {args.out}")
+        if args.then:
+            sent = f"{classifier.num_sent:,} of {len(rows):,} texts, with a confidence below {threshold:.3f}"
+            print(f"{sent}, were answered by {args.then}", file=sys.stderr)
     finally:
         if temporary:
             temporary.unlink(missing_ok=True)

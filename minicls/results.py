@@ -11,6 +11,7 @@ import torch
 
 from minicls import dist, metrics
 from minicls.checkpoint import headline_step, write_json
+from minicls.config import UserError
 from minicls.data import AG_NEWS_LABELS, Data, Split
 from minicls.logger import read_metrics
 from minicls.metrics import evaluate_logits
@@ -49,6 +50,31 @@ def write_predictions(
     aside.replace(file)
 
 
+def read_predictions(file: Path) -> dict[str, np.ndarray] | None:
+    """The columns of a file of predictions without nulls, (n,) each; None if the file was not kept."""
+    import pyarrow.parquet as pq
+
+    try:
+        columns = pq.read_table(file)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        remedy = f"run `python -m minicls evaluate {file.parent}` again"
+        raise UserError(f"{file}: not a readable parquet file ({error}); {remedy}") from None
+    arrays = {name: columns[name].to_numpy() for name in columns.column_names if not columns[name].null_count}
+    # Reduced files have 16-bit classes, too small to number the cells of a confusion matrix.
+    arrays = {name: a.astype(np.int64) if a.dtype.kind in "iu" else a for name, a in arrays.items()}
+    if "text_hash" in arrays:
+        arrays["text_hash"] &= 0xFF  # a reduced file keeps this byte, enough over hundreds of rows
+    return arrays
+
+
+def scores_by_class(confusion: np.ndarray, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    columns = [values.tolist() for values in (*metrics.per_class(confusion), confusion.sum(1))]
+    keys = "precision", "recall", "f1", "support"
+    return {name: dict(zip(keys, values, strict=True)) for name, *values in zip(names, *columns, strict=True)}
+
+
 def write_results(
     run_dir: Path,
     data: Data,
@@ -79,11 +105,6 @@ def write_results(
     def calibration_error(scaled_logits: torch.Tensor) -> float:
         return metrics.calibration_error(scaled_logits.softmax(1).numpy(), labels)
 
-    columns = [values.tolist() for values in (*metrics.per_class(confusion), support)]
-    per_class = {
-        name: dict(zip(("precision", "recall", "f1", "support"), values, strict=True))
-        for name, *values in zip(names, *columns, strict=True)
-    }
     trained = [event for event in read_metrics(run_dir) if event["event"] == "train"]
     last_losses = [event.get("answer_loss", event["loss"]) for event in trained[-5:]]
     memory = [dist.peak_memory_bytes(device), *(event["peak_memory_bytes"] for event in trained)]
@@ -101,7 +122,7 @@ def write_results(
         "calibration_error": calibration_error(test_logits),
         "temperature": temperature,  # fitted on the validation rows; null without them
         "calibration_error_scaled": calibration_error(test_logits / temperature) if validation else None,
-        "per_class": per_class,
+        "per_class": scores_by_class(confusion, names),
         "confusion": confusion.tolist(),
         "headline_step": headline_step(state),
         "final_step": state["step"],

@@ -18,19 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom to the top: a module imports only those before it. Add a new module here.
 ORDER = [
     *("__init__", "config", "kernels", "attention", "bert", "decoder", "optim", "metrics", "dist", "batch"),
-    *("tokenizer", "tiny", "data", "prompt", "weights", "logger", "checkpoint", "scorer", "generate", "results"),
-    *(
-        "plots",
-        "predict",
-        "engines",
-        "serving",
-        "comparison",
-        "baseline",
-        "__main__",
-        "train_bert",
-        "train_qwen",
-        "bench",
-    ),
+    *("tokenizer", "tiny", "data", "distill", "prompt", "weights", "logger", "checkpoint", "scorer", "generate"),
+    *("results", "cascade", "plots", "predict", "engines", "serving", "comparison", "baseline", "__main__"),
+    *("train_bert", "train_qwen", "bench"),
 ]
 MODELS = ["bert", "decoder"]
 OPTIONAL = {

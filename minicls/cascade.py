@@ -1,0 +1,99 @@
+"""A cascade: a small classifier answers, and the texts of which it is unsure go on to a large one.
+
+    python -m minicls report --cascade SMALL LARGE --bench bench.json     # what it brings and what it costs
+    python -m minicls predict SMALL texts.csv --then LARGE                # runs it
+
+A text goes on if the small model's confidence, the probability of its prediction, is below a threshold. The threshold
+is chosen on validation rows by the one-standard-error rule (Breiman et al. 1984): the lowest, which sends the fewest
+texts on, whose accuracy is within one standard error of the best.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from minicls.config import UserError
+from minicls.results import read_predictions
+
+
+class Answers(NamedTuple):
+    """The predictions of both models for the same n rows."""
+
+    labels: np.ndarray  # (n,) classes
+    small: np.ndarray  # (n,) predicted classes
+    large: np.ndarray  # (n,)
+    confidence: np.ndarray  # (n,) the small model's
+
+    def cascade(self, threshold: float) -> np.ndarray:
+        """The classes (n,) that the cascade predicts."""
+        return np.where(self.confidence < threshold, self.large, self.small)
+
+
+def pair(small: dict[str, np.ndarray], large: dict[str, np.ndarray]) -> Answers:
+    """From the columns of two files of predictions for the same rows, as written or as results/thin.py reduces them."""
+    probabilities = [values for name, values in small.items() if name.startswith("probability")]  # (n,) each
+    return Answers(small["label"], small["prediction"], large["prediction"], np.max(probabilities, axis=0))
+
+
+def validation_answers(small: Path, large: Path) -> Answers:
+    """The predictions of two runs for their validation rows. Raises UserError if they did not hold out the same."""
+    columns = []
+    for run in (small, large):
+        columns.append(read_predictions(run / "validation.parquet"))
+        if columns[-1] is None:
+            raise UserError(f"{run}: no validation.parquet; train with --validation-size, or pass --threshold")
+    if any(not np.array_equal(columns[0][name], columns[1][name]) for name in ("row", "label")):
+        raise UserError(f"{large}: other validation rows than {small}; train both with the same --validation-size")
+    return pair(*columns)
+
+
+def deferral_curve(answers: Answers) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every division of n rows that a threshold can make, from nothing sent on to everything: three arrays (T,).
+
+    The thresholds, ascending; the rows that the cascade answers right; and, of the rows sent on, those that only one
+    of the models answers right.
+    """
+    thresholds = np.append(np.unique(answers.confidence), np.inf)  # (T,)
+    order = np.argsort(answers.confidence, kind="stable")
+    sent = np.searchsorted(answers.confidence[order], thresholds)  # (T,): rows below each threshold
+    small, large = ((answer == answers.labels)[order].astype(int) for answer in (answers.small, answers.large))  # (n,)
+    gains = np.append(0, (large - small).cumsum())  # (n + 1,): by sending on the first rows
+    return thresholds, small.sum() + gains[sent], np.append(0, abs(large - small).cumsum())[sent]
+
+
+def choose_threshold(validation: Answers) -> float:
+    """The lowest threshold that is no more than one standard error worse than the best.
+
+    Two thresholds treat only the rows between them differently. If d of these are answered right by one model alone,
+    the standard error of the difference in right answers is about the square root of d, as in McNemar's test.
+    """
+    thresholds, right, differing = deferral_curve(validation)
+    best = right.argmax()
+    return float(thresholds[np.argmax(right[best] - right <= np.sqrt(abs(differing[best] - differing)))])
+
+
+class Cascade:
+    """Two classifiers that answer as one: what `predict` needs of a `Classifier`."""
+
+    def __init__(self, small, large, threshold: float):
+        """small, large: `Classifier`s of the same classes."""
+        if small.label_names != large.label_names:
+            raise UserError("--then: its classes are not those of RUN; pass a run that was trained on the same classes")
+        self.small, self.large, self.threshold = small, large, threshold
+        self.label_names, self.prediction = small.label_names, small.prediction
+        self.num_sent = 0  # texts that went on to the large model
+
+    def scores(self, texts: Sequence[str]) -> torch.Tensor:
+        """Log-probabilities (n, C) float64 by the model that answers each text."""
+        scores = self.small.scores(texts).log_softmax(1)
+        sent = (scores.exp().amax(1) < self.threshold).nonzero().flatten().tolist()
+        if sent:
+            scores[sent] = self.large.scores([texts[i] for i in sent]).log_softmax(1)
+        self.num_sent += len(sent)
+        return scores
+
+    def perplexities(self, scores: torch.Tensor) -> None:
+        """The small model has none."""
