@@ -90,7 +90,7 @@ def run(job: dict, args: argparse.Namespace) -> str:
             return f"{job['name']}: FAILED {type(error).__name__}: {error}"
         finally:
             sys.stdout, sys.stderr = saved
-    thin_run(work, out)
+    thin_run(work, out, text_hash=job["data"] == "data")  # banking77's test rows are always the same
     if job["name"] not in args.keep:
         shutil.rmtree(work)
     results = json.loads((out / "results.json").read_text())

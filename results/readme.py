@@ -42,7 +42,17 @@ from minicls.results import interval, speed_table, table
 PAGES = ("README.md", "README.zh-CN.md", "results/README.md", "docs/performance.md")
 RESULTS = ROOT / "results"
 DECODERS = RESULTS / "decoders"
-PAIRED = ("minilm-62629-42", "minilm-20000-42", "smollm2-linear-20000-42", "smollm2-options-20000-42", "tfidf-20000-42")
+PAIRED = (
+    [
+        "minilm-62629-42",
+        "smollm2-linear-62629-42",
+        "smollm2-options-62629-42",
+        "tfidf-62629-42",
+        "frozen-minilm-62629-42",
+    ],
+    ["minilm-62629-42", "minilm-20000-42", "smollm2-linear-20000-42", "smollm2-options-20000-42", "tfidf-20000-42"],
+    [f"banking77-{model}-10003-42" for model in ("minilm", "smollm2-linear", "frozen-minilm", "tfidf")],
+)
 PUBLISHED_MODELS = {"BERT": ("bert-base-cased", "linear"), "Qwen3": ("Qwen3-0.6B", "options")}
 ENGINES = ("minicls", "transformers", "vLLM")
 # Per model: training, requests, and methods with their names in results/gpu.py.
@@ -271,7 +281,7 @@ def tables() -> dict[str, str]:
         "answer": answer_table(),
         "rates": rates_table(),
         "curves": curves()[0],
-        "pairs": pairs_table([DECODERS / name for name in PAIRED]),
+        "pairs": "\n\n".join(pairs_table([DECODERS / name for name in names]) for names in PAIRED),
         "decoders": results_table([folder for folder in folders("decoders/*") if "grid-" not in folder.name]),
         "decoder_grid": grids("decoders/grid-*"),
         "banking_grid": grids("decoders/banking77-grid-*"),

@@ -2,12 +2,14 @@
 
     python results/thin.py runs/bert results/bert      # from a run directory into a new directory
     python results/thin.py results/bert                # in place
+    python results/thin.py runs/bert results/bert --no-text-hash
 
-A thin run has run.json without absolute paths; results.json, scores by class with seven decimals, without a confusion
-matrix that predictions.parquet can give; of metrics.jsonl all evaluations and the mean losses of at most 10 groups of
-steps before each test; and of predictions.parquet the columns row, label, prediction, probability (of the prediction,
-with two decimals), text_hash (its lowest byte) and num_tokens, in small types. Runs of 20,000 training rows and more
-keep validation.parquet, too, and a third decimal.
+A thin run has run.json without absolute paths; results.json without the confusion matrix and the scores of each class,
+which predictions.parquet gives; of metrics.jsonl all evaluations and the mean losses of at most 10 groups of steps
+before each test; and of predictions.parquet the columns row, label, prediction, probability (of the prediction, with
+two decimals), text_hash (its lowest byte) and num_tokens, in small types. Runs of 2,000 training rows and more keep
+validation.parquet, too, and from 20,000 a third decimal. The hash tells which rows two samples of the test rows have in
+common; where all runs are tested on the same rows, it can stay out.
 """
 
 import json
@@ -19,12 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 MAX_TRAIN_LINES = 10  # between two tests
-VALIDATION_FROM = 20_000  # training rows
+VALIDATION_FROM, LARGE = 2000, 20_000  # training rows
 TYPES = {"row": np.int32, "label": np.int16, "prediction": np.int16, "text_hash": np.uint8, "num_tokens": np.int32}
 ENCODINGS = {"row": "DELTA_BINARY_PACKED", "text_hash": "PLAIN"}
 
 
-def thin_predictions(source: Path, target: Path, decimals: int) -> None:
+def thin_predictions(source: Path, target: Path, decimals: int, text_hash: bool) -> None:
     """Reduces one parquet file. Columns that are missing or null in it stay out."""
     table = pq.read_table(source)
     columns = {name: table[name].to_numpy() for name in table.column_names if not table[name].null_count}
@@ -34,8 +36,11 @@ def thin_predictions(source: Path, target: Path, decimals: int) -> None:
         columns["probability"] = probabilities[thin["prediction"], np.arange(len(thin["prediction"]))]
     thin["probability"] = columns["probability"].astype(np.float32).round(decimals)
     small = {"compression": "zstd", "compression_level": 19, "write_statistics": False, "store_schema": False}
+    if not text_hash:
+        thin.pop("text_hash", None)
     words = [name for name in thin if name not in ENCODINGS]
-    pq.write_table(pa.table(thin), target, use_dictionary=words, column_encoding=ENCODINGS, **small)
+    encodings = {name: encoding for name, encoding in ENCODINGS.items() if name in thin}
+    pq.write_table(pa.table(thin), target, use_dictionary=words, column_encoding=encodings, **small)
 
 
 def thin_metrics(source: Path, target: Path) -> None:
@@ -63,25 +68,26 @@ def write_object(file: Path, values: dict) -> None:
     file.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
 
 
-def thin_run(source: Path, target: Path) -> None:
+def thin_run(source: Path, target: Path, text_hash: bool = True) -> None:
     """Writes the thin form of a run into a directory, results.json last: a run with it is complete."""
     target.mkdir(parents=True, exist_ok=True)
     info, results = (json.loads((source / f"{name}.json").read_text("utf-8")) for name in ("run", "results"))
-    for name in {"model", "data", "features", "output_dir"} & info["settings"].keys():
+    for name in {"model", "data", "features", "output_dir", "soft_labels"} & info["settings"].keys():
         if Path(info["settings"][name] or "").is_absolute():
             info["settings"][name] = Path(info["settings"][name]).name
     write_object(target / "run.json", info)
     thin_metrics(source / "metrics.jsonl", target / "metrics.jsonl")
-    large = info["num_train_rows"] >= VALIDATION_FROM
+    decimals = 3 if info["num_train_rows"] >= LARGE else 2
     for name in ("predictions.parquet", "validation.parquet"):
-        if (large or name == "predictions.parquet") and (source / name).is_file():
-            thin_predictions(source / name, target / name, decimals=3 if large else 2)
+        kept = name == "predictions.parquet" or info["num_train_rows"] >= VALIDATION_FROM
+        if kept and (source / name).is_file():
+            thin_predictions(source / name, target / name, decimals, text_hash)
     if (target / "predictions.parquet").is_file():
-        results.pop("confusion", None)  # `report` counts it again
-    for scores in results["per_class"].values():
-        scores |= {key: round(value, 7) for key, value in scores.items()}
+        results.pop("confusion", None)  # `report` counts it again, and the scores of each class
+        results["per_class"] = [*results["per_class"]]
     write_object(target / "results.json", results)
 
 
 if __name__ == "__main__":
-    thin_run(Path(sys.argv[1]), Path(sys.argv[-1]))
+    directories = [Path(argument) for argument in sys.argv[1:] if argument != "--no-text-hash"]
+    thin_run(directories[0], directories[-1], "--no-text-hash" not in sys.argv)
