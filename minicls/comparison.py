@@ -536,59 +536,74 @@ def _crossing_row(cross: dict, sizes: Sequence[int], a: str, b: str) -> dict:
 # A cascade of two runs.
 
 
-def cascade_section(small: str, large: str, runs: dict[str, Run], bench: Sequence[dict]) -> tuple[str, dict]:
-    """Tables of the cascade against each model alone, and its curve to draw."""
-    names = {"small": small, "large": large}
-    validation = cascade.validation_answers(*(runs[name].dir for name in names.values()))
-    predicted = common_predictions({name: runs[name] for name in names.values()})
+class CascadeFigures(NamedTuple):
+    """What two runs bring together: tables, and the curve to draw."""
+
+    rows: list[dict]  # the small model, the large one, both, and both with the texts sent on at random
+    pairs: list[dict]  # both against each alone
+    note: str
+    curve: list[tuple[float, float, float, float]]  # (share of texts sent on, accuracy, low, high)
+    ends: tuple[float, float]  # the accuracies of the small and the large model alone
+    share: float  # of texts that the chosen threshold sends on
+
+
+def cascade_figures(small: str, large: str, runs: dict[str, Run], bench: Sequence[dict] = ()) -> CascadeFigures:
+    """Chooses the threshold on the validation rows of two runs, and tests it on their test rows."""
+    validation = cascade.validation_answers(runs[small].dir, runs[large].dir)
+    predicted = common_predictions({name: runs[name] for name in (small, large)})
     if len(predicted) < 2:
-        raise UserError(f"--cascade: {small} and {large} both need a predictions.parquet; evaluate them again")
-    answers = cascade.pair(*predicted.values())
-    threshold, n = cascade.choose_threshold(validation), len(answers.labels)
-    share = float((answers.confidence < threshold).mean())
-    accuracies = {name: float((answers._asdict()[name] == answers.labels).mean()) for name in names}
-    seconds = {name: _seconds_per_text(runs[run], bench) for name, run in names.items()}
-    cost = None if None in seconds.values() else seconds["small"] + share * seconds["large"]
+        raise UserError(f"--cascade: {small} and {large} must have a predictions.parquet each; evaluate them again")
+    test, threshold = cascade.pair(*predicted.values()), cascade.choose_threshold(validation)
 
-    def row(name: str, share: float, of_validation: np.ndarray, of_test: np.ndarray, seconds: float | None) -> dict:
-        accuracy = float((of_test == answers.labels).mean())
-        cells = {"answers": name, "sent on": f"{share:.1%}"}
-        cells |= {"validation accuracy": f"{(of_validation == validation.labels).mean():.4f}"}
-        cells |= {"test accuracy (95 % interval)": interval(accuracy, *metrics.accuracy_interval(accuracy, n))}
-        return cells | {"seconds per 1,000 texts": seconds and f"{1000 * seconds:.1f}"}
+    def accuracy_at(threshold: float, answers: cascade.Answers = test) -> float:
+        return float((answers.cascade(threshold) == answers.labels).mean())
 
-    together = f"both, threshold {threshold:.3f}"
-    rows = [row(f"small: {small}", 0, validation.small, answers.small, seconds["small"])]
-    rows.append(row(f"large: {large}", 1, validation.large, answers.large, seconds["large"]))
-    rows.append(row(together, share, validation.cascade(threshold), answers.cascade(threshold), cost))
-    random = (1 - share) * accuracies["small"] + share * accuracies["large"]
-    rows.append({"answers": "both, as many texts sent on at random", "sent on": f"{share:.1%}"})
-    rows[-1] |= {"test accuracy (95 % interval)": f"{random:.4f} (expected)", "seconds per 1,000 texts": "-"}
-    rows[-1] = {header: rows[-1].get(header) for header in rows[0]}
+    def share_at(threshold: float) -> float:
+        return float((test.confidence < threshold).mean())
 
-    by_name = {"cascade": answers.cascade(threshold), "small": answers.small, "large": answers.large}
-    columns = {name: {"label": answers.labels, "prediction": values} for name, values in by_name.items()}
-    pairs = compare_pairs(dict.fromkeys(by_name, runs[small]), columns)[:2]  # each model alone against the cascade
+    def accuracy_interval(accuracy: float) -> str:
+        return interval(accuracy, *metrics.accuracy_interval(accuracy, len(test.labels)))
 
-    # The curve, at thresholds which send on given shares of the validation rows.
+    # A threshold of -inf sends nothing on, and inf everything: the models alone.
+    ends, share = (accuracy_at(-math.inf), accuracy_at(math.inf)), share_at(threshold)
+    of_small, of_large = (_seconds_per_text(runs[name], bench) for name in (small, large))
+    together = None if None in (of_small, of_large) else of_small + share * of_large
+    rows = []
+    for answers, at, seconds in (
+        (f"small: {small}", -math.inf, of_small),
+        (f"large: {large}", math.inf, of_large),
+        (f"both, threshold {threshold:.3f}", threshold, together),
+    ):
+        row = {"answers": answers, "sent on": f"{share_at(at):.1%}"}
+        row |= {"validation accuracy": f"{accuracy_at(at, validation):.4f}"}
+        row |= {"test accuracy (95 % interval)": accuracy_interval(accuracy_at(at))}
+        rows.append(row | {"seconds per 1,000 texts": seconds and f"{1000 * seconds:.1f}"})
+    random = f"{(1 - share) * ends[0] + share * ends[1]:.4f} (expected)"
+    rows.append(rows[-1] | {"answers": "both, as many sent on at random", "validation accuracy": None})
+    rows[-1]["test accuracy (95 % interval)"] = random
+
+    by_name = {"both": test.cascade(threshold), "small": test.small, "large": test.large}
+    columns = {name: {"label": test.labels, "prediction": values} for name, values in by_name.items()}
+    pairs = compare_pairs(dict.fromkeys(by_name, runs[small]), columns)[:2]
+    stays = (test.small != test.labels) & (test.confidence >= threshold)
+    same = int((stays & (test.small == test.large)).sum())
+    note = (
+        f"Of the {stays.sum():,} wrong answers that stay with the small model, the large one gives the same in {same:,}"
+    )
+    thresholds = [*np.quantile(validation.confidence, [0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7], method="lower")]
+    points = [(share_at(at), accuracy_at(at)) for at in (-math.inf, *dict.fromkeys(thresholds), math.inf)]
+    curve = [(*point, *metrics.accuracy_interval(point[1], len(test.labels))) for point in points]
+    return CascadeFigures(rows, pairs, f"{note}: no threshold repairs these.", curve, ends, share)
+
+
+def cascade_section(figures: CascadeFigures) -> str:
     points = []
-    for wanted in (0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1):
-        point = np.quantile(validation.confidence, wanted, method="lower") if wanted < 1 else math.inf
-        right = answers.cascade(point) == answers.labels
-        points.append((float((answers.confidence < point).mean()), float(right.mean())))
-    curve = [(*point, *metrics.accuracy_interval(point[1], n)) for point in points]
-    cells = [{"sent on": f"{share:.1%}", "accuracy (95 % interval)": interval(*figures)} for share, *figures in curve]
-    for line, (share_sent, *_) in zip(cells, curve, strict=True):
-        expected = (1 - share_sent) * accuracies["small"] + share_sent * accuracies["large"]
-        line["at random (expected)"] = f"{expected:.4f}"
-
-    wrong = (answers.small != answers.labels) & (answers.confidence >= threshold)
-    same = int((wrong & (answers.small == answers.large)).sum())
-    stay = f"Of the {wrong.sum():,} wrong answers that stay with the small model"
-    note = f"{stay}, the large one gives the same in {same:,}: no threshold repairs these."
+    for share, *accuracy in figures.curve:
+        random = (1 - share) * figures.ends[0] + share * figures.ends[1]
+        row = {"sent on": f"{share:.1%}", "test accuracy (95 % interval)": interval(*accuracy)}
+        points.append(row | {"at random (expected)": f"{random:.4f}"})
     picture = "![accuracy by share of texts sent on](cascade.png)"
-    body = "\n\n".join([table(rows), comparison_table(pairs, 2), note, table(cells), picture])
-    return body, {"curve": curve, "ends": (accuracies["small"], accuracies["large"]), "chosen": share}
+    return "\n\n".join([table(figures.rows), table(figures.pairs), figures.note, table(points), picture])
 
 
 def _seconds_per_text(run: Run, bench: Sequence[dict]) -> float | None:
@@ -683,7 +698,7 @@ def write_report(
     predicted = common_predictions(runs)
     pairs, rows_note = compare_pairs(runs, predicted), common_note(runs, predicted)
     curves, points = curve_section(runs, predicted)
-    cascaded, deferral = cascade_section(*small_and_large, runs, bench) if small_and_large else (None, None)
+    figures = cascade_figures(*small_and_large, runs, bench) if small_and_large else None
     absent = {name: note for name, run in runs.items() if (note := absent_classes_note(run.results))}
     pictures = {name: run.dir / "curves.png" for name, run in runs.items() if (run.dir / "curves.png").is_file()}
     images = {name: f"![loss and scores over steps](curves-{i}.png)" for i, name in enumerate(pictures, start=1)}
@@ -702,7 +717,7 @@ def write_report(
         "Pairwise comparison": comparison_table(pairs, len(runs)),
         "Settings and seeds": "\n\n".join(grid_tables(runs)),
         "Training rows": curves and f"{curves}\n\n![accuracy over training rows](rows.png)",
-        "Cascade": cascaded,
+        "Cascade": figures and cascade_section(figures),
         "Length": length_table(predicted),
         "Classes": per_class_table(runs),
         "Confusion": by_run({name: confusion_table(run) for name, run in runs.items()}),
@@ -720,8 +735,8 @@ def write_report(
         shutil.copyfile(picture, out / f"curves-{i}.png")
     if points:
         plots.plot_learning_curves(points, out / "rows.png")
-    if deferral:
-        plots.plot_deferral(**deferral, file=out / "cascade.png")
+    if figures:
+        plots.plot_deferral(figures.curve, figures.ends, figures.share, out / "cascade.png")
     if bench:
         plots.plot_requests(bench, out / "deploy.png")
     (out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from minicls import metrics
 from minicls.config import DataSettings
 from minicls.data import load_splits
+from minicls.results import read_predictions
 from results import decoders
 
 SEEDS, TEMPERATURES = (42, 43, 44), (1, 2, 4)
@@ -100,45 +101,42 @@ def chain(data: str, args: argparse.Namespace) -> None:
     train([student(f"soft-T{best}", seed, "soft", best) for seed in SEEDS[1:]], args)
 
 
-def read_run(directory: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict]:
-    """Row, label and prediction of each test row, and results.json."""
-    table = pq.read_table(directory / "predictions.parquet", columns=["row", "label", "prediction"])
-    return *(table[name].to_numpy() for name in table.column_names), json.loads(
-        (directory / "results.json").read_text()
-    )
+def read_run(directory: Path) -> tuple[dict, dict | None]:
+    """results.json, and the columns of predictions.parquet if it was kept."""
+    return json.loads((directory / "results.json").read_text()), read_predictions(directory / "predictions.parquet")
 
 
 def summarize(args: argparse.Namespace) -> dict:
-    """Accuracy and calibration error by kind of run, and each seed's paired differences."""
+    """Scores of each seed by kind of run, and paired differences between the kinds that have all seeds."""
     out, summary = Path(args.out), {}
     for data in PLANS:
         kinds = sorted({path.name.rsplit("-", 1)[0].removeprefix(f"{data}-") for path in out.glob(f"{data}-*")})
         runs = {kind: {s: read_run(d) for s in SEEDS if (d := out / f"{data}-{kind}-{s}").is_dir()} for kind in kinds}
         keys = ("accuracy", "f1", "calibration_error", "temperature", "calibration_error_scaled")
-        table = {
-            kind: {key: [run[3].get(key) for run in by_seed.values()] for key in keys} for kind, by_seed in runs.items()
+        scores = {
+            kind: {key: [run[0][key] for run in by_seed.values()] for key in keys} for kind, by_seed in runs.items()
         }
-        validation = {
-            kind: [decoders.validation_f1(f"{data}-{kind}-{seed}", args) for seed in by_seed]
-            for kind, by_seed in runs.items()
-        }
+        for kind, by_seed in runs.items():
+            scores[kind]["validation_f1"] = [decoders.validation_f1(f"{data}-{kind}-{seed}", args) for seed in by_seed]
+        predicted = {kind: [by_seed[seed][1] for seed in by_seed] for kind, by_seed in runs.items()}
+        whole = [kind for kind, files in predicted.items() if len(files) == len(SEEDS) and None not in files]
         pairs = []
-        full = [kind for kind in kinds if len(runs[kind]) == len(SEEDS)]
-        for a, b in itertools.combinations(full, 2):
-            tests = {}
-            for seed in SEEDS:
-                (rows_a, labels, of_a, _), (rows_b, _, of_b, _) = runs[a][seed], runs[b][seed]
-                if not np.array_equal(rows_a, rows_b):
-                    raise SystemExit(f"{data}: {a} and {b} were tested on different rows")
-                tests[seed] = metrics.mcnemar(labels, of_a, of_b)
-            right = np.stack([runs[kind][seed][1] == runs[kind][seed][2] for kind in (a, b) for seed in SEEDS])
+        for a, b in itertools.combinations(whole, 2):
+            files = predicted[a] + predicted[b]
+            if any(not np.array_equal(file["row"], files[0]["row"]) for file in files):
+                raise SystemExit(f"{data}: {a} and {b} were tested on different rows")
+            right = np.stack([file["label"] == file["prediction"] for file in files])
             means, replicates = metrics.resampled_accuracies(right, [range(3), range(3, 6)])
             low, high = np.quantile(replicates[:, 0] - replicates[:, 1], [0.025, 0.975])
+            tests = [
+                metrics.mcnemar(of_a["label"], of_a["prediction"], of_b["prediction"])
+                for of_a, of_b in zip(predicted[a], predicted[b], strict=True)
+            ]
             pairs.append(
                 {"a": a, "b": b, "difference": means[0] - means[1], "low": low, "high": high, "mcnemar": tests}
             )
-        test_rows = len(next(iter(runs[full[0]].values()))[0])
-        summary[data] = {"test_rows": test_rows, "scores": table, "validation_f1": validation, "pairs": pairs}
+        test_rows = len(predicted[whole[0]][0]["row"])
+        summary[data] = {"test_rows": test_rows, "scores": scores, "pairs": pairs}
     return summary
 
 

@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from minicls.comparison import (
     PUBLISHED,
     PUBLISHED_BEST,
     PUBLISHED_STEPS,
+    cascade_figures,
     common_predictions,
     compare_pairs,
     comparison_table,
@@ -37,7 +38,7 @@ from minicls.comparison import (
     short_names,
     wilson,
 )
-from minicls.results import interval, speed_table, table
+from minicls.results import interval, speed_table, spread, table
 
 PAGES = ("README.md", "README.zh-CN.md", "results/README.md", "docs/performance.md")
 RESULTS = ROOT / "results"
@@ -52,6 +53,14 @@ PAIRED = (
     ],
     ["minilm-62629-42", "minilm-20000-42", "smollm2-linear-20000-42", "smollm2-options-20000-42", "tfidf-20000-42"],
     [f"banking77-{model}-10003-42" for model in ("minilm", "smollm2-linear", "frozen-minilm", "tfidf")],
+)
+CASCADES = (
+    ("minilm-20000-42", "smollm2-linear-20000-42"),
+    ("minilm-20000-42", "smollm2-options-20000-42"),
+    ("minilm-62629-42", "smollm2-linear-62629-42"),
+    ("minilm-62629-42", "smollm2-options-62629-42"),
+    ("tfidf-62629-42", "smollm2-linear-62629-42"),
+    *((f"banking77-minilm-2310-{seed}", f"banking77-smollm2-linear-2310-{seed}") for seed in (42, 43, 44)),
 )
 PUBLISHED_MODELS = {"BERT": ("bert-base-cased", "linear"), "Qwen3": ("Qwen3-0.6B", "options")}
 ENGINES = ("minicls", "transformers", "vLLM")
@@ -195,7 +204,7 @@ def rates_table() -> str:
         bench, served = benches()[train], benches()[requests]
         for gpu in gpus():
             training = [key for key in gpu if re.fullmatch(rf"{model} (training|SFT), (micro-)?batch \d+", key)]
-            for key in dict.fromkeys((training[0], training[-1])):
+            for key in dict.fromkeys((*training[:1], *training[-1:])):
                 add(model, f"training rows/s, {key.split(', ')[1]}", gpu["device"], gpu[key]["samples_per_second"])
         add(model, "training rows/s", bench["device"], *(side["samples_per_second"] for side in bench["rows"]))
         for method, gpu_method in methods.items():
@@ -269,6 +278,45 @@ def profile_table() -> str:
     return table(rows)
 
 
+def cascade_table() -> str:
+    """A row for each pair of runs that CASCADES names."""
+    rows = []
+    for small, large in CASCADES:
+        runs = open_runs([DECODERS / small, DECODERS / large])
+        figures = cascade_figures(small, large, runs)
+        alone, other, both, random = (row["test accuracy (95 % interval)"] for row in figures.rows)
+        row = {"small": small, "large": large, "threshold": figures.rows[2]["answers"].split()[-1]}
+        row |= {"sent on": figures.rows[2]["sent on"], "small alone": alone.split()[0], "large alone": other.split()[0]}
+        row |= {"both": both, "at random": random.split()[0]}
+        row |= {f"p against {pair['b']}": pair["McNemar's p"] for pair in figures.pairs}
+        kept, same = re.findall(r"[\d,]+(?= wrong|:)", figures.note)
+        rows.append(row | {"errors that stay": kept, "the large model's too": same})
+    return table(rows)
+
+
+def distill_table(data: str) -> str:
+    """Scores by kind of run over the seeds, and the pairs."""
+    summary = read(RESULTS / "distill.json")[data]
+    names = {"alone": "MiniLM, labels alone", "teacher": "SmolLM2, labels alone: the teacher"}
+    names |= {"hard": "MiniLM, labels and the teacher's answers"}
+    headers = {"accuracy": "accuracy", "calibration_error": "calibration error"}
+    headers |= {
+        "calibration_error_scaled": "calibration error at the fitted temperature",
+        "validation_f1": "validation F1",
+    }
+    rows, pairs = [], []
+    for kind, scores in summary["scores"].items():
+        name = names[kind] if kind in names else f"MiniLM, labels and its probabilities, {kind.removeprefix('soft-')}"
+        row = {"run": kind, "model": name, "seeds": len(scores["accuracy"])}
+        rows.append(row | {header: spread(scores[key]) for key, header in headers.items()})
+    for pair in summary["pairs"]:
+        row = {name: pair[name] for name in "ab"}
+        row["accuracy, a - b"] = f"{pair['difference']:+.4f} ({pair['low']:+.4f} to {pair['high']:+.4f})"
+        tests = [f"{only_a} : {only_b}, p {p:.2g}" for only_a, only_b, p in pair["mcnemar"]]
+        pairs.append(row | {"only a right : only b right, McNemar's p, by seed": "; ".join(tests)})
+    return f"{table(rows)}\n\n{table(pairs)}"
+
+
 @functools.cache
 def tables() -> dict[str, str]:
     """The tables by name."""
@@ -285,6 +333,9 @@ def tables() -> dict[str, str]:
         "decoders": results_table([folder for folder in folders("decoders/*") if "grid-" not in folder.name]),
         "decoder_grid": grids("decoders/grid-*"),
         "banking_grid": grids("decoders/banking77-grid-*"),
+        "cascades": cascade_table(),
+        "distill_ag_news": distill_table("data"),
+        "distill_banking77": distill_table("banking77"),
         "own_data": own_data_table(),
         "own_data_grid": own_data_grid(),
         "speed": speed_table([bench for bench in benches().values() if isinstance(bench, dict)]),
@@ -306,17 +357,19 @@ def fill(page: str) -> str:
     return page
 
 
-def draw_curves(file: Path) -> None:
-    """The picture of README.md, with a palette of 64 colours: a fifth of the bytes."""
+def draw(plot: Callable, *arguments, file: Path) -> None:
+    """A picture with a palette of 64 colours: a fifth of the bytes."""
     from PIL import Image
 
-    plots.plot_learning_curves(curves()[1], file, dpi=100)
+    plot(*arguments, file)
     with Image.open(file) as image:
         small = image.convert("RGB").quantize(64)
     small.save(file, optimize=True)
 
 
 if __name__ == "__main__":
-    draw_curves(DECODERS / "rows.png")
+    draw(functools.partial(plots.plot_learning_curves, dpi=100), curves()[1], file=DECODERS / "rows.png")
+    best = cascade_figures(*CASCADES[2], open_runs([DECODERS / name for name in CASCADES[2]]))
+    draw(plots.plot_deferral, best.curve, best.ends, best.share, file=DECODERS / "cascade.png")
     for page in PAGES:
         (ROOT / page).write_text(fill((ROOT / page).read_text(encoding="utf-8")), encoding="utf-8")
