@@ -673,7 +673,7 @@ NOTES = {
     "Pairwise comparison": "Paired on the same test rows; better is said where the test and both intervals agree.",
     "Settings and seeds": "Macro F1 on the validation rows and on the test rows; validation chooses.",
     "Training rows": "Mean accuracy over the seeds, all on the same test rows.",
-    "Cascade": "The small model answers, and texts of which it is unsure go on to the large one; docs/report.md says how.",
+    "Cascade": "The small model answers, and texts of which it is unsure go on to the large one.",
     "Length": "Accuracy by length of the untruncated text, with 95 % intervals.",
     "Classes": "F1 (precision, recall).",
     "Confusion": "True class down, predicted class across.",

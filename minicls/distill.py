@@ -1,9 +1,10 @@
-"""Knowledge distillation: a large model's class probabilities as targets of a small one (Hinton et al. 2015, 1503.02531).
+"""Knowledge distillation: a large model's class probabilities as a small one's targets (Hinton et al. 2015).
 
     python -m minicls predict LARGE texts.csv --out soft.parquet        # the probabilities of every class
     python train_bert.py --data DIR --soft-labels soft.parquet          # labelled rows, and texts that have no label
 
-The models exchange nothing but probabilities over the classes, so they need not have a tokenizer or a head in common.
+The models exchange nothing but probabilities over the classes, so they need not share a tokenizer or a head. The paper
+is arXiv 1503.02531.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""A cascade of two runs: its curve, the threshold, the report and `predict --then`.   python -m pytest tests/test_cascade.py"""
+"""A cascade of two runs: curve, threshold, report, `predict --then`.   python -m pytest tests/test_cascade.py"""
 
 import json
 import math

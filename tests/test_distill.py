@@ -69,7 +69,7 @@ def test_weights_of_labelled_rows_of_added_texts_and_of_rows_without_a_soft_labe
 
 
 def test_the_loss_is_that_of_the_paper():
-    """(1 - w) CE(label) + w T^2 CE(soft target, student at T); its gradient is that with the Kullback-Leibler distance."""
+    """(1 - w) CE(label) + w T^2 CE(soft target, student at T); the Kullback-Leibler distance has the same gradient."""
     rng = np.random.default_rng(1)
     logits = torch.tensor(rng.normal(0, 2, (6, 3)), requires_grad=True)
     targets = torch.tensor(rng.dirichlet([1, 1, 1], 6))
@@ -163,7 +163,7 @@ def test_one_hot_soft_labels_of_the_same_rows_train_as_the_labels_do(one_hot, tm
 
 
 def test_predict_writes_the_file_and_a_run_goes_on_with_it_alone(bert_run, tmp_path):
-    """From a teacher's predictions to a student; stopped and resumed, it has the same losses, and not with another file."""
+    """From a teacher's predictions to a student; resumed, it has the same losses, and not with another file."""
     data, _ = split_data(load_data("synthetic"), max_train_rows=300, seed=42)
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in data.train.texts))

@@ -23,7 +23,17 @@ from results import hf_trainer, readme
 TABLES = {
     "README.md": {"answer", "rates"},
     "results/README.md": {"curves", "pairs", "decoders", "decoder_grid", "banking_grid", "own_data", "own_data_grid"}
-    | {"speed", "requests", "results", "small", "small_pairs", "grid"},
+    | {
+        "cascades",
+        "distill_ag_news",
+        "distill_banking77",
+        "speed",
+        "requests",
+        "results",
+        "small",
+        "small_pairs",
+        "grid",
+    },
     "docs/performance.md": {"gpu", "profile"},
 }
 TABLES["README.zh-CN.md"] = TABLES["README.md"]
