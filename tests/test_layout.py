@@ -41,6 +41,7 @@ OPTIONAL = {
     "matplotlib",
     "tensorboard",
     "accelerate",
+    "onnx",
     "onnxruntime",
 }
 
