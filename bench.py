@@ -5,6 +5,7 @@
     python bench.py --init random --qwen DIR --data DIR              # a model's config and tokenizer, no weights
     python bench.py --qwen RUN --mode server --rate 4 --slo-ms 500   # requests that arrive at random times
     python bench.py --qwen RUN --engines minicls harness             # against scoring as an evaluation harness does it
+    python bench.py --bert RUN --engines minicls onnxruntime onnxruntime-int8 --dtype fp32   # against a CPU runtime
 
 A row of the table is one model, engine, method and mode. Methods: `classify` with a linear head, `score` all options in
 one forward pass, `generate` the answer token by token. Each engine runs in processes of its own, one after another.
@@ -17,9 +18,9 @@ Rows go to bench.json as they are measured, and at the end into a table and rps.
   wait behind a slow request, which is where an overloaded server loses its time.
 - p99, not the mean. Most requests are quick, and a mean hides the few that are not. A user who sends a hundred requests
   meets the p99 once. In `server`, --slo-ms adds the fraction of requests that were answered in time.
-- Answers are checked, because it is easy to be fast and wrong. The reference is minicls in fp32: between two engines in
-  bf16, rounding may decide near ties either way, and neither is wrong. A row is invalid if an answer differs although
-  the two best options are more than MARGIN apart. Random weights have only log-probabilities to compare.
+- Answers are checked, because it is easy to be fast and wrong. The reference is minicls in fp32: in bf16, rounding may
+  decide a near tie either way. All changed answers are counted, and a row is invalid if one changed although the two
+  best options are more than MARGIN apart. Random weights have only log-probabilities to compare.
 - Tokenization is timed for every engine. Warm-up uses texts of the training split, because engines cache prompts: if
   the timed texts were used, a prefix cache would answer from memory.
 
@@ -42,22 +43,26 @@ import torch
 
 from minicls import checkpoint, dist, engines, plots, serving, weights
 from minicls.comparison import bench_table
-from minicls.config import UserError, flag_of, parse, run_main, setting
+from minicls.config import UserError, command_line, flag_of, parse, run_main, setting
 from minicls.data import Data, Split, load_data, stratified_rows
 from minicls.predict import Reader
 from minicls.tiny import SIZES
 
-ENGINES = ("minicls", "transformers", "vllm", "harness")
+ENGINES = ("minicls", "transformers", "vllm", "harness", "onnxruntime", "onnxruntime-int8")
+ONLY = {"harness": ("qwen", "score", "scores options")}  # engines for one model and one of its methods
+ONLY |= dict.fromkeys(("onnxruntime", "onnxruntime-int8"), ("bert", "classify", "runs BERT classifiers"))
+OWN_DTYPES = {"onnxruntime": "fp32", "onnxruntime-int8": "int8"}  # of engines that do not follow --dtype
 MODES = ("single", "offline", "server")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ARCHITECTURES = {"bert": weights.BERT, "qwen": weights.DECODER, "qwen_linear": weights.DECODER_LINEAR}
 METHODS = {"bert": ("classify",), "qwen": ("generate", "score"), "qwen_linear": ("classify",)}
 ROW = "ROW "  # marks the output lines of a side that are rows, since engines print as well
 MARGIN = 0.05  # nats between the two best options, above which every engine must give the same answer
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}  # nats by which a log-probability from random weights may differ
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.1}  # nats by which a log-probability from random weights may differ
+UNKNOWN = dict.fromkeys(("accuracy", "agreement", "changed_answers"))  # in the verdict on a row without answers
 COLUMNS = ("model", "engine", "engine_version", "method", "mode", "dtype", "threads", "device", "requests_per_second")
 COLUMNS += ("latency_p50_ms", "latency_p90_ms", "latency_p99_ms", "input_tokens_per_second", "peak_memory_bytes")
-COLUMNS += ("accuracy", "agreement", "num_requests", "status", "reason")
+COLUMNS += (*UNKNOWN, "num_requests", "status", "reason")
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class Settings:
     slo_ms: float = setting(1000.0, "latency target of a request in mode server", minimum=0)
     rounds: int = setting(3, "processes of each engine; figures are medians over them", minimum=1)
     seed: int = setting(42, "seeds arrivals in mode server, and random weights", minimum=0)
-    dtype: str = setting("bf16", "dtype of the weights", choices=("bf16", "fp32"), group="machine")
+    dtype: str = setting("bf16", "dtype of all weights but onnxruntime's", choices=("bf16", "fp32"), group="machine")
     device: str | None = setting(None, "cpu, cuda or cuda:N; unset: cuda if there is one")
     threads: int | None = setting(None, "CPU threads of each engine; unset: torch's choice", minimum=1)
     compile: bool = setting(False, "torch.compile minicls' model")
@@ -117,19 +122,12 @@ def check_flags(s: Settings) -> None:
     for name, (used, others) in used_by.items():
         if not used and getattr(s, name) != getattr(Settings, name):
             raise UserError(f"{flag_of(name)}: used only by {others}; add that or leave the flag out")
-    if "harness" in s.engines and not s.qwen:
-        raise UserError("--engines: harness only scores options; add --qwen RUN or leave it out")
-
-
-def command_line(settings: dict) -> list[str]:
-    """Settings as flags, without those that are unset."""
-    flags = []
-    for name, value in settings.items():
-        if isinstance(value, bool):
-            flags += [flag_of(name)] if value else []
-        elif value is not None:
-            flags += [flag_of(name), *map(str, value if isinstance(value, tuple) else [value])]
-    return flags
+    for engine in filter(ONLY.get, s.engines):
+        role, _, only = ONLY[engine]
+        if not getattr(s, role):
+            raise UserError(f"--engines: {engine} only {only}; add {flag_of(role)} RUN or leave it out")
+        if engine in OWN_DTYPES and engines.uses_gpu(s.device):
+            raise UserError(f"--engines: {engine} runs only on a CPU; add --device cpu or leave it out")
 
 
 def find_model(s: Settings, role: str) -> Path:
@@ -142,7 +140,7 @@ def models(s: Settings) -> dict[str, Path]:
 
 
 def methods(role: str, engine: str) -> tuple[str, ...]:
-    return tuple(method for method in METHODS[role] if engine != "harness" or method == "score")
+    return tuple(method for method in METHODS[role] if (role, method) == ONLY.get(engine, (role, method))[:2])
 
 
 def requests(s: Settings, data: Data) -> Split:
@@ -220,7 +218,7 @@ def reference(role: str, reader: Reader, directory: Path, device: torch.device, 
 
 
 def judge(row: dict, expected: np.ndarray, labels: np.ndarray, s: Settings) -> dict:
-    """A row's accuracy, agreement with the reference (n, C), status and reason.
+    """A row's accuracy, agreement with the reference (n, C), number of changed answers, status and reason.
 
     Trained weights: invalid if a prediction differs on a text whose two best options are more than MARGIN apart; an
     answer that names no option counts as different. Random weights: invalid if a log-probability differs by more than
@@ -229,7 +227,7 @@ def judge(row: dict, expected: np.ndarray, labels: np.ndarray, s: Settings) -> d
     predictions, log_probabilities = row["predictions"], row["log_probabilities"]
     equal = np.array([a == b for a, b in zip(predictions, expected.argmax(1), strict=True)])
     if s.init == "random":
-        verdict = {"accuracy": None, "agreement": None, "status": "ok", "reason": "random weights: timed, not compared"}
+        verdict = UNKNOWN | {"status": "ok", "reason": "random weights: timed, not compared"}
         if log_probabilities is None:
             return verdict
         gap = float(np.abs(np.array(log_probabilities) - expected).max())
@@ -241,8 +239,8 @@ def judge(row: dict, expected: np.ndarray, labels: np.ndarray, s: Settings) -> d
     reasons = [f"{wrong} of {len(equal)} answers differ from minicls in fp32"] * bool(wrong)
     reasons += [f"{predictions.count(None)} of {len(equal)} name no option"] * (None in predictions)
     accuracy = float(np.mean([a == b for a, b in zip(predictions, labels, strict=True)]))
-    verdict = {"accuracy": accuracy, "agreement": float(equal.mean()), "status": "invalid" if wrong else "ok"}
-    return verdict | {"reason": ", ".join(reasons) or None}
+    verdict = {"accuracy": accuracy, "agreement": float(equal.mean()), "changed_answers": int((~equal).sum())}
+    return verdict | {"status": "invalid" if wrong else "ok", "reason": ", ".join(reasons) or None}
 
 
 def compare(s: Settings, data: Data) -> tuple[list[dict], Path]:
@@ -261,15 +259,17 @@ def compare(s: Settings, data: Data) -> tuple[list[dict], Path]:
     output_dir = checkpoint.new_run_dir(s.output_dir, "bench")
     checkpoint.write_json(output_dir / "bench.json", [])
     expected = {role: reference(role, readers[role], directories[role], device, test.texts) for role in readers}
-    machine = {"dtype": s.dtype, "threads": torch.get_num_threads(), "device": dist.device_name(device)}
+    machine = {"threads": torch.get_num_threads(), "device": dist.device_name(device)}
     rounds: dict[tuple, list[dict]] = {}
 
     def add_row(role: str, engine: str, row: dict) -> None:
         label, name = role.replace("_", "-"), Path(getattr(s, role)).name
-        verdict = {"accuracy": None, "agreement": None, "status": "failed", "reason": row.get("failed")}
+        dtype = OWN_DTYPES.get(engine, s.dtype)
+        verdict = UNKNOWN | {"status": "failed", "reason": row.get("failed")}
         if "failed" not in row:
-            verdict = judge(row, expected[role], test.labels, s)
-        values = machine | row | verdict | {"model": name if name == label else f"{label}: {name}", "engine": engine}
+            verdict = judge(row, expected[role], test.labels, replace(s, dtype=dtype))
+        names = {"model": name if name == label else f"{label}: {name}", "engine": engine, "dtype": dtype}
+        values = machine | row | verdict | names
         columns = COLUMNS + ("slo_attainment",) * (row["mode"] == "server")
         same_rows = rounds.setdefault((role, engine, row["method"], row["mode"]), [])
         same_rows.append({column: values.get(column) for column in columns})

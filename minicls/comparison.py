@@ -654,6 +654,7 @@ BENCH_COLUMNS = {
     "requests": lambda row: row["num_requests"],
     "accuracy": lambda row: row["accuracy"],
     "agreement": lambda row: row.get("agreement"),
+    "changed answers": lambda row: row.get("changed_answers"),
     "status": lambda row: f"{row['status']}: {row['reason']}" if row.get("reason") else row["status"],
 }
 

@@ -170,6 +170,17 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def command_line(settings: dict) -> list[str]:
+    """Settings as flags, without those that are unset."""
+    flags = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            flags += [flag_of(name)] if value else []
+        elif value is not None:
+            flags += [flag_of(name), *map(str, value if isinstance(value, tuple) else [value])]
+    return flags
+
+
 def _fields(cls: type) -> list[dataclasses.Field]:
     """The settings in the order of `--help`: a script's own first, then those it shares with others."""
     return sorted(dataclasses.fields(cls), key=lambda field: field.name not in cls.__annotations__)

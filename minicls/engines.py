@@ -1,4 +1,4 @@
-"""The engines that bench.py measures: minicls, transformers, an evaluation harness and vLLM, behind the same methods.
+"""The engines that bench.py measures: minicls, transformers, ONNX Runtime, vLLM and a harness, behind the same methods.
 
 An engine is made from a model directory, with the weights in one dtype, and answers rows of token ids. A single row is
 one request; each engine batches several rows in its own way. Only minicls scores options of more than one token.
@@ -8,12 +8,15 @@ import contextlib
 import functools
 import http.client
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -100,8 +103,22 @@ class Minicls(Engine):
         self.previous: list[list[int]] = []
 
 
-class Transformers(Engine):
-    """transformers' own models and `generate` with its default attention; rows sorted by length, in padded batches."""
+class Padded(Engine):
+    """An engine that sorts rows by length and pads them, in batches of `batch_size`, with `pad_token_id`."""
+
+    def _batches(self, rows: list[list[int]], side: str) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+        """Indices of rows, and their ids (B, T) and attention mask (B, T), padded on one side."""
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+        pad = functools.partial(pad_sequence, batch_first=True, padding_side=side)
+        for start in range(0, len(rows), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            ids = [torch.tensor(rows[row]) for row in batch]
+            input_ids, mask = pad(ids, padding_value=self.pad_token_id), pad([torch.ones_like(row) for row in ids])
+            yield batch, {"input_ids": input_ids.to(self.device), "attention_mask": mask.to(self.device)}
+
+
+class Transformers(Padded):
+    """transformers' own models and `generate` with its default attention."""
 
     logits_to_keep = 1  # positions that a score computes logits for, counted from the end; 0: all of them
 
@@ -112,17 +129,7 @@ class Transformers(Engine):
         auto_model = getattr(transformers, f"AutoModelFor{head}")
         self.version, self.device, self.batch_size = transformers.__version__, device, batch_size
         self.model = auto_model.from_pretrained(directory, dtype=dtype).eval().to(device)
-
-    def _batches(self, rows: list[list[int]], side: str) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-        """Indices of rows, and their ids (B, T) and attention mask (B, T), padded on one side."""
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
-        pad = functools.partial(pad_sequence, batch_first=True, padding_side=side)
-        for start in range(0, len(rows), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            ids = [torch.tensor(rows[row]) for row in batch]
-            input_ids = pad(ids, padding_value=self.model.config.pad_token_id or 0)
-            mask = pad([torch.ones_like(row) for row in ids])
-            yield batch, {"input_ids": input_ids.to(self.device), "attention_mask": mask.to(self.device)}
+        self.pad_token_id = self.model.config.pad_token_id or 0
 
     @torch.inference_mode()
     def classify(self, rows: list[list[int]]) -> torch.Tensor:
@@ -162,6 +169,61 @@ class Harness(Transformers):
     def __init__(self, directory: Path, dtype: torch.dtype, device: torch.device):
         super().__init__(directory, dtype, device, batch_size=1)
         self.version = f"transformers {self.version}"
+
+
+def export_onnx(directory: Path, file: Path, int8: bool) -> None:
+    """Writes transformers' model of a BERT classifier to an ONNX file, with ONNX Runtime's fused operators.
+
+    Inputs: input_ids and attention_mask (B, T), int64. Output: logits (B, C), fp32. `int8`: quantize the weights of
+    the matrix products, and at run time their inputs.
+    """
+    import onnx
+    from onnxruntime.quantization import quantize_dynamic
+    from onnxruntime.transformers.optimizer import optimize_model
+    from transformers import AutoModelForSequenceClassification
+
+    # The fusions know the graph that tracing makes of "eager" attention. They do not match torch.export's graph, nor
+    # that of scaled_dot_product_attention, and what they leave unfused runs as many small operators.
+    attention = {"attn_implementation": "eager"}
+    model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32, **attention).eval()
+    inputs, ones = ["input_ids", "attention_mask"], torch.ones(2, 8, dtype=torch.int64)
+    names = {"input_names": inputs, "output_names": ["logits"]}
+    names["dynamic_axes"] = {name: {0: "batch", 1: "length"} for name in inputs}
+    torch.onnx.export(model, (ones, ones), file, dynamo=False, **names)
+    heads_and_width = model.config.num_attention_heads, model.config.hidden_size
+    optimize_model(str(file), "bert", *heads_and_width).save_model_to_file(str(file))
+    if int8:
+        # CPUs without VNNI add pairs of products in 16 bits, which overflow with weights of 8 bits. With 7 bits
+        # (reduce_range) they cannot, so that all CPUs give the same answers; a scale for each output column makes
+        # up for the lost bit. The embeddings cost no time and stay in fp32.
+        options = {"per_channel": True, "reduce_range": True, "op_types_to_quantize": ["MatMul", "Attention"]}
+        untyped = {"DefaultTensorType": onnx.TensorProto.FLOAT}  # shape inference does not know the fused operators
+        quantize_dynamic(file, file, extra_options=untyped, **options)
+
+
+class OnnxRuntime(Padded):
+    """A BERT classifier in ONNX Runtime on the CPU, in fp32 or int8, on as many threads as PyTorch uses."""
+
+    def __init__(self, directory: Path, device: torch.device, int8: bool = False, batch_size: int = 32):
+        import onnxruntime
+
+        self.version, self.device, self.batch_size = onnxruntime.__version__ + ", int8" * int8, device, batch_size
+        self.pad_token_id = weights.read_config(directory).get("pad_token_id") or 0
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        # The export runs in a process of its own, because it needs more memory than the session.
+        spawn = multiprocessing.get_context("spawn")
+        with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, spawn) as process:
+            file = Path(folder) / "model.onnx"
+            process.submit(export_onnx, directory, file, int8).result()
+            self.session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+    def classify(self, rows: list[list[int]]) -> torch.Tensor:
+        log_probabilities = torch.zeros(len(rows), self.session.get_outputs()[0].shape[1])
+        for batch, padded in self._batches(rows, "right"):
+            (logits,) = self.session.run(None, {name: tensor.numpy() for name, tensor in padded.items()})
+            log_probabilities[batch] = torch.from_numpy(logits).log_softmax(1)
+        return log_probabilities
 
 
 def _vllm_arguments(directory: Path, dtype: torch.dtype, device: torch.device, max_length: int, eager: bool) -> dict:
@@ -337,6 +399,8 @@ def make_engine(
             return Minicls(*arguments, compile)
         if name == "vllm":
             return (VLLMServer if server else VLLM)(*arguments, max_length)
+        if name.startswith("onnxruntime"):
+            return OnnxRuntime(directory, device, int8=name.endswith("-int8"))
         return (Harness if name == "harness" else Transformers)(*arguments)
     except ImportError as error:
         raise UserError(f"{name} does not import ({error}); install it or leave it out") from None

@@ -26,14 +26,13 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import bench
 import minicls
 import train_bert
 import train_qwen
 from minicls import dist, engines, weights
 from minicls.batch import step_rows
 from minicls.checkpoint import write_json
-from minicls.config import UserError, flag_of, parse, run_main, setting
+from minicls.config import UserError, command_line, flag_of, parse, run_main, setting
 from minicls.data import Data, load_data, stratified_rows
 from minicls.metrics import classification_metrics, confusion_matrix, f1_interval
 from minicls.prompt import make_chat
@@ -163,7 +162,7 @@ def train_minicls(s: Settings) -> dict:
     flags |= {"micro_batch_size": s.global_batch_size, "log_every": 1, "eval_every": 0, "save_every": 0}
     with tempfile.TemporaryDirectory() as folder:
         flags |= {"max_eval_rows": 8, "output_dir": f"{folder}/run"}
-        (train_bert if is_bert(s) else train_qwen).main(bench.command_line(flags))
+        (train_bert if is_bert(s) else train_qwen).main(command_line(flags))
         events = map(json.loads, Path(folder, "run", "metrics.jsonl").read_text().splitlines())
         events = [event for event in events if event["event"] == "train"]
     seconds, losses = ([event[name] for event in events] for name in ("train_seconds", "loss"))

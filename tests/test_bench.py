@@ -34,6 +34,9 @@ from results import small_qwen3
         ("--bert a --qwen b --side minicls", ["--side: minicls", "one model"]),
         ("--init random --bert Qwen3-0.6B --data synthetic", ["--init: Qwen3-0.6B is a qwen3 model"]),
         ("--bert a --engines harness", ["--engines: harness only scores", "--qwen RUN"]),
+        ("--qwen a --engines onnxruntime", ["--engines: onnxruntime only runs BERT", "--bert RUN"]),
+        ("--qwen-linear a --engines minicls onnxruntime-int8", ["--engines: onnxruntime-int8 only", "--bert RUN"]),
+        ("--bert a --device cuda --engines onnxruntime", ["--engines: onnxruntime runs only on a CPU", "--device cpu"]),
     ],
 )
 def test_mistakes(flags, parts, tmp_path):
@@ -135,20 +138,23 @@ EXPECTED = np.log([[0.9, 0.1], [0.2, 0.8], [0.505, 0.495]])
 
 
 @pytest.mark.parametrize(
-    ("predictions", "agreement", "status", "reason"),
+    ("predictions", "changed", "status", "reason"),
     [
-        ([0, 1, 0], 1.0, "ok", None),
-        ([0, 1, 1], 2 / 3, "ok", None),  # 0.02 nats apart: rounding may decide
-        ([0, 0, 0], 2 / 3, "invalid", "1 of 3 answers differ from minicls in fp32"),
-        ([0, None, None], 1 / 3, "invalid", "1 of 3 answers differ from minicls in fp32, 2 of 3 name no option"),
-        ([0, 1, None], 2 / 3, "ok", "1 of 3 name no option"),
+        ([0, 1, 0], 0, "ok", None),
+        ([0, 1, 1], 1, "ok", None),  # 0.02 nats apart: rounding may decide
+        ([0, 0, 0], 1, "invalid", "1 of 3 answers differ from minicls in fp32"),
+        ([1, 0, 1], 3, "invalid", "2 of 3 answers differ from minicls in fp32"),
+        ([0, None, None], 2, "invalid", "1 of 3 answers differ from minicls in fp32, 2 of 3 name no option"),
+        ([0, 1, None], 1, "ok", "1 of 3 name no option"),
     ],
 )
-def test_trained_weights_are_judged_by_their_answers(predictions, agreement, status, reason):
+def test_trained_weights_are_judged_by_their_answers(predictions, changed, status, reason):
+    """Every changed answer is counted, and one that was not nearly even makes the row invalid."""
     row = {"predictions": predictions, "log_probabilities": None}
     verdict = bench.judge(row, EXPECTED, np.array([0, 0, 0]), bench.Settings())
     accuracy = sum(p == 0 for p in predictions) / 3
-    assert verdict == {"accuracy": accuracy, "agreement": agreement, "status": status, "reason": reason}
+    expected = {"accuracy": accuracy, "agreement": pytest.approx(1 - changed / 3), "changed_answers": changed}
+    assert verdict == expected | {"status": status, "reason": reason}
 
 
 def test_random_weights_are_judged_by_their_log_probabilities():
@@ -160,10 +166,15 @@ def test_random_weights_are_judged_by_their_log_probabilities():
         }
         verdict = bench.judge(row, EXPECTED, np.array([0, 0, 0]), s)
         assert (verdict["accuracy"], verdict["status"]) == (None, status) and "random weights" in verdict["reason"]
+        assert verdict["changed_answers"] is None
+        assert (
+            off != 0.01 or bench.judge(row, EXPECTED, np.array([0, 0, 0]), replace(s, dtype="int8"))["status"] == "ok"
+        )
     verdict = bench.judge({"predictions": [None] * 3, "log_probabilities": None}, EXPECTED, np.array([0, 0, 0]), s)
     assert verdict == {
         "accuracy": None,
         "agreement": None,
+        "changed_answers": None,
         "status": "ok",
         "reason": "random weights: timed, not compared",
     }
@@ -211,7 +222,7 @@ def read_rows(tmp_path):
 
 KEYS = ["model", "engine", "engine_version", "method", "mode", "dtype", "threads", "device", "requests_per_second"]
 KEYS += ["latency_p50_ms", "latency_p90_ms", "latency_p99_ms", "input_tokens_per_second", "peak_memory_bytes"]
-KEYS += ["accuracy", "agreement", "num_requests", "status", "reason"]
+KEYS += ["accuracy", "agreement", "changed_answers", "num_requests", "status", "reason"]
 
 
 def test_table_and_plot(bert_run, qwen_run, tmp_path, capsys, monkeypatch):
@@ -239,6 +250,7 @@ def test_table_and_plot(bert_run, qwen_run, tmp_path, capsys, monkeypatch):
         "ok",
     )  # the median of 3 rounds
     assert ours["agreement"] == 1 and ours["dtype"] == "bf16" and ours["threads"] == 1
+    assert ours["changed_answers"] == 0 and "| changed answers |" in printed
     theirs = next(row for row in rows if row["engine"] == "vllm")
     assert (theirs["status"], theirs["reason"], theirs["requests_per_second"]) == ("failed", "vllm broke", None)
     assert "| failed: vllm broke |" in printed and "| in time |" in printed and "| 50.0% |" in printed
@@ -251,6 +263,21 @@ def test_the_harness_only_scores_and_only_where_it_is_named(bert_run, qwen_run, 
     rows = [(row["model"].split(":")[0], row["engine"], row["method"]) for row in read_rows(tmp_path)]
     ours = [("bert", "minicls", "classify"), ("qwen", "minicls", "generate"), ("qwen", "minicls", "score")]
     assert rows == [*ours, ("qwen", "harness", "score")]
+
+
+def test_onnxruntime_measures_bert_alone_in_dtypes_of_its_own(bert_run, qwen_run, tmp_path, monkeypatch):
+    names = ("minicls", "onnxruntime", "onnxruntime-int8")
+    start = fake_start({"minicls": [3.0] * 2, "onnxruntime": [3.0], "onnxruntime-int8": [3.0]}, broken=names[2:])
+    models = ["--bert", str(bert_run), "--qwen", str(qwen_run), "--engines", *names]
+    compare(monkeypatch, tmp_path, start, *models, "--mode", "single", "--rounds", "1")
+    keys = ("engine", "method", "dtype", "status", "changed_answers")
+    assert [tuple(row[key] for key in keys) for row in read_rows(tmp_path)] == [
+        ("minicls", "classify", "bf16", "ok", 0),
+        ("onnxruntime", "classify", "fp32", "ok", 0),
+        ("onnxruntime-int8", "classify", "int8", "failed", None),
+        ("minicls", "generate", "bf16", "ok", 0),
+        ("minicls", "score", "bf16", "ok", 0),
+    ]
 
 
 def test_columns_without_a_value_are_left_out():

@@ -6,6 +6,7 @@ The tests turn the clock: no figure depends on how fast anything runs. Answers a
 give log-probabilities within 1e-4 and the same tokens.
 """
 
+import re
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,69 @@ def test_classify(name, texts, request):
     torch.testing.assert_close(theirs.classify(rows), expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(theirs.classify(rows[:1]), expected[:1], rtol=0, atol=1e-4)
     torch.testing.assert_close(ours.classify(rows[:1]), expected[:1], rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def onnx_engines(bert_run):
+    """ONNX Runtime with the weights in fp32 and in int8, as bench.py makes it: --dtype changes neither."""
+    pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    arguments = bert_run, torch.bfloat16, CPU, 512, False, False
+    return [engines.make_engine(name, *arguments) for name in ("onnxruntime", "onnxruntime-int8")]
+
+
+def test_onnxruntime(bert_run, texts, onnx_engines):
+    """Alone, and in padded batches of several lengths; the last row has [CLS] and [SEP] alone."""
+    rows = Reader(bert_run).rows([*texts, ""])
+    expected = engines.Minicls(bert_run, torch.float32, CPU).classify(rows)
+    theirs = engines.Transformers(bert_run, torch.float32, CPU).classify(rows)
+    assert len({*map(len, rows)}) > 3 and len(rows) > 8
+    fp32, int8 = onnx_engines
+    fp32.batch_size = int8.batch_size = 4
+    assert int8.version == f"{fp32.version}, int8"
+    for engine, tolerance in ((fp32, 1e-4), (int8, 0.1)):
+        answers = engine.classify(rows)
+        assert answers.dtype == torch.float32 and answers.shape == expected.shape
+        torch.testing.assert_close(answers, expected, rtol=0, atol=tolerance)
+        torch.testing.assert_close(answers, theirs, rtol=0, atol=tolerance)
+        alone = torch.cat([engine.classify([row]) for row in rows])
+        torch.testing.assert_close(alone, expected, rtol=0, atol=tolerance)
+    assert (answers - expected).abs().max() > 1e-5  # the last one's weights are not in fp32
+
+
+def test_onnxruntime_as_documented(bert_run, onnx_engines, tmp_path, monkeypatch):
+    """docs/deploy.md's lines export a run, and the file answers as the engine does on the same two texts."""
+    page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    export, serve = (code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "onnx" in code)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "bert").symlink_to(bert_run)
+    monkeypatch.chdir(tmp_path)
+    exec(export, {})
+    for file, engine in zip(("bert.onnx", "bert-int8.onnx"), onnx_engines, strict=True):
+        names: dict = {}
+        exec(serve.replace("bert-int8.onnx", file), names)
+        expected = engine.classify(Reader(bert_run).rows(names["texts"]))
+        log_probabilities = torch.from_numpy(names["logits"]).log_softmax(1)
+        torch.testing.assert_close(log_probabilities, expected, rtol=0, atol=1e-5)
+
+
+def test_the_exported_graph_is_fused(bert_run, tmp_path):
+    """One operator for a layer's attention and none of its parts: otherwise ONNX Runtime is slower than it can be."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    file, config = tmp_path / "model.onnx", Reader(bert_run).config
+    for int8, attention in ((False, "Attention"), (True, "QAttention")):
+        engines.export_onnx(bert_run, file, int8)
+        operators = [node.op_type for node in onnx.load(file).graph.node]
+        assert operators.count(attention) == config["num_hidden_layers"]
+        assert "SkipLayerNormalization" in operators and not {"Softmax", "LayerNormalization", "Erf"} & {*operators}
+        assert ("MatMulInteger" in operators, "MatMul" in operators) == (int8, not int8)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-int8"])
+def test_onnxruntime_that_is_not_installed(name, bert_run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=f"^{name} does not import .*; install it or leave it out$"):
+        engines.make_engine(name, bert_run, torch.float32, CPU, 512, False, False)
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ OPTIONAL = {
     "matplotlib",
     "tensorboard",
     "accelerate",
+    "onnx",
     "onnxruntime",
 }
 
