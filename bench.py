@@ -6,10 +6,12 @@
     python bench.py --qwen RUN --mode server --rate 4 --slo-ms 500   # requests that arrive at random times
     python bench.py --qwen RUN --engines minicls harness             # against scoring as an evaluation harness does it
     python bench.py --bert RUN --engines minicls onnxruntime onnxruntime-int8 --dtype fp32   # against a CPU runtime
+    python bench.py --bert RUN --qwen-linear RUN --then RUN          # and a cascade: --then if --bert is unsure
 
 A row of the table is one model, engine, method and mode. Methods: `classify` with a linear head, `score` all options in
-one forward pass, `generate` the answer token by token. Each engine runs in processes of its own, one after another.
-Rows go to bench.json as they are measured, and at the end into a table and rps.png. The measurements and their reasons:
+one forward pass, `generate` the answer token by token, `cascade` with two models. Each engine runs in processes of its
+own, one after another. Rows go to bench.json as they are measured, and at the end into a table and rps.png. The
+measurements and their reasons:
 
 - Closed loop. `single` sends a request when the previous one is answered, `offline` sends all at once. That measures
   capacity, but it flatters: a client that waits for an answer sends less to an engine that stalls.
@@ -20,7 +22,7 @@ Rows go to bench.json as they are measured, and at the end into a table and rps.
   meets the p99 once. In `server`, --slo-ms adds the fraction of requests that were answered in time.
 - Answers are checked, because it is easy to be fast and wrong. The reference is minicls in fp32: in bf16, rounding may
   decide a near tie either way. All changed answers are counted, and a row is invalid if one changed although the two
-  best options are more than MARGIN apart. Random weights have only log-probabilities to compare.
+  best options are more than a MARGIN apart. Random weights have only log-probabilities to compare.
 - Tokenization is timed for every engine. Warm-up uses texts of the training split, because engines cache prompts: if
   the timed texts were used, a prefix cache would answer from memory.
 
@@ -41,7 +43,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minicls import checkpoint, dist, engines, plots, serving, weights
+from minicls import cascade, checkpoint, dist, engines, plots, serving, weights
 from minicls.comparison import bench_table
 from minicls.config import UserError, command_line, flag_of, parse, run_main, setting
 from minicls.data import Data, Split, load_data, stratified_rows
@@ -55,14 +57,11 @@ OWN_DTYPES = {"onnxruntime": "fp32", "onnxruntime-int8": "int8"}  # of engines t
 MODES = ("single", "offline", "server")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ARCHITECTURES = {"bert": weights.BERT, "qwen": weights.DECODER, "qwen_linear": weights.DECODER_LINEAR}
-METHODS = {"bert": ("classify",), "qwen": ("generate", "score"), "qwen_linear": ("classify",)}
+METHODS = {"bert": ("classify",), "qwen": ("generate", "score"), "qwen_linear": ("classify",), "then": ("cascade",)}
 ROW = "ROW "  # marks the output lines of a side that are rows, since engines print as well
-MARGIN = 0.05  # nats between the two best options, above which every engine must give the same answer
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.1}  # nats by which a log-probability from random weights may differ
-UNKNOWN = dict.fromkeys(("accuracy", "agreement", "changed_answers"))  # in the verdict on a row without answers
 COLUMNS = ("model", "engine", "engine_version", "method", "mode", "dtype", "threads", "device", "requests_per_second")
 COLUMNS += ("latency_p50_ms", "latency_p90_ms", "latency_p99_ms", "input_tokens_per_second", "peak_memory_bytes")
-COLUMNS += (*UNKNOWN, "num_requests", "status", "reason")
+COLUMNS += (*serving.UNKNOWN, "num_requests", "status", "reason")
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,8 @@ class Settings:
     bert: str | None = setting(None, "finished run of train_bert.py, directory or hub id", group="models and data")
     qwen: str | None = setting(None, "finished run of train_qwen.py, directory or hub id")
     qwen_linear: str | None = setting(None, "finished run of train_qwen.py --head linear, directory or hub id")
+    then: str | None = setting(None, "larger run that answers where --bert is unsure: a cascade, in minicls")
+    threshold: float | None = setting(None, "confidence below which it does; unset: by the runs' validation rows")
     init: str = setting(
         "pretrained",
         f"random: models without weights, as a directory with config and tokenizer or one of {', '.join(SIZES)}",
@@ -116,6 +117,8 @@ def check_flags(s: Settings) -> None:
         "rate": (server, "--mode server"),
         "slo_ms": (server, "--mode server"),
         "seed": (server or s.init == "random", "--mode server or --init random"),
+        "then": (s.bert and s.init == "pretrained" and "minicls" in s.engines, "--bert RUN with --engines minicls"),
+        "threshold": (s.then, "--then RUN"),
         "compile": ("minicls" in s.engines, "--engines minicls"),
         "vllm_python": ("vllm" in s.engines, "--engines vllm"),
     }
@@ -140,6 +143,8 @@ def models(s: Settings) -> dict[str, Path]:
 
 
 def methods(role: str, engine: str) -> tuple[str, ...]:
+    if role == "then" and engine != "minicls":
+        return ()
     return tuple(method for method in METHODS[role] if (role, method) == ONLY.get(engine, (role, method))[:2])
 
 
@@ -181,16 +186,20 @@ def start_side(s: Settings, side: str) -> Iterator[dict]:
 
 
 def measure_side(s: Settings) -> None:
-    """Measures the one model that is named, and prints a row for each mode and method."""
+    """Measures the one model that is named, or --bert and --then, and prints a row for each mode and method."""
     # Exit through `finally`, because a server must not outlive this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     device = dist.start(s.device, s.threads, s.dtype)
     data = load_data(s.data, s.text_column, s.label_column)
-    ((role, directory),) = models(s).items()
+    *smaller, (role, directory) = models(s).items()
     reader = Reader(directory, s.max_length)
     max_length = reader.max_length + (s.max_new_tokens if role == "qwen" else 0)
     arguments = directory, DTYPES[s.dtype], device, max_length, s.compile, s.mode == ("server",)
     engine = engines.make_engine(s.side, *arguments)
+    if role == "then":
+        ((_, bert),) = smaller
+        small, readers = engines.make_engine(s.side, bert, *arguments[1:]), (Reader(bert, s.max_length), reader)
+        engine = engines.Cascade(small, engine, readers, s.threshold)
     texts = requests(s, data).texts
     try:
         for mode, method in itertools.product(s.mode, methods(role, s.side)):
@@ -207,40 +216,12 @@ def measure_side(s: Settings) -> None:
 # The comparison: one table from all processes.
 
 
-def reference(role: str, reader: Reader, directory: Path, device: torch.device, texts: list[str]) -> np.ndarray:
+def reference(reader: Reader, directory: Path, device: torch.device, texts: list[str]) -> np.ndarray:
     """The log-probabilities (n, C) of classes or options by minicls in fp32, which all engines are checked against."""
-    engine, rows = engines.Minicls(directory, torch.float32, device), reader.rows(texts)
-    answers = engine.score(rows, reader.chat.options) if role == "qwen" else engine.classify(rows)
-    del engine
+    answers = engines.answer_by(engines.Minicls(directory, torch.float32, device), reader, texts)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # leave the memory to the sides, above all to vLLM
     return answers.double().numpy()
-
-
-def judge(row: dict, expected: np.ndarray, labels: np.ndarray, s: Settings) -> dict:
-    """A row's accuracy, agreement with the reference (n, C), number of changed answers, status and reason.
-
-    Trained weights: invalid if a prediction differs on a text whose two best options are more than MARGIN apart; an
-    answer that names no option counts as different. Random weights: invalid if a log-probability differs by more than
-    TOLERANCE.
-    """
-    predictions, log_probabilities = row["predictions"], row["log_probabilities"]
-    equal = np.array([a == b for a, b in zip(predictions, expected.argmax(1), strict=True)])
-    if s.init == "random":
-        verdict = UNKNOWN | {"status": "ok", "reason": "random weights: timed, not compared"}
-        if log_probabilities is None:
-            return verdict
-        gap = float(np.abs(np.array(log_probabilities) - expected).max())
-        verdict["status"] = "ok" if gap <= TOLERANCE[s.dtype] else "invalid"
-        verdict["reason"] = f"random weights: log-probabilities within {gap:.1e}, {TOLERANCE[s.dtype]} allowed"
-        return verdict | {"agreement": float(equal.mean())}
-    second, first = np.sort(expected, axis=1)[:, -2:].T
-    wrong = int((~equal & (first - second > MARGIN)).sum())
-    reasons = [f"{wrong} of {len(equal)} answers differ from minicls in fp32"] * bool(wrong)
-    reasons += [f"{predictions.count(None)} of {len(equal)} name no option"] * (None in predictions)
-    accuracy = float(np.mean([a == b for a, b in zip(predictions, labels, strict=True)]))
-    verdict = {"accuracy": accuracy, "agreement": float(equal.mean()), "changed_answers": int((~equal).sum())}
-    return verdict | {"status": "invalid" if wrong else "ok", "reason": ", ".join(reasons) or None}
 
 
 def compare(s: Settings, data: Data) -> tuple[list[dict], Path]:
@@ -250,7 +231,7 @@ def compare(s: Settings, data: Data) -> tuple[list[dict], Path]:
     readers = {role: Reader(directory, s.max_length) for role, directory in directories.items()}
     for role, reader in readers.items():
         model = f"{flag_of(role)}: {getattr(s, role)}"
-        if reader.architecture is not ARCHITECTURES[role]:
+        if reader.architecture is not ARCHITECTURES.get(role, reader.architecture):
             names = [name for name, value in weights.ARCHITECTURES.items() if value is ARCHITECTURES[role]]
             raise UserError(f"{model} is a {reader.config['architectures'][0]}; pass a {' or '.join(names)}")
         if tuple(reader.label_names) != tuple(data.label_names):
@@ -258,16 +239,21 @@ def compare(s: Settings, data: Data) -> tuple[list[dict], Path]:
             raise UserError(f"{model} was trained on other classes than --data has ({classes})")
     output_dir = checkpoint.new_run_dir(s.output_dir, "bench")
     checkpoint.write_json(output_dir / "bench.json", [])
-    expected = {role: reference(role, readers[role], directories[role], device, test.texts) for role in readers}
+    expected = {role: reference(readers[role], directories[role], device, test.texts) for role in readers}
+    if s.then:
+        unsure = np.exp(expected["bert"]).max(1, keepdims=True) < s.threshold
+        expected["then"] = np.where(unsure, expected["then"], expected["bert"])
     machine = {"threads": torch.get_num_threads(), "device": dist.device_name(device)}
     rounds: dict[tuple, list[dict]] = {}
 
     def add_row(role: str, engine: str, row: dict) -> None:
         label, name = role.replace("_", "-"), Path(getattr(s, role)).name
+        if role == "then":
+            label, name = "cascade", f"{Path(s.bert).name}, {name}"
         dtype = OWN_DTYPES.get(engine, s.dtype)
-        verdict = UNKNOWN | {"status": "failed", "reason": row.get("failed")}
+        verdict = serving.UNKNOWN | {"status": "failed", "reason": row.get("failed")}
         if "failed" not in row:
-            verdict = judge(row, expected[role], test.labels, replace(s, dtype=dtype))
+            verdict = serving.judge(row, expected[role], test.labels, replace(s, dtype=dtype))
         names = {"model": name if name == label else f"{label}: {name}", "engine": engine, "dtype": dtype}
         values = machine | row | verdict | names
         columns = COLUMNS + ("slo_attainment",) * (row["mode"] == "server")
@@ -280,7 +266,8 @@ def compare(s: Settings, data: Data) -> tuple[list[dict], Path]:
         # vLLM's server runs in its own process, and its parent must not hold a second copy of the model.
         in_process = tuple(mode for mode in s.mode if mode != "server" or engine != "vllm")
         for modes in filter(None, (in_process, tuple(mode for mode in s.mode if mode not in in_process))):
-            one_model = replace(s, mode=modes, **{other: None for other in METHODS if other != role})
+            kept = ("bert", "then") if role == "then" else (role,)
+            one_model = replace(s, mode=modes, **{other: None for other in METHODS if other not in kept})
             missing = dict.fromkeys(itertools.product(methods(role, engine), modes))
             try:
                 for row in start_side(one_model, engine) if missing else ():
@@ -298,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     if not named:
         sizes = "--init random --bert bert-base-cased"
         raise UserError(f"--bert: no model is named; pass --bert, --qwen or --qwen-linear RUN, or {sizes}")
-    if s.side and len(named) > 1:
+    if s.side and len(named) > 1 and named != ["bert", "then"]:
         raise UserError(f"--side: {s.side} measures one model; name only one")
     if not s.side:
         if s.engines is None:
@@ -309,6 +296,9 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"not installed, so not measured: {', '.join(absent)}")
         check_flags(s)
         checkpoint.check_output_dir(s.output_dir)
+        if s.then and s.threshold is None:
+            validation = cascade.validation_answers(find_model(s, "bert"), find_model(s, "then"))
+            s = replace(s, threshold=cascade.choose_threshold(validation))
     if s.data is None:
         trained = [role for role in named if s.init == "pretrained" or getattr(s, role) not in SIZES]
         trained_on = [checkpoint.info_of_model(find_model(s, role))["settings"].get("data") for role in trained]

@@ -26,7 +26,7 @@ import minicls
 from minicls import dist, scorer, weights
 from minicls.config import UserError, flag_of
 from minicls.generate import generate
-from minicls.predict import classify_rows
+from minicls.predict import Reader, classify_rows
 
 
 class Engine:
@@ -101,6 +101,43 @@ class Minicls(Engine):
     def forget(self) -> None:
         self.prefix: scorer.Prefix | None = None
         self.previous: list[list[int]] = []
+
+
+class Text(list):
+    """A row of ids that keeps its text, which another model tokenizes in its own way."""
+
+    def __init__(self, ids: list[int], text: str):
+        super().__init__(ids)
+        self.text = text
+
+
+class Cascade(Engine):
+    """minicls with two models: a BERT classifies, and a larger model answers where it is unsure (cascade.py)."""
+
+    def __init__(self, small: Minicls, large: Minicls, readers: tuple[Reader, Reader], threshold: float):
+        self.small, self.large, self.threshold = small, large, threshold
+        self.readers, self.device, self.version = readers, small.device, small.version
+
+    def encode(self, texts: list[str]) -> list[Text]:
+        return [Text(ids, text) for ids, text in zip(self.readers[0].rows(texts), texts, strict=True)]
+
+    def classify(self, rows: list[Text]) -> torch.Tensor:
+        answers = self.small.classify(rows)  # (n, C)
+        sent = (answers.exp().amax(1) < self.threshold).nonzero().flatten().tolist()
+        if sent:
+            answers[sent] = answer_by(self.large, self.readers[1], [rows[row].text for row in sent])
+        return answers
+
+    def forget(self) -> None:
+        self.large.forget()
+
+
+def answer_by(engine: Minicls, reader: Reader, texts: list[str]) -> torch.Tensor:
+    """The log-probabilities (n, C) fp32 of the classes, or of the options of a language model."""
+    rows = reader.rows(texts)
+    if reader.architecture is weights.DECODER:
+        return engine.score(rows, reader.chat.options)
+    return engine.classify(rows)
 
 
 class Padded(Engine):

@@ -1,4 +1,4 @@
-"""All timing: sends requests to an engine and computes the figures of one row of bench.json.
+"""Sends requests to an engine, and computes the figures of one row of bench.json: all timing, and the check of answers.
 
 In a closed loop (modes single and offline) the next request is sent once the previous one is answered. In an open loop
 (mode server) requests arrive when they are due, whether the engine is ready or not. bench.py says why that matters.
@@ -20,6 +20,9 @@ from minicls.predict import Reader
 # In mode server: the tokens of a batch, and the seconds that it waits for more requests.
 MAX_BATCH_TOKENS, MAX_BATCH_WAIT = 2048, 0.005
 WARM_UP_ROWS = 16
+MARGIN = 0.05  # nats between the two best options, above which every engine must give the same answer
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.1}  # nats by which a log-probability from random weights may differ
+UNKNOWN = dict.fromkeys(("accuracy", "agreement", "changed_answers"))  # in the verdict on a row without answers
 
 
 def request_steps(s, reader: Reader, engine: Engine, method: str) -> tuple[Callable, Callable]:
@@ -29,6 +32,8 @@ def request_steps(s, reader: Reader, engine: Engine, method: str) -> tuple[Calla
     random weights. For a model trained on the letter alone, the think block is part of the prompt, and only the letter
     is generated.
     """
+    if method == "cascade":
+        return engine.encode, lambda rows: engine.classify(rows).tolist()
     if method == "classify":
         return reader.rows, lambda rows: engine.classify(rows).tolist()
     chat = reader.chat
@@ -219,6 +224,32 @@ def serve_each(due: Sequence[float], answer: Callable[[int], object]) -> tuple[l
             futures.append(threads.submit(send, i))
     latencies, answers = zip(*(future.result() for future in futures), strict=True)
     return [*latencies], [*answers]
+
+
+def judge(row: dict, expected: np.ndarray, labels: np.ndarray, s) -> dict:
+    """A row's accuracy, agreement with the reference (n, C), number of changed answers, status and reason.
+
+    Trained weights: invalid if a prediction differs on a text whose two best options are more than MARGIN apart; an
+    answer that names no option counts as different. Random weights: invalid if a log-probability differs by more than
+    TOLERANCE.
+    """
+    predictions, log_probabilities = row["predictions"], row["log_probabilities"]
+    equal = np.array([a == b for a, b in zip(predictions, expected.argmax(1), strict=True)])
+    if s.init == "random":
+        verdict = UNKNOWN | {"status": "ok", "reason": "random weights: timed, not compared"}
+        if log_probabilities is None:
+            return verdict
+        gap = float(np.abs(np.array(log_probabilities) - expected).max())
+        verdict["status"] = "ok" if gap <= TOLERANCE[s.dtype] else "invalid"
+        verdict["reason"] = f"random weights: log-probabilities within {gap:.1e}, {TOLERANCE[s.dtype]} allowed"
+        return verdict | {"agreement": float(equal.mean())}
+    second, first = np.sort(expected, axis=1)[:, -2:].T
+    wrong = int((~equal & (first - second > MARGIN)).sum())
+    reasons = [f"{wrong} of {len(equal)} answers differ from minicls in fp32"] * bool(wrong)
+    reasons += [f"{predictions.count(None)} of {len(equal)} name no option"] * (None in predictions)
+    accuracy = float(np.mean([a == b for a, b in zip(predictions, labels, strict=True)]))
+    verdict = {"accuracy": accuracy, "agreement": float(equal.mean()), "changed_answers": int((~equal).sum())}
+    return verdict | {"status": "invalid" if wrong else "ok", "reason": ", ".join(reasons) or None}
 
 
 def median_row(rows: list[dict]) -> dict:

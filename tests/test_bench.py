@@ -56,6 +56,10 @@ def test_mistakes(flags, parts, tmp_path):
         ("--rate 4", "--qwen a", "--mode server"),
         ("--slo-ms 200", "--qwen a --mode single", "--mode server"),
         ("--seed 1", "--qwen a", "--mode server or --init random"),
+        ("--then b", "--qwen a --engines minicls", "--bert RUN with --engines minicls"),
+        ("--then b", "--bert a --engines transformers", "--bert RUN with --engines minicls"),
+        ("--then b", "--bert a --engines minicls --init random", "--bert RUN with --engines minicls"),
+        ("--threshold 0.5", "--bert a", "--then RUN"),
         ("--compile", "--qwen a --engines transformers", "--engines minicls"),
         ("--vllm-python python", "--qwen a --engines minicls", "--engines vllm"),
     ],
@@ -151,7 +155,7 @@ EXPECTED = np.log([[0.9, 0.1], [0.2, 0.8], [0.505, 0.495]])
 def test_trained_weights_are_judged_by_their_answers(predictions, changed, status, reason):
     """Every changed answer is counted, and one that was not nearly even makes the row invalid."""
     row = {"predictions": predictions, "log_probabilities": None}
-    verdict = bench.judge(row, EXPECTED, np.array([0, 0, 0]), bench.Settings())
+    verdict = serving.judge(row, EXPECTED, np.array([0, 0, 0]), bench.Settings())
     accuracy = sum(p == 0 for p in predictions) / 3
     expected = {"accuracy": accuracy, "agreement": pytest.approx(1 - changed / 3), "changed_answers": changed}
     assert verdict == expected | {"status": status, "reason": reason}
@@ -164,13 +168,13 @@ def test_random_weights_are_judged_by_their_log_probabilities():
             "predictions": [0, 1, 0],
             "log_probabilities": (EXPECTED + np.array([[0, 0], [0, off], [0, 0]])).tolist(),
         }
-        verdict = bench.judge(row, EXPECTED, np.array([0, 0, 0]), s)
+        verdict = serving.judge(row, EXPECTED, np.array([0, 0, 0]), s)
         assert (verdict["accuracy"], verdict["status"]) == (None, status) and "random weights" in verdict["reason"]
         assert verdict["changed_answers"] is None
         assert (
-            off != 0.01 or bench.judge(row, EXPECTED, np.array([0, 0, 0]), replace(s, dtype="int8"))["status"] == "ok"
+            off != 0.01 or serving.judge(row, EXPECTED, np.array([0, 0, 0]), replace(s, dtype="int8"))["status"] == "ok"
         )
-    verdict = bench.judge({"predictions": [None] * 3, "log_probabilities": None}, EXPECTED, np.array([0, 0, 0]), s)
+    verdict = serving.judge({"predictions": [None] * 3, "log_probabilities": None}, EXPECTED, np.array([0, 0, 0]), s)
     assert verdict == {
         "accuracy": None,
         "agreement": None,
@@ -357,7 +361,7 @@ def test_a_process_measures_every_method_and_mode(qwen_run, capsys, monkeypatch)
         (mode, m) for mode in s.mode for m in ("generate", "score")
     ]
     texts = bench.requests(s, load_data("synthetic")).texts
-    expected = bench.reference("qwen", Reader(qwen_run), qwen_run, torch.device("cpu"), texts)
+    expected = bench.reference(Reader(qwen_run), qwen_run, torch.device("cpu"), texts)
     for row in rows:
         assert (
             "failed" not in row and row["num_requests"] == 8 and ("slo_attainment" in row) == (row["mode"] == "server")
@@ -365,6 +369,26 @@ def test_a_process_measures_every_method_and_mode(qwen_run, capsys, monkeypatch)
         if row["method"] == "score":
             np.testing.assert_allclose(row["log_probabilities"], expected, atol=1e-4)
             assert row["predictions"] == expected.argmax(1).tolist()
+
+
+def test_a_cascade_is_a_row_whose_answers_are_the_two_models(bert_run, qwen_run, tmp_path):
+    """In processes of their own: the row is checked against both models in fp32, and other engines have no such row."""
+    texts = bench.requests(bench.Settings(num_requests=8), load_data("synthetic")).texts
+    small, large = (bench.reference(Reader(run), run, torch.device("cpu"), texts) for run in (bert_run, qwen_run))
+    threshold = float(np.median(np.exp(small).max(1)))
+    flags = f"--bert {bert_run} --then {qwen_run} --threshold {threshold} --data synthetic --dtype fp32 --threads 1"
+    flags += " --engines minicls transformers --mode single offline server --num-requests 8 --min-seconds 0 --rounds 1"
+    bench.main([*flags.split(), "--rate", "1000", "--output-dir", str(tmp_path / "out")])
+    rows = json.loads((tmp_path / "out" / "bench.json").read_text())
+    cascade = [row for row in rows if row["method"] == "cascade"]
+    assert [(row["engine"], row["mode"]) for row in cascade] == [("minicls", mode) for mode in bench.MODES]
+    labels = bench.requests(bench.Settings(num_requests=8), load_data("synthetic")).labels
+    sent = np.exp(small).max(1) < threshold
+    assert 0 < sent.sum() < 8
+    accuracy = (np.where(sent, large.argmax(1), small.argmax(1)) == labels).mean()
+    for row in cascade:
+        assert row["model"] == f"cascade: {bert_run.name}, {qwen_run.name}" and row["status"] == "ok"
+        assert (row["changed_answers"], row["accuracy"]) == (0, accuracy) and row["requests_per_second"] > 0
 
 
 def test_what_an_engine_cannot_do_is_a_failed_row(qwen_run, capsys, monkeypatch):
