@@ -68,13 +68,12 @@ class Split:
         return Split([self.texts[row] for row in rows], self.labels[rows], self.rows[rows])
 
     def fingerprint(self) -> str:
-        """SHA-256 over texts and labels in their order: two runs with equal fingerprints saw the same rows."""
+        """SHA-256 over the labelled texts and their labels, in their order: equal if two runs saw the same rows."""
         digest = hashlib.sha256()
-        for text, label in zip(self.texts, self.labels, strict=True):
-            encoded = text.encode()
-            digest.update(b"%d %d " % (label, len(encoded)) + encoded)
-        if self.soft_labels is not None:
-            digest.update(self.soft_labels.tobytes())
+        for text, label, row in zip(self.texts, self.labels, self.rows, strict=True):
+            if row >= 0:  # not a text that came with the soft labels
+                encoded = text.encode()
+                digest.update(b"%d %d " % (label, len(encoded)) + encoded)
         return digest.hexdigest()
 
 
@@ -88,15 +87,22 @@ class Data:
     sources: tuple[str, ...] = ()  # lines that say which files were read and which were not
 
     def fingerprint(self) -> dict[str, str]:
-        """A digest of each split, and one of the class names in their order."""
+        """A digest of each split, one of the class names in their order, and one of the soft labels with their texts."""
         splits = {"train": self.train, "test": self.test, "validation": self.validation}
         digests = {name: split.fingerprint() for name, split in splits.items() if split}
+        if self.train.soft_labels is not None:
+            texts = json.dumps(self.train.texts).encode()
+            digests["soft_labels"] = hashlib.sha256(texts + self.train.soft_labels.tobytes()).hexdigest()
         return digests | {"label_names": hashlib.sha256(json.dumps(self.label_names).encode()).hexdigest()}
 
     def matches(self, fingerprint: dict[str, str]) -> bool:
-        """Whether a run's saved fingerprint is that of this data. Older runs saved no digest of the class names."""
+        """Whether a run's saved fingerprint is that of this data. Older runs saved no digest of the class names.
+
+        Soft labels count only where this data has some: a test needs none.
+        """
         digests = self.fingerprint()
-        return {"label_names": digests["label_names"]} | fingerprint == digests
+        saved = {key: value for key, value in fingerprint.items() if key != "soft_labels" or key in digests}
+        return {"label_names": digests["label_names"]} | saved == digests
 
 
 def load_data(

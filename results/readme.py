@@ -228,23 +228,27 @@ def rates_table() -> str:
 
 
 def requests_table() -> str:
-    """Requests per second and median latency of bench/rps-*.json, a line for each model, engine and method."""
+    """The rates and latencies of bench/rps-*.json, a line for each model, engine and method of a file."""
     lines = []
     for bench in (rows for rows in benches().values() if isinstance(rows, list)):
-        names = [(row["method"], f"{row['engine']} {row['engine_version']}", row["dtype"]) for row in bench]
+        names = [
+            (row["model"], row["method"], f"{row['engine']} {row['engine_version']}", row["dtype"]) for row in bench
+        ]
         for name in sorted({*names}):
             modes = {row["mode"]: row for row, of_row in zip(bench, names, strict=True) if of_row == name}
-            line = {"model": bench[0]["model"].split(": ")[-1]} | dict(
-                zip(("method", "engine", "dtype"), name, strict=True)
-            )
+            line = dict(zip(("model", "method", "engine", "dtype"), (name[0].split(": ")[-1], *name[1:]), strict=True))
             for mode in ("single", "offline"):
                 rates = [modes.get(mode, {}).get(key) for key in ("requests_per_second", "latency_p50_ms")]
                 line |= {f"{mode}: requests/s (p50)": rates[0] and "{:.2f} ({:,.0f} ms)".format(*rates)}
+            latencies = [modes.get("server", {}).get(f"latency_p{percentile}_ms") for percentile in (50, 99)]
+            line |= {"server: p50, p99": latencies[0] and "{:,.0f}, {:,.0f} ms".format(*latencies)}
+            changed = [row.get("changed_answers") for row in modes.values()]
+            line |= {"changed answers": None if None in changed else f"{max(changed)} of {bench[0]['num_requests']:,}"}
             wrong = [
                 f"{mode}: {row['status']}, {row['reason']}" for mode, row in modes.items() if row["status"] != "ok"
             ]
             lines.append(line | {"not ok": "; ".join(wrong) or None})
-    shown = [*lines[0]] if any(line["not ok"] for line in lines) else [*lines[0]][:-1]
+    shown = [header for header in lines[0] if any(line[header] is not None for line in lines)]
     return table({header: line[header] for header in shown} for line in lines)
 
 
