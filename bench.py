@@ -5,7 +5,7 @@
     python bench.py --init random --qwen DIR --data DIR              # a model's config and tokenizer, no weights
     python bench.py --qwen RUN --mode server --rate 4 --slo-ms 500   # requests that arrive at random times
     python bench.py --qwen RUN --engines minicls harness             # against scoring as an evaluation harness does it
-    python bench.py --bert RUN --engines minicls onnxruntime onnxruntime-int8 --dtype fp32   # against a CPU runtime
+    python bench.py --bert RUN --engines minicls minicls-int8 onnxruntime onnxruntime-int8     # int8
     python bench.py --bert RUN --qwen-linear RUN --then RUN          # and a cascade: --then if --bert is unsure
 
 A row of the table is one model, engine, method and mode. Methods: `classify` with a linear head, `score` all options in
@@ -50,10 +50,10 @@ from minicls.data import Data, Split, load_data, stratified_rows
 from minicls.predict import Reader
 from minicls.tiny import SIZES
 
-ENGINES = ("minicls", "transformers", "vllm", "harness", "onnxruntime", "onnxruntime-int8")
+ENGINES = ("minicls", "transformers", "vllm", "harness", "minicls-int8", "onnxruntime", "onnxruntime-int8")
 ONLY = {"harness": ("qwen", "score", "scores options")}  # engines for one model and one of its methods
-ONLY |= dict.fromkeys(("onnxruntime", "onnxruntime-int8"), ("bert", "classify", "runs BERT classifiers"))
-OWN_DTYPES = {"onnxruntime": "fp32", "onnxruntime-int8": "int8"}  # of engines that do not follow --dtype
+OWN_DTYPES = {"minicls-int8": "int8", "onnxruntime": "fp32", "onnxruntime-int8": "int8"}  # instead of --dtype
+ONLY |= dict.fromkeys(OWN_DTYPES, ("bert", "classify", "runs BERT classifiers"))
 MODES = ("single", "offline", "server")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ARCHITECTURES = {"bert": weights.BERT, "qwen": weights.DECODER, "qwen_linear": weights.DECODER_LINEAR}
@@ -95,7 +95,9 @@ class Settings:
     slo_ms: float = setting(1000.0, "latency target of a request in mode server", minimum=0)
     rounds: int = setting(3, "processes of each engine; figures are medians over them", minimum=1)
     seed: int = setting(42, "seeds arrivals in mode server, and random weights", minimum=0)
-    dtype: str = setting("bf16", "dtype of all weights but onnxruntime's", choices=("bf16", "fp32"), group="machine")
+    dtype: str = setting(
+        "bf16", "dtype of the weights, but not in int8 or onnxruntime", choices=("bf16", "fp32"), group="machine"
+    )
     device: str | None = setting(None, "cpu, cuda or cuda:N; unset: cuda if there is one")
     threads: int | None = setting(None, "CPU threads of each engine; unset: torch's choice", minimum=1)
     compile: bool = setting(False, "torch.compile minicls' model")

@@ -87,7 +87,7 @@ class Data:
     sources: tuple[str, ...] = ()  # lines that say which files were read and which were not
 
     def fingerprint(self) -> dict[str, str]:
-        """A digest of each split, one of the class names in their order, and one of the soft labels with their texts."""
+        """A digest of each split, of the class names in their order, and of the soft labels if there are any."""
         splits = {"train": self.train, "test": self.test, "validation": self.validation}
         digests = {name: split.fingerprint() for name, split in splits.items() if split}
         if self.train.soft_labels is not None:

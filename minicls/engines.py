@@ -73,13 +73,27 @@ class Minicls(Engine):
 
     version = minicls.__version__
 
-    def __init__(self, directory: Path, dtype: torch.dtype, device: torch.device, compile: bool = False):
+    def __init__(
+        self,
+        directory: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        compile: bool = False,
+        int8: bool = False,
+    ):
+        """`int8`: BERT's linear layers, but not the heads, in PyTorch's int8 on a CPU."""
         config = weights.read_config(directory)
         architecture = weights.ARCHITECTURES[config["architectures"][0]]
         model, _, _ = weights.build_model(architecture, config, directory, 0, device, dtype)
         if architecture is weights.BERT:  # heads compute in fp32
             model.bert.pooler.float(), model.classifier.float()
         self.model, self.device = model.eval().requires_grad_(False), device
+        if int8:
+            # Deprecated in favour of torchao, but the kernels that PyTorch itself brings for CPUs without VNNI.
+            ao = torch.ao.quantization
+            kinds = {torch.nn.Linear: ao.per_channel_dynamic_qconfig}
+            self.model.bert.encoder = ao.quantize_dynamic(self.model.bert.encoder, kinds)
+            self.version += ", int8"
         if compile:
             self.model.compile(dynamic=True)
             self.version += ", compiled"
@@ -418,7 +432,9 @@ def process_environment(engine: str, device: str | None, threads: int | None) ->
         index = torch.device(device or "cuda").index or 0
         if index < len(visible) and visible[index]:  # otherwise the process itself reports the mistake
             env["CUDA_VISIBLE_DEVICES"], device = visible[index], "cuda"
-    if engine != "minicls":  # `dist.start` lowers these for minicls' batches; other libraries keep PyTorch's default
+    if not engine.startswith(
+        "minicls"
+    ):  # `dist.start` lowers these for minicls' batches; other libraries keep PyTorch's default
         env |= {name: "1024" for name in dist.CPU_CACHES if env.get(name) in (None, dist.CPU_CACHE_CAPACITY)}
     return env | (vllm_environment(threads or os.cpu_count()) if engine == "vllm" else {}), device
 
@@ -436,6 +452,8 @@ def make_engine(
             return Minicls(*arguments, compile)
         if name == "vllm":
             return (VLLMServer if server else VLLM)(*arguments, max_length)
+        if name == "minicls-int8":
+            return Minicls(directory, torch.float32, device, int8=True)
         if name.startswith("onnxruntime"):
             return OnnxRuntime(directory, device, int8=name.endswith("-int8"))
         return (Harness if name == "harness" else Transformers)(*arguments)

@@ -36,6 +36,8 @@ from results import small_qwen3
         ("--bert a --engines harness", ["--engines: harness only scores", "--qwen RUN"]),
         ("--qwen a --engines onnxruntime", ["--engines: onnxruntime only runs BERT", "--bert RUN"]),
         ("--qwen-linear a --engines minicls onnxruntime-int8", ["--engines: onnxruntime-int8 only", "--bert RUN"]),
+        ("--qwen a --engines minicls-int8", ["--engines: minicls-int8 only runs BERT", "--bert RUN"]),
+        ("--bert a --device cuda --engines minicls-int8", ["--engines: minicls-int8 runs only on a CPU"]),
         ("--bert a --device cuda --engines onnxruntime", ["--engines: onnxruntime runs only on a CPU", "--device cpu"]),
     ],
 )

@@ -83,6 +83,20 @@ def test_onnxruntime(bert_run, texts, onnx_engines):
     assert (answers - expected).abs().max() > 1e-5  # the last one's weights are not in fp32
 
 
+def test_minicls_in_int8(bert_run, texts):
+    """The encoder's layers are quantized, the heads are not; the answers stay near those in fp32."""
+    rows = Reader(bert_run).rows(texts)
+    whole = engines.Minicls(bert_run, torch.float32, CPU)
+    int8 = engines.make_engine("minicls-int8", bert_run, torch.bfloat16, CPU, 512, False, False)
+    assert int8.version == f"{whole.version}, int8"
+    linear = {name: type(module) for name, module in int8.model.named_modules() if "Linear" in type(module).__name__}
+    assert {kind is torch.nn.Linear for name, kind in linear.items() if "encoder" in name} == {False}
+    assert {kind is torch.nn.Linear for name, kind in linear.items() if "encoder" not in name} == {True}
+    answers, expected = int8.classify(rows), whole.classify(rows)
+    torch.testing.assert_close(answers, expected, rtol=0, atol=0.1)
+    assert (answers - expected).abs().max() > 1e-5
+
+
 def test_onnxruntime_as_documented(bert_run, onnx_engines, tmp_path, monkeypatch):
     """docs/deploy.md's lines export a run, and the file answers as the engine does on the same two texts."""
     page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
