@@ -98,25 +98,52 @@ def curves() -> tuple[str, dict]:
     return curve_section(runs, common_predictions(runs))
 
 
+def served(role: str, method: str) -> str | None:
+    """The requests per second of minicls' fastest valid rows of bench/rps-trained-*.json, one at a time and all at once."""
+    trained = itertools.chain(*(rows for name, rows in benches().items() if name.startswith("rps-trained")))
+    rows = [row for row in trained if (row["engine"], row["method"], row["status"]) == ("minicls", method, "ok")]
+    rates = {"single": [], "offline": [], "server": []}
+    for row in rows:
+        if row["model"].split(": ")[0] == role:
+            rates[row["mode"]].append(row["requests_per_second"])
+    return f"{rate(max(rates['single']))} / {rate(max(rates['offline']))}" if rates["single"] else None
+
+
 def answer_table() -> str:
-    """Accuracy on AG News by training rows: the published experiment, and this project's models."""
+    """Accuracy on AG News by training rows and requests per second: the published experiment, and what this project ran."""
+    columns = ("1,000 training rows", "20,000", "62,629", "120,000")
     rows = []
+
+    def add(model: str, head: str, accuracies: dict[str, str], requests: str | None = None) -> None:
+        row = {"model": model, "head": head} | {column: accuracies.get(column) for column in columns}
+        rows.append(row | {"requests/s, one at a time / all at once": requests})
+
     for family, (model, head) in PUBLISHED_MODELS.items():
         step, _ = PUBLISHED_BEST[family]
         accuracy = wilson(PUBLISHED[family]["accuracy"][PUBLISHED[family]["step"].index(step)], 7600)
-        best = f"{accuracy}, published: best on test, step {step:,} of {PUBLISHED_STEPS[family]:,}"
-        rows.append({"model": model, "head": head, "1,000 training rows": None, "20,000": None, "62,629": None})
-        rows[-1]["120,000"] = best
-    for recipe in ("minilm", "smollm2-linear", "smollm2-options", "tfidf"):
+        add(
+            model,
+            head,
+            {"120,000": f"{accuracy}, published: best on test, step {step:,} of {PUBLISHED_STEPS[family]:,}"},
+        )
+    roles = {"minilm": ("bert", "classify"), "smollm2-linear": ("qwen-linear", "classify")}
+    roles |= {"smollm2-options": ("qwen", "score"), "tfidf": ("baseline", "")}
+    for recipe, role in roles.items():
         model = describe_model(open_run(DECODERS / f"{recipe}-1000-42"))
         point = next(point for point in curves()[1][str(model)] if point.size == 1000)
-        row = {"model": model.name, "head": model.head}
-        row["1,000 training rows"] = interval(point.accuracy, point.low, point.high)
-        for size in (20_000, 62_629):
-            folder = DECODERS / f"{recipe}-{size}-42"
-            results = read(folder / "results.json") if folder.is_dir() else None
-            row[f"{size:,}"] = results and wilson(results["accuracy"], results["num_test_rows"])
-        rows.append(row | {"120,000": None})
+        accuracies = {columns[0]: interval(point.accuracy, point.low, point.high)}
+        for size in columns[1:3]:
+            results = read(DECODERS / f"{recipe}-{size.replace(',', '')}-42" / "results.json")
+            accuracies[size] = wilson(results["accuracy"], results["num_test_rows"])
+        add(model.name, model.head, accuracies, served(*role))
+    both = {}
+    for column, pair in zip(columns[1:3], (CASCADES[0], CASCADES[2]), strict=True):
+        figures = cascade_figures(*pair, open_runs([DECODERS / name for name in pair]))
+        both[column] = f"{figures.rows[2]['test accuracy (95 % interval)']}, {figures.share:.0%} sent on"
+    add("MiniLM, then SmolLM2 if unsure", "linear, both", both, served("cascade", "cascade"))
+    distilled = read(RESULTS / "distill.json")["data"]["scores"]["soft-T2"]["accuracy"]
+    brought = f"{spread(distilled)}, with 20,000 texts without labels"
+    add("MiniLM, distilled from SmolLM2", "linear", {columns[0]: brought}, served("bert", "classify"))
     return table(rows)
 
 
