@@ -54,7 +54,7 @@ class Settings(TrainingSettings):
         None, "file of `predict`, as .parquet: distil its probabilities"
     )
     soft_label_weight: float | None = setting(
-        None, "its share of a labelled row's loss; default 0.5", minimum=0, maximum=1
+        None, "weight of a soft label in a labelled row's loss; default 0.5", minimum=0, maximum=1
     )
     temperature: float | None = setting(None, "of soft labels; default 1", minimum=0.1, maximum=100)
     eval_every: float = setting(0.1, EVAL_EVERY, minimum=0, group=EVALUATION)

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--top-k", type=int, metavar="INT", help="only the most probable classes, best first (default: all)")
     add("--text-column", default="text", metavar="STR", help="column of the texts (default: %(default)s)")
     add("--then", type=Path, metavar="RUN", help="a larger run for the texts of which the first is unsure")
-    add("--threshold", type=float, metavar="FLOAT", help="confidence below which it is (default: by validation)")
+    add("--threshold", type=float, metavar="FLOAT", help="confidence below which it is unsure (default: by validation)")
     add("--device", metavar="STR", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     add("--threads", type=int, metavar="INT", help="CPU threads (default: PyTorch's choice)")
     report = commands.add_parser("report", help="compare finished runs")
