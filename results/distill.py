@@ -32,7 +32,7 @@ SEEDS, TEMPERATURES = (42, 43, 44), (1, 2, 4)
 # Teacher, labelled rows, rows of the sample that contains them, learning rates of teacher and student (decoders.py's).
 PLANS = {
     "data": ("smollm2-options", 1000, 21_000, 5e-5, 2e-4),
-    "banking77": ("smollm2-linear", 770, 9003, 1e-4, 2e-4),  # all but the validation rows
+    "banking77": ("smollm2-linear", 770, 9003, 2e-4, 2e-4),  # all but the validation rows
 }
 
 
@@ -80,7 +80,6 @@ def train(jobs: list[dict], args: argparse.Namespace) -> None:
 def chain(data: str, args: argparse.Namespace) -> None:
     """All runs of one data set."""
     teacher, rows, all_rows, teacher_rate, rate = PLANS[data]
-    teacher_rate = args.teacher_rate.get(data, teacher_rate)
     steps, all_steps = num_steps(data, rows), num_steps(data, all_rows)
     teachers = [job(data, "teacher", teacher, seed, teacher_rate, steps) for seed in SEEDS]
     alone = [job(data, "alone", "minilm", seed, rate, steps) for seed in SEEDS]
@@ -150,7 +149,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--dtype")
     parser.add_argument("--work", default="runs/distill-work")
-    parser.add_argument("--teacher-rate", type=json.loads, default={}, help='of another grid: {"banking77": 2e-4}')
     parser.add_argument("--summary", help="write the tables of the finished runs to this file, and train nothing")
     args = parser.parse_args()
     if args.summary:
