@@ -6,7 +6,7 @@
     python bench.py --qwen RUN --mode server --rate 4 --slo-ms 500   # requests that arrive at random times
     python bench.py --qwen RUN --engines minicls harness             # against scoring as an evaluation harness does it
     python bench.py --bert RUN --engines minicls minicls-int8 onnxruntime onnxruntime-int8     # int8
-    python bench.py --bert RUN --qwen-linear RUN --then RUN          # and a cascade: --then if --bert is unsure
+    python bench.py --bert RUN --qwen-linear RUN --then RUN          # and a cascade: if unsure, --bert defers
 
 A row of the table is one model, engine, method and mode. Methods: `classify` with a linear head, `score` all options in
 one forward pass, `generate` the answer token by token, `cascade` with two models. Each engine runs in processes of its
@@ -71,8 +71,10 @@ class Settings:
     bert: str | None = setting(None, "finished run of train_bert.py, directory or hub id", group="models and data")
     qwen: str | None = setting(None, "finished run of train_qwen.py, directory or hub id")
     qwen_linear: str | None = setting(None, "finished run of train_qwen.py --head linear, directory or hub id")
-    then: str | None = setting(None, "larger run that answers where --bert is unsure: a cascade, in minicls")
-    threshold: float | None = setting(None, "confidence below which it does; unset: by the runs' validation rows")
+    then: str | None = setting(None, "larger run to defer to where --bert is unsure: a cascade, in minicls")
+    threshold: float | None = setting(
+        None, "confidence at which it is unsure; unset: by the runs' validation rows", minimum=0, maximum=1
+    )
     init: str = setting(
         "pretrained",
         f"random: models without weights, as a directory with config and tokenizer or one of {', '.join(SIZES)}",
@@ -201,7 +203,7 @@ def measure_side(s: Settings) -> None:
     if role == "then":
         ((_, bert),) = smaller
         small, readers = engines.make_engine(s.side, bert, *arguments[1:]), (Reader(bert, s.max_length), reader)
-        engine = engines.Cascade(small, engine, readers, s.threshold)
+        engine = engines.CascadeEngine(small, engine, readers, s.threshold)
     texts = requests(s, data).texts
     try:
         for mode, method in itertools.product(s.mode, methods(role, s.side)):
@@ -242,8 +244,11 @@ def compare(s: Settings, data: Data) -> tuple[list[dict], Path]:
     output_dir = checkpoint.new_run_dir(s.output_dir, "bench")
     checkpoint.write_json(output_dir / "bench.json", [])
     expected = {role: reference(readers[role], directories[role], device, test.texts) for role in readers}
+    near = {}
     if s.then:
-        unsure = np.exp(expected["bert"]).max(1, keepdims=True) < s.threshold
+        confidence = np.exp(expected["bert"]).max(1)
+        near["then"] = np.abs(np.log(confidence) - np.log(max(s.threshold, 1e-9))) < serving.MARGIN
+        unsure = (confidence <= s.threshold)[:, None]
         expected["then"] = np.where(unsure, expected["then"], expected["bert"])
     machine = {"threads": torch.get_num_threads(), "device": dist.device_name(device)}
     rounds: dict[tuple, list[dict]] = {}
@@ -255,7 +260,8 @@ def compare(s: Settings, data: Data) -> tuple[list[dict], Path]:
         dtype = OWN_DTYPES.get(engine, s.dtype)
         verdict = serving.UNKNOWN | {"status": "failed", "reason": row.get("failed")}
         if "failed" not in row:
-            verdict = serving.judge(row, expected[role], test.labels, replace(s, dtype=dtype))
+            of_role = expected[role], test.labels, replace(s, dtype=dtype), near.get(role, False)
+            verdict = serving.judge(row, *of_role)
         names = {"model": name if name == label else f"{label}: {name}", "engine": engine, "dtype": dtype}
         values = machine | row | verdict | names
         columns = COLUMNS + ("slo_attainment",) * (row["mode"] == "server")

@@ -50,7 +50,7 @@ class Settings(TrainingSettings):
     learning_rate: float = setting(1e-5, "peak of the cosine schedule", minimum=0)
     warmup_ratio: float = setting(0.0, "fraction of steps used for warm-up", minimum=0, maximum=1)
     weight_decay: float = setting(1e-6, "for matrices and embeddings only", minimum=0)
-    soft_labels: str | None = setting(None, "a parquet file of `predict`: distil it")
+    soft_labels: str | None = setting(None, "file of `predict`: its probabilities to learn")
     soft_label_weight: float | None = setting(
         None, "weight of a soft label in a labelled row's loss; default 0.5", minimum=0, maximum=1
     )

@@ -5,7 +5,7 @@ python -m minicls predict RUN news.csv --out predictions.csv      # the file's c
 cat texts.txt | python -m minicls predict RUN --format jsonl --top-k 3
 python -m minicls evaluate MODEL --data DIR                       # test a model as it is; a language model: zero-shot
 python -m minicls evaluate RUN                                    # test every checkpoint of a run
-python -m minicls predict SMALL news.csv --then LARGE             # a cascade: texts of which SMALL is unsure go on
+python -m minicls predict SMALL news.csv --then LARGE             # a cascade: SMALL defers to LARGE where it is unsure
 python -m minicls report RUN RUN ... --bench bench.json           # compare finished runs; requests/s against accuracy
 python -m minicls report --cascade SMALL LARGE                    # what a cascade of two runs brings and costs
 python -m minicls baseline --data DIR                             # logistic regression on word counts, to compare with
@@ -34,15 +34,19 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=Path, metavar="FILE", help="a new file, .jsonl, .csv or .parquet (default: standard output)")
     add("--top-k", type=int, metavar="INT", help="only the most probable classes, best first (default: all)")
     add("--text-column", default="text", metavar="STR", help="column of the texts (default: %(default)s)")
-    add("--then", type=Path, metavar="RUN", help="a larger run for the texts of which the first is unsure")
-    add("--threshold", type=float, metavar="FLOAT", help="confidence below which it is unsure (default: by validation)")
+    add("--then", type=Path, metavar="RUN", help="a larger run to defer to where the first is unsure")
+    add("--threshold", type=float, metavar="FLOAT", help="confidence at which it is unsure (default: by validation)")
     add("--device", metavar="STR", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     add("--threads", type=int, metavar="INT", help="CPU threads (default: PyTorch's choice)")
     report = commands.add_parser("report", help="compare finished runs")
     report.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directories with results")
     report.add_argument("--bench", type=Path, metavar="FILE", help="a bench.json of bench.py")
     report.add_argument(
-        "--cascade", nargs=2, type=Path, metavar=("SMALL", "LARGE"), help="two runs, the first of which asks the second"
+        "--cascade",
+        nargs=2,
+        type=Path,
+        metavar=("SMALL", "LARGE"),
+        help="two runs: SMALL defers to LARGE where it is unsure",
     )
     report.add_argument("--out", type=Path, metavar="DIR", help="new or empty directory (default: runs/report-<time>)")
     commands.add_parser("evaluate", help="test a model as it is, or every checkpoint of a run")
@@ -71,6 +75,8 @@ def main(argv: list[str] | None = None) -> None:
     runs = open_runs(run_dirs)
     names = {run.dir.resolve(): name for name, run in runs.items()}
     small_and_large = args.cascade and [names[path.resolve()] for path in args.cascade]
+    if small_and_large and len({*small_and_large}) == 1:
+        raise UserError(f"--cascade: {args.cascade[0]} is given twice; name a small and a large run")
     print(write_report(runs, read_bench(args.bench) if args.bench else [], out, small_and_large))
 
 

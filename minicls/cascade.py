@@ -1,11 +1,11 @@
-"""A cascade: a small classifier answers, and the texts of which it is unsure go on to a large one.
+"""A cascade: a small classifier answers, and defers to a large one where it is unsure.
 
     python -m minicls report --cascade SMALL LARGE --bench bench.json     # what it brings and what it costs
     python -m minicls predict SMALL texts.csv --then LARGE                # runs it
 
-A text goes on if the small model's confidence, the probability of its prediction, is below a threshold. The threshold
-is chosen on validation rows by the one-standard-error rule (Breiman et al. 1984): the lowest, which sends the fewest
-texts on, whose accuracy is within one standard error of the best.
+A text is deferred if the small model's confidence, the probability of its prediction, is not above a threshold. The
+threshold is chosen on validation rows by the one-standard-error rule (Breiman et al. 1984): the lowest, which defers
+the fewest texts, whose accuracy is within one standard error of the best.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Answers(NamedTuple):
 
     def cascade(self, threshold: float) -> np.ndarray:
         """The classes (n,) that the cascade predicts."""
-        return np.where(self.confidence < threshold, self.large, self.small)
+        return np.where(self.confidence <= threshold, self.large, self.small)
 
 
 def pair(small: dict[str, np.ndarray], large: dict[str, np.ndarray]) -> Answers:
@@ -51,17 +51,17 @@ def validation_answers(small: Path, large: Path) -> Answers:
 
 
 def deferral_curve(answers: Answers) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every division of n rows that a threshold can make, from nothing sent on to everything: three arrays (T,).
+    """Every division of n rows that a threshold can make, from nothing deferred to everything: three arrays (T,).
 
-    The thresholds, ascending; the rows that the cascade answers right; and, of the rows sent on, those that only one
-    of the models answers right.
+    The thresholds, ascending from 0; the rows that the cascade answers right; and, of the deferred rows, those that
+    only one of the models answers right.
     """
-    thresholds = np.append(np.unique(answers.confidence), np.inf)  # (T,)
+    thresholds = np.append(0, np.unique(answers.confidence))  # (T,)
     order = np.argsort(answers.confidence, kind="stable")
-    sent = np.searchsorted(answers.confidence[order], thresholds)  # (T,): rows below each threshold
+    deferred = np.searchsorted(answers.confidence[order], thresholds, side="right")  # (T,): the number of rows
     small, large = ((answer == answers.labels)[order].astype(int) for answer in (answers.small, answers.large))  # (n,)
-    gains = np.append(0, (large - small).cumsum())  # (n + 1,): by sending on the first rows
-    return thresholds, small.sum() + gains[sent], np.append(0, abs(large - small).cumsum())[sent]
+    gains = np.append(0, (large - small).cumsum())  # (n + 1,): by deferring the first rows
+    return thresholds, small.sum() + gains[deferred], np.append(0, abs(large - small).cumsum())[deferred]
 
 
 def choose_threshold(validation: Answers) -> float:
@@ -75,6 +75,11 @@ def choose_threshold(validation: Answers) -> float:
     return float(thresholds[np.argmax(right[best] - right <= np.sqrt(abs(differing[best] - differing)))])
 
 
+def unsure(log_probabilities: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Which of n rows to defer, (n,) bool, by the small model's log-probabilities (n, C)."""
+    return log_probabilities.exp().amax(1) <= threshold
+
+
 class Cascade:
     """Two classifiers that answer as one: what `predict` needs of a `Classifier`."""
 
@@ -84,16 +89,16 @@ class Cascade:
             raise UserError("--then: its classes are not those of RUN; pass a run that was trained on the same classes")
         self.small, self.large, self.threshold = small, large, threshold
         self.label_names, self.prediction = small.label_names, small.prediction
-        self.num_sent = 0  # texts that went on to the large model
+        self.num_deferred = 0
 
     def scores(self, texts: Sequence[str]) -> torch.Tensor:
         """Log-probabilities (n, C) float64 by the model that answers each text."""
         scores = self.small.scores(texts).log_softmax(1)
-        sent = (scores.exp().amax(1) < self.threshold).nonzero().flatten().tolist()
-        if sent:
-            scores[sent] = self.large.scores([texts[i] for i in sent]).log_softmax(1)
-        self.num_sent += len(sent)
+        deferred = unsure(scores, self.threshold).nonzero().flatten().tolist()
+        if deferred:
+            scores[deferred] = self.large.scores([texts[i] for i in deferred]).log_softmax(1)
+        self.num_deferred += len(deferred)
         return scores
 
     def perplexities(self, scores: torch.Tensor) -> None:
-        """The small model has none."""
+        """None: those of two models are not comparable."""

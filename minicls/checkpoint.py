@@ -399,7 +399,8 @@ class TrainingRun:
         if dist.is_first() and not self.previous:
             self.dir = new_run_dir(s.output_dir, self.script)
             self.lock = lock(self.dir)
-            details |= {"script": self.script, "total_steps": total_steps, "num_train_rows": len(data.train)}
+            labelled = int((data.train.rows >= 0).sum())  # without the texts that come with soft labels
+            details |= {"script": self.script, "total_steps": total_steps, "num_train_rows": labelled}
             details |= {"revision": self.revision, "data_revision": data.revision}
             details |= {"data_fingerprint": data.fingerprint()}
             write_run_info(self.dir, dataclasses.asdict(s), device, details)

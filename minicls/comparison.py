@@ -208,7 +208,8 @@ def fold(runs: Iterable[Run]) -> list[list[Run]]:
 
     def setting(run: Run) -> str:
         settings = {name: value for name, value in run.info["settings"].items() if name not in ("seed", "output_dir")}
-        drawn = {"train": run.info["num_train_rows"]} if settings.get("max_train_rows") else {}
+        settings |= {"soft_labels": bool(settings.get("soft_labels"))}  # a seed's sample has a file of its own
+        drawn = {"train": run.info["num_train_rows"], "soft_labels": None} if settings.get("max_train_rows") else {}
         return json.dumps([settings, run.info["data_fingerprint"] | drawn], sort_keys=True)
 
     return [*group_by(runs, setting).values()]
@@ -341,6 +342,15 @@ def verdicts(pairs: list[dict]) -> str:
     return "\n".join(lines + [f"and {len(pairs) - 10} more pairs, in the report"] * (len(pairs) > 10))
 
 
+def comparable(settings: dict, name: str) -> object:
+    """A setting's value; None for a flag that is off, or that an older run lacks.
+
+    Soft labels are a file of their own for each seed's sample, so only their presence counts.
+    """
+    value = settings.get(name)
+    return None if value is False else bool(value) or None if name == "soft_labels" else value
+
+
 def grid_tables(runs: dict[str, Run]) -> list[str]:
     """For each model that was trained more than once: every setting by every seed, and validation's choice."""
     tables = []
@@ -349,8 +359,8 @@ def grid_tables(runs: dict[str, Run]) -> list[str]:
             continue
         groups = fold(tried)
         settings = [group[0].info["settings"] for group in groups]
-        names = (name for name in settings[0] if name not in ("seed", "output_dir"))
-        varied = [name for name in names if len({str(s.get(name) or None) for s in settings}) > 1]  # old runs lack some
+        names = dict.fromkeys(name for s in settings for name in s if name not in ("seed", "output_dir"))
+        varied = [name for name in names if len({str(comparable(s, name)) for s in settings}) > 1]  # old runs lack some
         seeds = sorted({run.info["settings"]["seed"] for run in tried})
         scores = [[validation_f1(run) for run in group] for group in groups]
         means = [None if None in values else float(np.mean(values)) for values in scores]
@@ -361,7 +371,7 @@ def grid_tables(runs: dict[str, Run]) -> list[str]:
             for run, value in zip(group, values, strict=True):
                 validation = "-" if value is None else f"{value:.4f}"
                 cells[run.info["settings"]["seed"]].append(f"{validation} / {run.results['f1']:.4f}")
-            row = {name: str(s.get(name)) for name in varied}
+            row = {name: str(comparable(s, name)) for name in varied}
             row |= {f"seed {seed}: validation / test": "; ".join(cell) or None for seed, cell in cells.items()}
             row |= {"validation": None if mean is None else spread(values), "test": over_seeds(group, "f1")}
             rows.append(row | {"": "chosen" * (mean is not None and mean == best)})
@@ -458,7 +468,7 @@ def learning_curves(runs: dict[str, Run]) -> dict[str, dict[int, list[str]]]:
         return runs[name].info["num_train_rows"]
 
     def values(name: str, settings: Iterable[str]) -> tuple[tuple[str, str], ...]:
-        by_name = {setting: runs[name].info["settings"].get(setting) for setting in settings}
+        by_name = {setting: comparable(runs[name].info["settings"], setting) for setting in settings}
         return tuple((setting, str(value)) for setting, value in by_name.items() if value and value != "none")
 
     def recipe(name: str) -> tuple:
@@ -539,12 +549,12 @@ def _crossing_row(cross: dict, sizes: Sequence[int], a: str, b: str) -> dict:
 class CascadeFigures(NamedTuple):
     """What two runs bring together: tables, and the curve to draw."""
 
-    rows: list[dict]  # the small model, the large one, both, and both with the texts sent on at random
+    rows: list[dict]  # the small model, the large one, both, and both with texts deferred at random
     pairs: list[dict]  # both against each alone
     note: str
-    curve: list[tuple[float, float, float, float]]  # (share of texts sent on, accuracy, low, high)
+    curve: list[tuple[float, float, float, float]]  # (share of texts deferred, accuracy, low, high)
     ends: tuple[float, float]  # the accuracies of the small and the large model alone
-    share: float  # of texts that the chosen threshold sends on
+    share: float  # of texts that the chosen threshold defers
 
 
 def cascade_figures(small: str, large: str, runs: dict[str, Run], bench: Sequence[dict] = ()) -> CascadeFigures:
@@ -559,39 +569,39 @@ def cascade_figures(small: str, large: str, runs: dict[str, Run], bench: Sequenc
         return float((answers.cascade(threshold) == answers.labels).mean())
 
     def share_at(threshold: float) -> float:
-        return float((test.confidence < threshold).mean())
+        return float((test.confidence <= threshold).mean())
 
     def accuracy_interval(accuracy: float) -> str:
         return interval(accuracy, *metrics.accuracy_interval(accuracy, len(test.labels)))
 
-    # A threshold of -inf sends nothing on, and inf everything: the models alone.
-    ends, share = (accuracy_at(-math.inf), accuracy_at(math.inf)), share_at(threshold)
+    # A threshold of 0 defers nothing, and 1 everything: the models alone.
+    ends, share = (accuracy_at(0), accuracy_at(1)), share_at(threshold)
     of_small, of_large = (_seconds_per_text(runs[name], bench) for name in (small, large))
     together = None if None in (of_small, of_large) else of_small + share * of_large
     rows = []
     for answers, at, seconds in (
-        (f"small: {small}", -math.inf, of_small),
-        (f"large: {large}", math.inf, of_large),
+        (f"small: {small}", 0, of_small),
+        (f"large: {large}", 1, of_large),
         (f"both, threshold {threshold:.3f}", threshold, together),
     ):
-        row = {"answers": answers, "sent on": f"{share_at(at):.1%}"}
+        row = {"answers": answers, "deferred": f"{share_at(at):.1%}"}
         row |= {"validation accuracy": f"{accuracy_at(at, validation):.4f}"}
         row |= {"test accuracy (95 % interval)": accuracy_interval(accuracy_at(at))}
         rows.append(row | {"seconds per 1,000 texts": seconds and f"{1000 * seconds:.1f}"})
     random = f"{(1 - share) * ends[0] + share * ends[1]:.4f} (expected)"
-    rows.append(rows[-1] | {"answers": "both, as many sent on at random", "validation accuracy": None})
+    rows.append(rows[-1] | {"answers": "both, as many deferred at random", "validation accuracy": None})
     rows[-1]["test accuracy (95 % interval)"] = random
 
     by_name = {"both": test.cascade(threshold), "small": test.small, "large": test.large}
     columns = {name: {"label": test.labels, "prediction": values} for name, values in by_name.items()}
     pairs = compare_pairs(dict.fromkeys(by_name, runs[small]), columns)[:2]
-    stays = (test.small != test.labels) & (test.confidence >= threshold)
+    stays = (test.small != test.labels) & (test.confidence > threshold)
     same = int((stays & (test.small == test.large)).sum())
     note = (
         f"Of the {stays.sum():,} wrong answers that stay with the small model, the large one gives the same in {same:,}"
     )
     thresholds = [*np.quantile(validation.confidence, [0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7], method="lower")]
-    points = [(share_at(at), accuracy_at(at)) for at in (-math.inf, *dict.fromkeys(thresholds), math.inf)]
+    points = [(share_at(at), accuracy_at(at)) for at in (0, *dict.fromkeys(thresholds), 1)]
     curve = [(*point, *metrics.accuracy_interval(point[1], len(test.labels))) for point in points]
     return CascadeFigures(rows, pairs, f"{note}: no threshold repairs these.", curve, ends, share)
 
@@ -600,18 +610,17 @@ def cascade_section(figures: CascadeFigures) -> str:
     points = []
     for share, *accuracy in figures.curve:
         random = (1 - share) * figures.ends[0] + share * figures.ends[1]
-        row = {"sent on": f"{share:.1%}", "test accuracy (95 % interval)": interval(*accuracy)}
+        row = {"deferred": f"{share:.1%}", "test accuracy (95 % interval)": interval(*accuracy)}
         points.append(row | {"at random (expected)": f"{random:.4f}"})
-    picture = "![accuracy by share of texts sent on](cascade.png)"
+    picture = "![accuracy by share of texts deferred](cascade.png)"
     return "\n\n".join([table(figures.rows), table(figures.pairs), figures.note, table(points), picture])
 
 
 def _seconds_per_text(run: Run, bench: Sequence[dict]) -> float | None:
-    """By bench.py's fastest valid row of minicls, all requests at once, for a model with the run's head."""
-    model = describe_model(run)
-    role = {"BERT": "bert", "baseline": None}.get(model.family, "qwen-linear" if model.head == "linear" else "qwen")
+    """By bench.py's fastest valid row of minicls for this run's model, all requests at once."""
     rows = [row for row in bench if (row["engine"], row["mode"], row["status"]) == ("minicls", "offline", "ok")]
-    rates = [row["requests_per_second"] for row in rows if row["model"].split(":")[0] == role]
+    rows = [row for row in rows if row["model"].split(": ")[-1] == run.dir.name and row["method"] != "cascade"]
+    rates = [row["requests_per_second"] for row in rows]
     return 1 / max(rates) if rates else None
 
 
@@ -674,7 +683,7 @@ NOTES = {
     "Pairwise comparison": "Paired on the same test rows; better is said where the test and both intervals agree.",
     "Settings and seeds": "Macro F1 on the validation rows and on the test rows; validation chooses.",
     "Training rows": "Mean accuracy over the seeds, all on the same test rows.",
-    "Cascade": "The small model answers, and texts of which it is unsure go on to the large one.",
+    "Cascade": "The small model answers, and defers to the large one where it is unsure.",
     "Length": "Accuracy by length of the untruncated text, with 95 % intervals.",
     "Classes": "F1 (precision, recall).",
     "Confusion": "True class down, predicted class across.",

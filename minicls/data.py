@@ -85,6 +85,7 @@ class Data:
     revision: str | None = None  # the hub commit, for data from the hub
     validation: Split | None = None  # from files; rows that `split_data` holds out are not in it
     sources: tuple[str, ...] = ()  # lines that say which files were read and which were not
+    held_out_texts: frozenset[str] = frozenset()  # of all validation and test rows, before `split_data` cuts these
 
     def fingerprint(self) -> dict[str, str]:
         """A digest of each split, of the class names in their order, and of the soft labels if there are any."""
@@ -733,8 +734,10 @@ def split_data(
     train, validation = data.train, from_files
     if validation_size:
         validation, train = _hold_out("--validation-size", train, validation_size)
+    held_out = frozenset(text for split in (data.test, data.validation, validation) if split for text in split.texts)
     train, test = cut(train, max_train_rows, seed), cut(data.test, max_eval_rows)
-    return dataclasses.replace(data, train=train, test=test, validation=from_files), validation
+    data = dataclasses.replace(data, train=train, test=test, validation=from_files, held_out_texts=held_out)
+    return data, validation
 
 
 def load_splits(s: DataSettings, revision: str | None = None) -> tuple[Data, dict[str, Split]]:

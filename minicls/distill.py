@@ -63,12 +63,12 @@ def add_soft_labels(s, data: Data, splits: dict[str, Split]) -> tuple[Data, dict
                 raise UserError(f"{flag_of(name)}: used only with --soft-labels FILE; add that or leave the flag out")
         return data, splits
     soft_labels = read_soft_labels(Path(s.soft_labels), s.text_column, data.label_names)
-    known = {text for split in splits.values() for text in split.texts}
+    known = data.held_out_texts | {*data.train.texts}
     added = [text for text in soft_labels if text not in known]
     missing = np.full(len(data.label_names), np.nan)
     targets = np.array([soft_labels.get(text, missing) for text in data.train.texts + added])  # (n, C)
     counts = [len(data.train), int((~np.isnan(targets[: len(data.train), 0])).sum()), len(added)]
-    counts.append(len(soft_labels.keys() & (known - {*data.train.texts})))
+    counts.append(len(soft_labels.keys() & (data.held_out_texts - {*data.train.texts})))
     line = "soft labels: for {1:,} of the {0:,} labelled rows, and {2:,} texts without a label; {3:,} texts left out, "
     train = Split(
         data.train.texts + added,

@@ -23,7 +23,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import minicls
-from minicls import dist, scorer, weights
+from minicls import cascade, dist, scorer, weights
 from minicls.config import UserError, flag_of
 from minicls.generate import generate
 from minicls.predict import Reader, classify_rows
@@ -46,6 +46,9 @@ class Engine:
 
     def forget(self) -> None:
         """Empties caches of earlier rows, so that the same question costs the same again."""
+
+    def warm_up(self, texts: list[str]) -> None:
+        """Does what answering the texts might leave undone before the clock runs."""
 
     def close(self) -> None:
         """Ends the processes that the engine started."""
@@ -125,22 +128,27 @@ class Text(list):
         self.text = text
 
 
-class Cascade(Engine):
-    """minicls with two models: a BERT classifies, and a larger model answers where it is unsure (cascade.py)."""
+class CascadeEngine(Engine):
+    """minicls with two models: a BERT classifies, and defers to a larger model where it is unsure (cascade.py)."""
 
     def __init__(self, small: Minicls, large: Minicls, readers: tuple[Reader, Reader], threshold: float):
         self.small, self.large, self.threshold = small, large, threshold
-        self.readers, self.device, self.version = readers, small.device, small.version
+        self.readers, self.device = readers, small.device
+        self.version = f"{small.version}, threshold {threshold:.3f}"
 
     def encode(self, texts: list[str]) -> list[Text]:
         return [Text(ids, text) for ids, text in zip(self.readers[0].rows(texts), texts, strict=True)]
 
     def classify(self, rows: list[Text]) -> torch.Tensor:
         answers = self.small.classify(rows)  # (n, C)
-        sent = (answers.exp().amax(1) < self.threshold).nonzero().flatten().tolist()
-        if sent:
-            answers[sent] = answer_by(self.large, self.readers[1], [rows[row].text for row in sent])
+        deferred = cascade.unsure(answers, self.threshold).nonzero().flatten().tolist()
+        if deferred:
+            answers[deferred] = answer_by(self.large, self.readers[1], [rows[row].text for row in deferred])
         return answers
+
+    def warm_up(self, texts: list[str]) -> None:
+        """The texts of the warm-up may be ones of which the small model is sure."""
+        answer_by(self.large, self.readers[1], texts)
 
     def forget(self) -> None:
         self.large.forget()
@@ -432,9 +440,8 @@ def process_environment(engine: str, device: str | None, threads: int | None) ->
         index = torch.device(device or "cuda").index or 0
         if index < len(visible) and visible[index]:  # otherwise the process itself reports the mistake
             env["CUDA_VISIBLE_DEVICES"], device = visible[index], "cuda"
-    if not engine.startswith(
-        "minicls"
-    ):  # `dist.start` lowers these for minicls' batches; other libraries keep PyTorch's default
+    # `dist.start` lowers these for minicls' batches; other libraries keep PyTorch's default.
+    if not engine.startswith("minicls"):
         env |= {name: "1024" for name in dist.CPU_CACHES if env.get(name) in (None, dist.CPU_CACHE_CAPACITY)}
     return env | (vllm_environment(threads or os.cpu_count()) if engine == "vllm" else {}), device
 

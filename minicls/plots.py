@@ -180,9 +180,9 @@ def plot_learning_curves(curves: dict[str, Sequence], file: Path, dpi: int = 120
 
 
 def plot_deferral(curve: Sequence[tuple], ends: tuple[float, float], chosen: float, file: Path) -> None:
-    """A cascade's accuracy by the share of texts sent on: points (share, accuracy, low, high), from 0 to 1.
+    """A cascade's accuracy by the share of deferred texts: points (share, accuracy, low, high), from 0 to 1.
 
-    ends: the accuracies of the two models alone, which sending on at random connects; chosen: the threshold's share.
+    ends: the accuracies of the two models alone, which deferring at random connects; chosen: the threshold's share.
     """
     plt, _ = _pyplot([])
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
@@ -191,7 +191,7 @@ def plot_deferral(curve: Sequence[tuple], ends: tuple[float, float], chosen: flo
     axes.fill_between(share, low, high, alpha=0.15, label="95 % interval")
     axes.plot([0, 1], ends, linestyle="--", color="grey", label="at random (expected)")
     axes.axvline(chosen, color="C1", linewidth=1, label="threshold chosen on validation rows")
-    axes.set(xlabel="share of texts sent on to the large model", ylabel="accuracy on test", xlim=(0, 1))
+    axes.set(xlabel="share of texts deferred to the large model", ylabel="accuracy on test", xlim=(0, 1))
     axes.xaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:.0%}"))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)

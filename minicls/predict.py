@@ -320,6 +320,8 @@ def predict_texts(args: argparse.Namespace, inputs: list[str]) -> None:
         raise UserError(f"--top-k: {args.top_k} is too small; pass at least 1")
     if args.threshold is not None and not args.then:
         raise UserError(f"--threshold: {args.threshold} is for --then RUN; name one or leave the flag out")
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise UserError(f"--threshold: {args.threshold} is no probability; pass a number from 0 to 1")
     for run in filter(None, (args.run, args.then)):
         check_model_dir(run)
     threshold = args.threshold
@@ -357,8 +359,8 @@ def predict_texts(args: argparse.Namespace, inputs: list[str]) -> None:
             temporary.replace(args.out)
             print(f"predictions: {args.out}")
         if args.then:
-            sent = f"{classifier.num_sent:,} of {len(rows):,} texts, with a confidence below {threshold:.3f}"
-            print(f"{sent}, were answered by {args.then}", file=sys.stderr)
+            deferred = f"{classifier.num_deferred:,} of {len(rows):,} texts were deferred to {args.then}"
+            print(f"{deferred}, with a confidence of at most {threshold:.3f}", file=sys.stderr)
     finally:
         if temporary:
             temporary.unlink(missing_ok=True)

@@ -186,8 +186,6 @@ def main() -> None:
         print("learning rates:", rates, flush=True)
         if "rows" in args.parts:
             for rows, recipe in itertools.product(args.sizes, (*RECIPES, *BASELINES)):
-                if rows == 62_629 and recipe == "smollm2-options":
-                    continue
                 seeds = 1 if rows == 5000 and recipe.startswith("smollm2") else SEEDS[rows]
                 job = {"recipe": recipe, "data": "data", "rows": rows, "steps": num_steps(rows)}
                 job |= {"rate": rates.get(recipe), "test_rows": 2000 if rows < 20_000 else None}

@@ -163,6 +163,16 @@ def test_trained_weights_are_judged_by_their_answers(predictions, changed, statu
     assert verdict == expected | {"status": status, "reason": reason}
 
 
+def test_near_a_threshold_either_model_may_answer():
+    row = {"predictions": [1, 0, 0], "log_probabilities": None}  # both clear answers changed
+    verdicts = [
+        serving.judge(row, EXPECTED, np.array([0, 0, 0]), bench.Settings(), near)
+        for near in (False, np.array([True, False, False]), np.array([True, True, False]))
+    ]
+    assert [(v["status"], v["changed_answers"]) for v in verdicts] == [("invalid", 2), ("invalid", 2), ("ok", 2)]
+    assert verdicts[1]["reason"] == "1 of 3 answers differ from minicls in fp32"
+
+
 def test_random_weights_are_judged_by_their_log_probabilities():
     s = bench.Settings(init="random", dtype="fp32")
     for off, status in ((1e-4, "ok"), (0.01, "invalid"), (float("nan"), "invalid")):
@@ -377,7 +387,7 @@ def test_a_cascade_is_a_row_whose_answers_are_the_two_models(bert_run, qwen_run,
     """In processes of their own: the row is checked against both models in fp32, and other engines have no such row."""
     texts = bench.requests(bench.Settings(num_requests=8), load_data("synthetic")).texts
     small, large = (bench.reference(Reader(run), run, torch.device("cpu"), texts) for run in (bert_run, qwen_run))
-    threshold = float(np.median(np.exp(small).max(1)))
+    threshold = float(np.median(np.exp(small).max(1)) + 1e-4)
     flags = f"--bert {bert_run} --then {qwen_run} --threshold {threshold} --data synthetic --dtype fp32 --threads 1"
     flags += " --engines minicls transformers --mode single offline server --num-requests 8 --min-seconds 0 --rounds 1"
     bench.main([*flags.split(), "--rate", "1000", "--output-dir", str(tmp_path / "out")])
@@ -385,7 +395,7 @@ def test_a_cascade_is_a_row_whose_answers_are_the_two_models(bert_run, qwen_run,
     cascade = [row for row in rows if row["method"] == "cascade"]
     assert [(row["engine"], row["mode"]) for row in cascade] == [("minicls", mode) for mode in bench.MODES]
     labels = bench.requests(bench.Settings(num_requests=8), load_data("synthetic")).labels
-    sent = np.exp(small).max(1) < threshold
+    sent = np.exp(small).max(1) <= threshold
     assert 0 < sent.sum() < 8
     accuracy = (np.where(sent, large.argmax(1), small.argmax(1)) == labels).mean()
     for row in cascade:

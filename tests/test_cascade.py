@@ -16,7 +16,7 @@ from minicls.__main__ import main
 from minicls.cascade import Answers, Cascade, choose_threshold, deferral_curve, validation_answers
 from minicls.config import UserError
 from minicls.predict import Classifier
-from results.thin import thin_run
+from results.thin import thin_predictions, thin_run
 
 
 def random_answers(rng: np.random.Generator, n: int, levels: int) -> Answers:
@@ -27,10 +27,10 @@ def random_answers(rng: np.random.Generator, n: int, levels: int) -> Answers:
 
 
 def brute_force(answers: Answers, threshold: float) -> tuple[int, int]:
-    """Rows that the cascade answers right; rows sent on that only one model answers right."""
+    """Rows that the cascade answers right; deferred rows that only one model answers right."""
     right = differing = 0
     for label, small, large, confidence in zip(*answers, strict=True):
-        if confidence < threshold:
+        if confidence <= threshold:
             right += large == label
             differing += (small == label) != (large == label)
         else:
@@ -43,7 +43,7 @@ def test_curve_and_threshold_are_those_of_a_loop_over_rows(levels):
     for seed in range(10):
         answers = random_answers(np.random.default_rng(seed), 60, levels)
         thresholds, right, differing = deferral_curve(answers)
-        assert thresholds.tolist() == [*sorted({*answers.confidence.tolist()}), math.inf]
+        assert thresholds.tolist() == [0, *sorted({*answers.confidence.tolist()})]
         expected = [brute_force(answers, threshold) for threshold in thresholds]
         assert [*zip(right.tolist(), differing.tolist(), strict=True)] == expected
         assert right[0] == (answers.small == answers.labels).sum()
@@ -62,13 +62,13 @@ def test_curve_and_threshold_are_those_of_a_loop_over_rows(levels):
 
 def test_thresholds_of_plain_cases():
     n = 1000
-    labels, confidence = np.zeros(n, int), np.arange(n) / n
-    unsure = np.where(confidence < 0.3, 1, 0)  # wrong below 0.3, right above
+    labels, confidence = np.zeros(n, int), np.arange(1, n + 1) / n
+    unsure = np.where(confidence <= 0.3, 1, 0)  # wrong up to 0.3, right above
     always, never = np.zeros(n, int), np.ones(n, int)
     threshold = choose_threshold(Answers(labels, unsure, always, confidence))
     # 300 rows gain; the rule gives up d of them as long as d <= sqrt(d): one.
     assert threshold == pytest.approx(0.299)
-    assert choose_threshold(Answers(labels, always, never, confidence)) == 0  # nothing is below it
+    assert choose_threshold(Answers(labels, always, never, confidence)) == 0  # nothing is deferred
     assert choose_threshold(Answers(labels, always, always, confidence)) == 0
     assert choose_threshold(Answers(labels, never, always, confidence)) > 0.99
 
@@ -92,18 +92,20 @@ def expected_cascade(small: Path, large: Path, threshold: float, name: str) -> t
     """Predicted classes, and which rows the small model answers, from the files alone."""
     of_small, of_large = columns(small / name), columns(large / name)
     confidence = np.stack([of_small[f"probability_{c}"] for c in range(4)]).max(0)
-    return np.where(confidence < threshold, of_large["prediction"], of_small["prediction"]), confidence >= threshold
+    return np.where(confidence <= threshold, of_large["prediction"], of_small["prediction"]), confidence > threshold
 
 
 def test_the_report_says_what_a_cascade_brings(pair_of_runs, tmp_path):
     small, large = pair_of_runs
     rows = [
-        {"model": f"{role}: x", "engine": "minicls", "mode": mode, "method": "classify", "status": status}
+        {"model": f"bert: {run}", "engine": "minicls", "mode": mode, "method": "classify", "status": status}
         | {"requests_per_second": rate, "num_requests": 8, "accuracy": None}
-        for role, mode, status, rate in [
-            ("bert", "offline", "ok", 50.0),
-            ("bert", "offline", "invalid", 500.0),
-            ("bert", "single", "ok", 999.0),
+        for run, mode, status, rate in [
+            ("small", "offline", "ok", 50.0),
+            ("small", "offline", "invalid", 500.0),
+            ("small", "single", "ok", 999.0),
+            ("large", "offline", "ok", 10.0),
+            ("another", "offline", "ok", 2000.0),
         ]
     ]
     (tmp_path / "bench.json").write_text(json.dumps(rows))
@@ -120,40 +122,37 @@ def test_the_report_says_what_a_cascade_brings(pair_of_runs, tmp_path):
     random = (1 - share) * accuracy["small"] + share * accuracy["large"]
     expected = [accuracy["small"], accuracy["large"], (predicted == labels).mean(), random]
     assert cells == [f"{value:.4f}" for value in expected]
-    assert [row["sent on"] for row in first] == ["0.0%", "100.0%", f"{share:.1%}", f"{share:.1%}"]
+    assert [row["deferred"] for row in first] == ["0.0%", "100.0%", f"{share:.1%}", f"{share:.1%}"]
     seconds = [row["seconds per 1,000 texts"] for row in first]
-    assert seconds == ["20.0", "20.0", *[f"{20 + 20 * share:.1f}"] * 2]
+    assert seconds == ["20.0", "100.0", *[f"{20 + 100 * share:.1f}"] * 2]
     assert [(row["a"], row["b"]) for row in pairs] == [("both", "small"), ("both", "large")]
     of_small = columns(small / "predictions.parquet")["prediction"]
     assert int(pairs[0]["only a right"]) == ((predicted == labels) & (of_small != labels)).sum()
     wrong = stays & (of_small != labels)
     same = wrong & (of_small == columns(large / "predictions.parquet")["prediction"])
     assert f"Of the {wrong.sum():,} wrong answers that stay" in body and f"gives the same in {same.sum():,}:" in body
-    assert [curve[0]["sent on"], curve[-1]["sent on"]] == ["0.0%", "100.0%"]
+    assert [curve[0]["deferred"], curve[-1]["deferred"]] == ["0.0%", "100.0%"]
     assert curve[0]["test accuracy (95 % interval)"].startswith(f"{accuracy['small']:.4f}")
     assert curve[-1]["test accuracy (95 % interval)"].startswith(f"{accuracy['large']:.4f}")
     assert (out / "cascade.png").stat().st_size > 5000
 
 
-def test_thin_runs_give_the_same_section(pair_of_runs, tmp_path):
-    """Confidences keep two decimals, so the threshold may move by a hundredth."""
-    for run in pair_of_runs:
-        copy = tmp_path / run.name
+def test_thin_runs_give_the_same_section_but_for_rounding(pair_of_runs, tmp_path):
+    thin = [tmp_path / run.name for run in pair_of_runs]
+    for run, copy in zip(pair_of_runs, thin, strict=True):
         thin_run(run, copy)
-        table = pq.read_table(run / "validation.parquet")  # a small run's is not kept
-        pq.write_table(
-            table.select(["row", "label", "prediction", *table.column_names[-4:]]), copy / "validation.parquet"
-        )
-    whole, thin = (
-        validation_answers(*(folder / name for name in ("small", "large")))
-        for folder in (pair_of_runs[0].parent, tmp_path)
-    )
-    assert choose_threshold(whole) == choose_threshold(thin)
-    main(["report", "--cascade", str(tmp_path / "small"), str(tmp_path / "large"), "--out", str(tmp_path / "out")])
-    assert "Cascade" in read_sections(tmp_path / "out" / "report.md")
+        for name in ("validation.parquet", "predictions.parquet"):  # tiny runs' confidences differ by less than 0.01
+            thin_predictions(run / name, copy / name, 9, True)
+    thresholds = [choose_threshold(validation_answers(*runs)) for runs in (pair_of_runs, thin)]
+    assert thresholds[0] == pytest.approx(thresholds[1], abs=1e-6)
+    sections = []
+    for name, runs in (("whole", pair_of_runs), ("thin", thin)):
+        main(["report", "--cascade", *map(str, runs), "--out", str(tmp_path / f"report-{name}")])
+        sections.append(read_sections(tmp_path / f"report-{name}" / "report.md")["Cascade"])
+    assert sections[0] == sections[1]
 
 
-@pytest.mark.parametrize("threshold", [None, 0.0, 0.3, 2.0])
+@pytest.mark.parametrize("threshold", [None, 0.0, 0.3, 1.0])
 def test_predict_then_answers_as_the_two_runs_together(threshold, pair_of_runs, tmp_path, capsys):
     small, large = pair_of_runs
     from minicls.data import load_data, split_data
@@ -175,7 +174,7 @@ def test_predict_then_answers_as_the_two_runs_together(threshold, pair_of_runs, 
         source = probabilities[small if stays[i] else large]
         expected = [source[f"probability_{c}"][i] for c in range(4)]
         assert [*row["probabilities"].values()] == pytest.approx(expected, abs=1e-6)
-    assert f"{(~stays).sum():,} of 100 texts" in printed.err
+    assert f"{(~stays).sum():,} of 100 texts were deferred to" in printed.err
 
 
 def test_mistakes(pair_of_runs, bert_run, tmp_path):
@@ -183,6 +182,9 @@ def test_mistakes(pair_of_runs, bert_run, tmp_path):
     out = ["--out", str(tmp_path / "out")]
     for argv, part in (
         (["predict", small, "text", "--threshold", "0.5"], "--threshold: 0.5 is for --then"),
+        (["predict", small, "text", "--then", small, "--threshold", "60"], "--threshold: 60.0 is no probability"),
+        (["predict", small, "text", "--then", small, "--threshold", "nan"], "--threshold: nan is no probability"),
+        (["report", "--cascade", small, small, *out], "is given twice"),
         (["predict", small, "text", "--then", str(tmp_path / "no")], "no such run directory"),
         (["predict", small, "text", "--then", str(bert_run)], "no validation.parquet; train with --validation-size"),
         (["report", "--cascade", small, str(bert_run), *out], "no validation.parquet"),
