@@ -101,9 +101,9 @@ def curves() -> tuple[str, dict]:
 def served(role: str, method: str, mode: str) -> float | None:
     """minicls' requests per second in bench/rps-trained-fp32.json, not compiled."""
     for row in benches().get("rps-trained-fp32", []):
-        if (row["engine"], row["method"], row["mode"]) == ("minicls", method, mode):
-            if row["model"].split(": ")[0] == role and row["status"] == "ok":
-                return row["requests_per_second"]
+        asked = row["model"].split(": ")[0], row["engine"], row["method"], row["mode"], row["status"]
+        if asked == (role, "minicls", method, mode, "ok"):
+            return row["requests_per_second"]
     return None
 
 
