@@ -99,11 +99,12 @@ def curves() -> tuple[str, dict]:
 
 
 def served(role: str, method: str, mode: str) -> float | None:
-    """minicls' requests per second in bench/rps-trained-fp32.json, not compiled."""
-    for row in benches().get("rps-trained-fp32", []):
-        asked = row["model"].split(": ")[0], row["engine"], row["method"], row["mode"], row["status"]
-        if asked == (role, "minicls", method, mode, "ok"):
-            return row["requests_per_second"]
+    """minicls' requests per second in bench/rps-trained-*.json, not compiled."""
+    for name, rows in benches().items():
+        for row in rows if name.startswith("rps-trained") else ():
+            asked = row["model"].split(": ")[0], row["engine"], row["method"], row["mode"], row["status"]
+            if asked == (role, "minicls", method, mode, "ok") and "compiled" not in row["engine_version"]:
+                return row["requests_per_second"]
     return None
 
 
