@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--summary", help="write the tables of the finished runs to this file, and train nothing")
     args = parser.parse_args()
     if args.summary:
-        Path(args.summary).write_text(json.dumps(summarize(args), indent=1) + "\n")
+        Path(args.summary).write_text(json.dumps(summarize(args)) + "\n")
         return
     Path(args.work).mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

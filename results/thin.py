@@ -7,9 +7,9 @@
 A thin run has run.json without absolute paths; results.json without the confusion matrix and the scores of each class,
 which predictions.parquet gives; of metrics.jsonl all evaluations and the mean losses of at most 10 groups of steps
 before each test; and of predictions.parquet the columns row, label, prediction, probability (of the prediction, with
-two decimals), text_hash (its lowest byte) and num_tokens, in small types. Runs of 2,000 training rows and more keep
-validation.parquet, too, and from 20,000 a third decimal. The hash tells which rows two samples of the test rows have in
-common; where all runs are tested on the same rows, it can stay out.
+two decimals), text_hash (its lowest byte) and num_tokens, in small types. Runs of 20,000 training rows and more keep
+validation.parquet, too, and a third decimal. The hash tells which rows two samples of the test rows have in common;
+where all runs are tested on the same rows, it can stay out, which leaves room for validation.parquet from 2,000 rows.
 """
 
 import json
@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 MAX_TRAIN_LINES = 10  # between two tests
-VALIDATION_FROM, LARGE = 2000, 20_000  # training rows
+LARGE = 20_000  # training rows
 TYPES = {"row": np.int32, "label": np.int16, "prediction": np.int16, "text_hash": np.uint8, "num_tokens": np.int32}
 ENCODINGS = {"row": "DELTA_BINARY_PACKED", "text_hash": "PLAIN"}
 
@@ -79,7 +79,7 @@ def thin_run(source: Path, target: Path, text_hash: bool = True) -> None:
     thin_metrics(source / "metrics.jsonl", target / "metrics.jsonl")
     decimals = 3 if info["num_train_rows"] >= LARGE else 2
     for name in ("predictions.parquet", "validation.parquet"):
-        kept = name == "predictions.parquet" or info["num_train_rows"] >= VALIDATION_FROM
+        kept = name == "predictions.parquet" or info["num_train_rows"] >= (LARGE if text_hash else 2000)
         if kept and (source / name).is_file():
             thin_predictions(source / name, target / name, decimals, text_hash)
     if (target / "predictions.parquet").is_file():
