@@ -246,10 +246,9 @@ def compare(s: Settings, data: Data) -> tuple[list[dict], Path]:
     expected = {role: reference(readers[role], directories[role], device, test.texts) for role in readers}
     near = {}
     if s.then:
-        confidence = np.exp(expected["bert"]).max(1)
-        near["then"] = np.abs(np.log(confidence) - np.log(max(s.threshold, 1e-9))) < serving.MARGIN
-        unsure = (confidence <= s.threshold)[:, None]
-        expected["then"] = np.where(unsure, expected["then"], expected["bert"])
+        near["then"] = np.abs(expected["bert"].max(1) - np.log(max(s.threshold, 1e-9))) < serving.MARGIN
+        unsure = cascade.unsure(torch.from_numpy(expected["bert"]), s.threshold).numpy()
+        expected["then"] = np.where(unsure[:, None], expected["then"], expected["bert"])
     machine = {"threads": torch.get_num_threads(), "device": dist.device_name(device)}
     rounds: dict[tuple, list[dict]] = {}
 

@@ -208,7 +208,7 @@ def fold(runs: Iterable[Run]) -> list[list[Run]]:
 
     def setting(run: Run) -> str:
         settings = {name: value for name, value in run.info["settings"].items() if name not in ("seed", "output_dir")}
-        settings |= {"soft_labels": bool(settings.get("soft_labels"))}  # a seed's sample has a file of its own
+        settings |= {"soft_labels": comparable(settings, "soft_labels")}
         drawn = {"train": run.info["num_train_rows"], "soft_labels": None} if settings.get("max_train_rows") else {}
         return json.dumps([settings, run.info["data_fingerprint"] | drawn], sort_keys=True)
 
@@ -348,7 +348,8 @@ def comparable(settings: dict, name: str) -> object:
     Soft labels are a file of their own for each seed's sample, so only their presence counts.
     """
     value = settings.get(name)
-    return None if value is False else bool(value) or None if name == "soft_labels" else value
+    value = bool(value) if name == "soft_labels" else value
+    return None if value is False else value
 
 
 def grid_tables(runs: dict[str, Run]) -> list[str]:
@@ -556,6 +557,11 @@ class CascadeFigures(NamedTuple):
     ends: tuple[float, float]  # the accuracies of the small and the large model alone
     share: float  # of texts that the chosen threshold defers
 
+    @staticmethod
+    def at_random(share: float, ends: tuple[float, float]) -> float:
+        """The expected accuracy if such a share of the texts is deferred at random."""
+        return (1 - share) * ends[0] + share * ends[1]
+
 
 def cascade_figures(small: str, large: str, runs: dict[str, Run], bench: Sequence[dict] = ()) -> CascadeFigures:
     """Chooses the threshold on the validation rows of two runs, and tests it on their test rows."""
@@ -588,9 +594,8 @@ def cascade_figures(small: str, large: str, runs: dict[str, Run], bench: Sequenc
         row |= {"validation accuracy": f"{accuracy_at(at, validation):.4f}"}
         row |= {"test accuracy (95 % interval)": accuracy_interval(accuracy_at(at))}
         rows.append(row | {"seconds per 1,000 texts": seconds and f"{1000 * seconds:.1f}"})
-    random = f"{(1 - share) * ends[0] + share * ends[1]:.4f} (expected)"
     rows.append(rows[-1] | {"answers": "both, as many deferred at random", "validation accuracy": None})
-    rows[-1]["test accuracy (95 % interval)"] = random
+    rows[-1]["test accuracy (95 % interval)"] = f"{CascadeFigures.at_random(share, ends):.4f} (expected)"
 
     by_name = {"both": test.cascade(threshold), "small": test.small, "large": test.large}
     columns = {name: {"label": test.labels, "prediction": values} for name, values in by_name.items()}
@@ -609,9 +614,8 @@ def cascade_figures(small: str, large: str, runs: dict[str, Run], bench: Sequenc
 def cascade_section(figures: CascadeFigures) -> str:
     points = []
     for share, *accuracy in figures.curve:
-        random = (1 - share) * figures.ends[0] + share * figures.ends[1]
         row = {"deferred": f"{share:.1%}", "test accuracy (95 % interval)": interval(*accuracy)}
-        points.append(row | {"at random (expected)": f"{random:.4f}"})
+        points.append(row | {"at random (expected)": f"{figures.at_random(share, figures.ends):.4f}"})
     picture = "![accuracy by share of texts deferred](cascade.png)"
     return "\n\n".join([table(figures.rows), table(figures.pairs), figures.note, table(points), picture])
 

@@ -23,6 +23,7 @@ from minicls.comparison import (
     PUBLISHED,
     PUBLISHED_BEST,
     PUBLISHED_STEPS,
+    CascadeFigures,
     cascade_figures,
     common_predictions,
     compare_pairs,
@@ -139,7 +140,7 @@ def answer_table() -> str:
         add(model.name, model.head, accuracies, rates[recipe])
     both = {}
     for column, pair in zip(columns[1:3], (CASCADES[0], CASCADES[2]), strict=True):
-        figures = cascade_figures(*pair, open_runs([DECODERS / name for name in pair]))
+        figures = cascade_of(*pair)
         both[column] = f"{figures.rows[2]['test accuracy (95 % interval)']}, {figures.share:.0%} deferred"
     # The cost by the last pair's share: the small model's time for every text, the large one's for the deferred ones.
     times = [zip(rates["minilm"], rates["smollm2-linear"], strict=True)] if all(rates["minilm"]) else []
@@ -313,12 +314,17 @@ def profile_table() -> str:
     return table(rows)
 
 
+@functools.cache
+def cascade_of(small: str, large: str) -> CascadeFigures:
+    """The figures of a pair of CASCADES, which two tables and the picture need."""
+    return cascade_figures(small, large, open_runs([DECODERS / small, DECODERS / large]))
+
+
 def cascade_table() -> str:
     """A row for each pair of runs that CASCADES names."""
     rows = []
     for small, large in CASCADES:
-        runs = open_runs([DECODERS / small, DECODERS / large])
-        figures = cascade_figures(small, large, runs)
+        figures = cascade_of(small, large)
         alone, other, both, random = (row["test accuracy (95 % interval)"] for row in figures.rows)
         row = {"small": small, "large": large, "threshold": figures.rows[2]["answers"].split()[-1]}
         row |= {
@@ -408,7 +414,7 @@ def draw(plot: Callable, *arguments, file: Path) -> None:
 
 if __name__ == "__main__":
     draw(functools.partial(plots.plot_learning_curves, dpi=100), curves()[1], file=DECODERS / "rows.png")
-    best = cascade_figures(*CASCADES[2], open_runs([DECODERS / name for name in CASCADES[2]]))
+    best = cascade_of(*CASCADES[2])
     draw(plots.plot_deferral, best.curve, best.ends, best.share, file=DECODERS / "cascade.png")
     for page in PAGES:
         (ROOT / page).write_text(fill((ROOT / page).read_text(encoding="utf-8")), encoding="utf-8")
