@@ -123,7 +123,7 @@ def check_flags(s: Settings) -> None:
         "seed": (server or s.init == "random", "--mode server or --init random"),
         "then": (s.bert and s.init == "pretrained" and "minicls" in s.engines, "--bert RUN with --engines minicls"),
         "threshold": (s.then, "--then RUN"),
-        "compile": ("minicls" in s.engines, "--engines minicls"),
+        "compile": ({"minicls", "minicls-int8"} & {*s.engines}, "--engines minicls"),
         "vllm_python": ("vllm" in s.engines, "--engines vllm"),
     }
     for name, (used, others) in used_by.items():
@@ -163,8 +163,9 @@ def requests(s: Settings, data: Data) -> Split:
 def side_process(s: Settings, side: str) -> tuple[list[str], dict[str, str]]:
     """The command line and the environment of a side's process."""
     env, device = engines.process_environment(side, s.device, s.threads)
-    if side == "minicls" and s.compile and not engines.uses_gpu(device):
-        env["TORCHINDUCTOR_FREEZING"] = "1"  # constant weights: a CPU packs them for its matrix products
+    if side.startswith("minicls") and s.compile and s.bert and not (s.then or engines.uses_gpu(device)):
+        # Constant weights: a CPU packs them for its matrix products. The layers of a decoder could not share a graph.
+        env["TORCHINDUCTOR_FREEZING"] = "1"
     python = s.vllm_python if side == "vllm" and s.vllm_python else sys.executable
     side_settings = replace(s, side=side, device=device, output_dir=None, vllm_python=None)
     return [python, __file__, *command_line(asdict(side_settings))], env

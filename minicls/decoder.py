@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minicls.attention import Batch, CacheSlots, attention, cache_slots, cached_attention, lay_out
-from minicls.kernels import cast_once, rms_norm, rotate
+from minicls.attention import Batch, attention, cache_slots, cached_attention, lay_out
+from minicls.kernels import cast_once, matmul_dtype, rms_norm, rotate
 
 
 class Family(NamedTuple):
@@ -117,22 +117,17 @@ class KVCache:
         """`prefix`: a cache of one row, copied to the first positions of every row."""
         self.batch_size, self.max_length = batch_size, max_length
         self.layers: list[tuple[Tensor, Tensor]] = []  # keys and values, (B, S, Hkv, Dh) each
-        for k, v in prefix.layers if prefix else ():
-            keys, values = self._add_layer(k)
+        for index, (k, v) in enumerate(prefix.layers if prefix else ()):
+            keys, values = self.layer(index, k[0, 0])
             keys[:, : k.shape[1]], values[:, : v.shape[1]] = k, v
 
-    def _add_layer(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (self.batch_size, self.max_length, *like.shape[-2:])
-        # Zeros: a masked value has weight 0, but 0 * NaN is NaN, and fresh memory may hold NaN.
-        self.layers.append((like.new_zeros(shape), like.new_zeros(shape)))
-        return self.layers[-1]
-
-    def write(self, layer: int, slots: CacheSlots, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k, v (N, Hkv, Dh) of new tokens; returns all keys and values of the layer."""
-        keys, values = self.layers[layer] if layer < len(self.layers) else self._add_layer(k)
-        at = slots.rows, slots.positions
-        keys[at], values[at] = k, v
-        return keys, values
+    def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values; a new layer gets `like`'s shape (Hkv, Dh), dtype and device."""
+        if index == len(self.layers):
+            shape = (self.batch_size, self.max_length, *like.shape)
+            # Zeros: a masked value has weight 0, but 0 * NaN is NaN, and fresh memory may hold NaN.
+            self.layers.append((like.new_zeros(shape), like.new_zeros(shape)))
+        return self.layers[index]
 
 
 class RMSNorm(nn.Module):
@@ -160,9 +155,9 @@ def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tens
 
 
 class DecoderAttention(nn.Module):
-    def __init__(self, config: DecoderConfig, layer: int):
+    def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.head_dim = config.head_dim
         D, Dh, family = config.hidden_size, config.head_dim, config.family
         H, Hkv = config.num_attention_heads, config.num_key_value_heads
         self.q_proj = nn.Linear(D, H * Dh, bias=family.qkv_bias)
@@ -183,7 +178,9 @@ class DecoderAttention(nn.Module):
             # float default for a graph input and fails in the second layer.
             output = attention(q, k, v, layout, causal=True, dropout_p=0.0)  # (N, H, Dh)
         else:
-            keys, values = cache.write(self.layer, layout, k, v)  # (B, S, Hkv, Dh)
+            keys, values = cache  # (B, S, Hkv, Dh)
+            at_slots = layout.rows, layout.positions
+            keys[at_slots], values[at_slots] = k, v
             output = cached_attention(q, keys, values, layout)  # (N, H, Dh)
         output = output.flatten(1)  # (N, H * Dh)
         return self.o_proj(output if at is None else output[at])  # (N or n, D)
@@ -204,17 +201,18 @@ class DecoderMLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: DecoderConfig, layer: int):
+    def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.self_attn = DecoderAttention(config, layer)
+        self.self_attn = DecoderAttention(config)
         self.mlp = DecoderMLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, at: Tensor | None, rope, layout, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, at: Tensor | None, rope, layout, cache) -> Tensor:
         """(N, D) to (N, D), or with `at` to (n, D): the last layer computes only these tokens.
 
-        rope: cosines and sines; layout: the batch's Layout, or with a cache its CacheSlots.
+        rope: cosines and sines. layout: the batch's Layout; with a cache, its CacheSlots. cache:
+        this layer's keys and values, which get those of the new tokens; or None.
         """
         attended = self.self_attn(self.input_layernorm(x), at, rope, layout, cache)
         x = (x if at is None else x[at]) + attended
@@ -225,11 +223,11 @@ class DecoderModel(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
-        D, pad, layers = config.hidden_size, config.pad_token_id, range(config.num_hidden_layers)
+        D, pad = config.hidden_size, config.pad_token_id
         # As in transformers, the padding token's embedding is not trained, even if the token has
         # another use: SmolLM2 pads with <|im_end|>.
         self.embed_tokens = nn.Embedding(config.vocab_size, D, padding_idx=pad)
-        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in layers)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(D, config.rms_norm_eps)
         self.activation_checkpointing = False
 
@@ -242,9 +240,12 @@ class DecoderModel(nn.Module):
         else:
             group = config.num_attention_heads // config.num_key_value_heads
             layout = cache_slots(batch, x, cache.max_length, group)
-        for layer in self.layers:
+            shape = config.num_key_value_heads, config.head_dim
+            like = x.new_empty(shape, dtype=matmul_dtype(x))
+        for index, layer in enumerate(self.layers):
             selected = at if layer is self.layers[-1] else None
-            inputs = x, selected, rope, layout, cache
+            kv = None if cache is None else cache.layer(index, like)
+            inputs = x, selected, rope, layout, kv
             if self.activation_checkpointing and self.training:
                 x = checkpoint(layer, *inputs, use_reentrant=False)
             else:

@@ -71,6 +71,40 @@ def before_stop(ids: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
     return list(ids[:end])
 
 
+PACKED_WEIGHTS: list[torch.ScriptObject] = []  # of every Int8Linear
+
+
+@torch.library.custom_op("minicls::int8_linear", mutates_args=())
+def int8_linear(x: torch.Tensor, layer: int, out_features: int) -> torch.Tensor:
+    """PyTorch's product with int8 weights, as an operator that torch.compile need not look into.
+
+    x: (N, in_features) fp32. It is rounded to 7 bits with one scale for all of it, so that the 16 bits in which CPUs
+    without VNNI add pairs of products suffice. Returns (N, out_features) fp32.
+    """
+    return torch.ops.quantized.linear_dynamic(x, PACKED_WEIGHTS[layer], reduce_range=True)
+
+
+@int8_linear.register_fake
+def _(x, layer, out_features):
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+class Int8Linear(torch.nn.Module):
+    """A linear layer on the CPU whose weights are int8, with one scale for each output column."""
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__()
+        weight = linear.weight.detach().float()  # (out, in)
+        scales = weight.abs().amax(1).clamp(min=1e-12).double() / 127  # (out,)
+        zeros = torch.zeros(len(scales), dtype=torch.int64)
+        quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+        self.layer, self.out_features = len(PACKED_WEIGHTS), linear.out_features
+        PACKED_WEIGHTS.append(torch.ops.quantized.linear_prepack(quantized, linear.bias.float()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return int8_linear(x, self.layer, self.out_features)
+
+
 class Minicls(Engine):
     """The packed forward pass of evaluation, the scorer, and greedy decoding with a cache."""
 
@@ -92,13 +126,16 @@ class Minicls(Engine):
             model.bert.pooler.float(), model.classifier.float()
         self.model, self.device = model.eval().requires_grad_(False), device
         if int8:
-            # Deprecated in favour of torchao, but the kernels that PyTorch itself brings for CPUs without VNNI.
-            ao = torch.ao.quantization
-            kinds = {torch.nn.Linear: ao.per_channel_dynamic_qconfig}
-            self.model.bert.encoder = ao.quantize_dynamic(self.model.bert.encoder, kinds)
+            for module in [*self.model.bert.encoder.modules()]:
+                for name, child in module.named_children():
+                    if isinstance(child, torch.nn.Linear):
+                        setattr(module, name, Int8Linear(child))
             self.version += ", int8"
         if compile:
-            self.model.compile(dynamic=True)
+            # The layers of a decoder share one graph, which compiles in seconds; all of them at once take minutes.
+            torch._dynamo.config.recompile_limit = 64  # one for each kind of batch: single, padded, cached, last layer
+            for module in [self.model] if architecture is weights.BERT else self.model.model.layers:
+                module.compile(dynamic=True)
             self.version += ", compiled"
         self.forget()
 
@@ -460,7 +497,7 @@ def make_engine(
         if name == "vllm":
             return (VLLMServer if server else VLLM)(*arguments, max_length)
         if name == "minicls-int8":
-            return Minicls(directory, torch.float32, device, int8=True)
+            return Minicls(directory, torch.float32, device, compile, int8=True)
         if name.startswith("onnxruntime"):
             return OnnxRuntime(directory, device, int8=name.endswith("-int8"))
         return (Harness if name == "harness" else Transformers)(*arguments)
