@@ -6,6 +6,7 @@ The tests turn the clock: no figure depends on how fast anything runs. Answers a
 give log-probabilities within 1e-4 and the same tokens.
 """
 
+import json
 import re
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from conftest import ROOT
 from runs import train
 
 import train_qwen
-from minicls import dist, engines, serving
+from minicls import dist, engines, serving, weights
 from minicls.config import UserError
 from minicls.data import load_data, split_data
 from minicls.predict import Reader
@@ -97,6 +98,24 @@ def test_minicls_in_int8(bert_run, texts):
     assert (answers - expected).abs().max() > 1e-5
 
 
+@pytest.mark.parametrize("level", [None, 1.0], ids=["random", "all at the largest value"])
+def test_a_product_in_int8(level):
+    """Within half a step of each rounded factor. Sums of the largest products do not overflow, whatever the CPU."""
+    torch.manual_seed(0)
+    x, linear = torch.randn(7, 96), torch.nn.Linear(96, 33).requires_grad_(False)
+    linear.weight[5] = 0  # a column without a scale of its own
+    if level:
+        x.fill_(level), linear.weight.fill_(level)
+    answers, expected = engines.Int8Linear(linear)(x), linear(x)
+    x_step = (x.max().clamp(min=0) - x.min().clamp(max=0)) / 127
+    weight_step = linear.weight.abs().amax(1) / 127  # (33,)
+    weight = linear.weight.abs() + weight_step[:, None] / 2
+    # The zero point of x is rounded as well, which can shift the ends of its range by half a step.
+    bound = x_step * weight.sum(1) + weight_step / 2 * x.abs().sum(1, keepdim=True)  # (7, 33)
+    assert ((answers - expected).abs() <= bound + 1e-4).all()
+    assert level or (answers - expected).abs().max() > 1e-3
+
+
 def test_onnxruntime_as_documented(bert_run, onnx_engines, tmp_path, monkeypatch):
     """docs/deploy.md's lines export a run, and the file answers as the engine does on the same two texts."""
     page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
@@ -134,18 +153,41 @@ def test_onnxruntime_that_is_not_installed(name, bert_run, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled(bert_run, texts):
+def test_compiled(int8, bert_run, texts):
     """One row alone and several together are two graphs, and the second is asked twice: neither falls back to eager."""
     rows = Reader(bert_run).rows(texts)
     compiled, plain = (
-        engines.Minicls(bert_run, torch.float32, CPU, compile=True),
-        engines.Minicls(bert_run, torch.float32, CPU),
+        engines.Minicls(bert_run, torch.float32, CPU, compile=compile, int8=int8) for compile in (True, False)
     )
     assert compiled.version == f"{plain.version}, compiled"
     for asked in (rows[:1], rows, rows[5:], rows[2:3]):
         torch.testing.assert_close(compiled.classify(asked), plain.classify(asked), rtol=0, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] < 10  # not one a layer, nor one a request
+
+
+def test_the_layers_of_a_compiled_decoder_share_graphs(qwen_run, texts, tmp_path, monkeypatch):
+    """As many graphs for six layers as for three, and the answers of the model that is not compiled."""
+    compile, graphs = torch.nn.Module.compile, []
+    # This backend traces as any other would, and needs no C++ compiler.
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **flags: compile(self, backend="aot_eager", **flags))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
+    for num_hidden_layers in (3, 6):
+        source = shutil.copytree(qwen_run, tmp_path / f"{num_hidden_layers}-source")
+        config = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": num_hidden_layers}
+        (source / "config.json").write_text(json.dumps(config))
+        arguments = weights.DECODER, texts, ("a", "b"), 0, tmp_path / str(num_hidden_layers)
+        directory = weights.save_random_model(str(source), *arguments)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        compiled, plain = (engines.Minicls(directory, torch.float32, CPU, compile) for compile in (True, False))
+        rows, options = Reader(qwen_run).rows(texts), [[5], [6]]
+        for asked in (rows[:1], rows[:5], rows[5:9]):
+            torch.testing.assert_close(compiled.score(asked, options), plain.score(asked, options), rtol=0, atol=1e-4)
+            assert compiled.generate(asked, 4, []) == plain.generate(asked, 4, [])
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] > 0
 
 
 def test_score_and_generate(qwen_run, texts):

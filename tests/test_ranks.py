@@ -10,6 +10,7 @@ import sys
 import tempfile
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -18,6 +19,7 @@ from runs import SCRIPTS, events, losses, results, train, without_dropout
 from safetensors.torch import load_file
 
 from minicls.checkpoint import checkpoints
+from minicls.data import load_data, split_data
 
 # Three epochs of windows of 32, 32 and 1 row: of the last one the second rank gets nothing. Four rows at a time.
 FLAGS = [
@@ -103,6 +105,23 @@ def test_two_ranks_train_as_one_process(name, flags, ranked, tmp_path):
     found, wanted = (pq.read_table(run / "predictions.parquet").to_pydict() for run in (ranked, single))
     for column in wanted:
         assert found[column] == pytest.approx(wanted[column], abs=1e-4), column
+
+
+def test_two_ranks_learn_soft_labels_as_one_process(bert_run, tmp_path):
+    """Half of the texts have no label; weight, temperature and targets reach the rank that has the row."""
+    calm = without_dropout(bert_run, tmp_path / "calm")
+    data, _ = split_data(load_data("synthetic"), max_train_rows=120, seed=42)
+    random = np.random.default_rng(0).dirichlet(np.ones(len(data.label_names)), len(data.train)).T
+    columns = {f"probability_{name}": column for name, column in zip(data.label_names, random, strict=True)}
+    pq.write_table(pa.table({"text": data.train.texts} | columns), tmp_path / "soft.parquet")
+    flags = ["--model", str(calm), *FLAGS, "--epochs", "1", "--soft-labels", str(tmp_path / "soft.parquet")]
+    flags += ["--temperature", "2", "--soft-label-weight", "0.7"]
+    single = train(tmp_path / "single", *flags)
+    done = torchrun(str(ROOT / "train_bert.py"), *TINY, *flags, "--output-dir", str(tmp_path / "ranks"))
+    assert done.returncode == 0, done.stderr
+    assert np.array(losses(tmp_path / "ranks")) == pytest.approx(np.array(losses(single)), rel=1e-5)
+    found, expected = (load_file(tmp_path / run / "model.safetensors") for run in ("ranks", "single"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 def test_one_rank_writes(ranked):
