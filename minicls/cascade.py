@@ -31,6 +31,16 @@ class Answers(NamedTuple):
         """The classes (n,) that the cascade predicts."""
         return np.where(self.confidence <= threshold, self.large, self.small)
 
+    def accuracy(self, threshold: float) -> float:
+        return float((self.cascade(threshold) == self.labels).mean())
+
+    def share_deferred(self, threshold: float) -> float:
+        return float((self.confidence <= threshold).mean())
+
+    def at_random(self, share: float) -> float:
+        """The expected accuracy if such a share of the texts is deferred at random."""
+        return (1 - share) * self.accuracy(0) + share * self.accuracy(1)
+
 
 def pair(small: dict[str, np.ndarray], large: dict[str, np.ndarray]) -> Answers:
     """From the columns of two files of predictions for the same rows, as written or as results/thin.py reduces them."""
@@ -56,12 +66,10 @@ def deferral_curve(answers: Answers) -> tuple[np.ndarray, np.ndarray, np.ndarray
     The thresholds, ascending from 0; the rows that the cascade answers right; and, of the deferred rows, those that
     only one of the models answers right.
     """
-    thresholds = np.append(0, np.unique(answers.confidence))  # (T,)
-    order = np.argsort(answers.confidence, kind="stable")
-    deferred = np.searchsorted(answers.confidence[order], thresholds, side="right")  # (T,): the number of rows
-    small, large = ((answer == answers.labels)[order].astype(int) for answer in (answers.small, answers.large))  # (n,)
-    gains = np.append(0, (large - small).cumsum())  # (n + 1,): by deferring the first rows
-    return thresholds, small.sum() + gains[deferred], np.append(0, abs(large - small).cumsum())[deferred]
+    thresholds, level = np.unique(np.append(0, answers.confidence), return_inverse=True)  # (T,), (1 + n,)
+    small, large = (np.append(0, answer == answers.labels) for answer in (answers.small, answers.large))  # (1 + n,)
+    gained, differing = (np.bincount(level, change).cumsum() for change in (large - small, abs(large - small)))
+    return thresholds, small.sum() + gained, differing
 
 
 def choose_threshold(validation: Answers) -> float:

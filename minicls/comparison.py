@@ -22,13 +22,14 @@ from minicls.data import AG_NEWS_LABELS
 from minicls.logger import read_metrics
 from minicls.results import (
     absent_classes_note,
+    figure,
     interval,
-    markdown,
     read_predictions,
     scores_by_class,
     spread,
     steps,
     table,
+    without_empty_columns,
 )
 
 # The published experiment on AG News, one RTX 3090: all steps, the columns of its table, the best on test (step, F1).
@@ -47,12 +48,6 @@ PUBLISHED = {
     },
 }
 PUBLISHED_BEST = {"BERT": (3752, 0.945572), "Qwen3": (1000, 0.941)}
-# The fields of results.json that a report needs.
-REQUIRED = {
-    "accuracy", "f1", "f1_low", "f1_high", "num_test_rows", "per_class", "confusion", "headline_step", "final_step",
-    "best_step_on_validation", "best_step_on_test", "best_f1_on_test", "train_seconds", "eval_seconds",
-    "samples_per_second", "peak_memory_bytes", "device",
-}  # fmt: skip
 # Settings that do not tell models apart: where a run is written and computed, how often, and on which rows.
 BOOKKEEPING = {
     "output_dir", "seed", "resume", "eval_only", "data", "max_train_rows", "max_eval_rows", "test_size", "device",
@@ -75,22 +70,20 @@ def open_runs(run_dirs: Sequence[Path]) -> dict[str, Run]:
     run_dirs = [*{path.resolve(): path for path in run_dirs}.values()]  # a run named twice is not two seeds
     runs = {}
     for name, run_dir in zip(short_names(run_dirs), run_dirs, strict=True):
-        try:
-            run = runs[name] = open_run(run_dir)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{run_dir}: no finished run ({error}); train it to the end first") from None
-        if run.results is None:
-            raise UserError(f"{run_dir}: no finished run (no results.json); train it to the end first")
-        # A reduced run has only the names of its classes: its predictions give the confusion matrix and the scores.
-        if "confusion" not in run.results and "per_class" in run.results and (predicted := predictions(run)):
-            names = [*run.results["per_class"]]
-            confusion = metrics.confusion_matrix(predicted["label"], predicted["prediction"], len(names))
-            run.results.update(confusion=confusion.tolist(), per_class=scores_by_class(confusion, names))
-        if missing := sorted(REQUIRED - run.results.keys()):
+        if not all((run_dir / file).is_file() for file in ("run.json", "results.json")):
+            raise UserError(f"{run_dir}: no finished run (no run.json or results.json); train it to the end first")
+        run = runs[name] = open_run(run_dir)
+        results, classes = run.results, [*run.results.get("per_class", ())]
+        # A reduced run has only the names of its classes: its predictions give the confusion matrix.
+        if classes and "confusion" not in results and (predicted := predictions(run)):
+            confusion = metrics.confusion_matrix(predicted["label"], predicted["prediction"], len(classes))
+            results["confusion"] = confusion.tolist()
+        if missing := [key for key in ("per_class", "confusion") if key not in results]:
             remedy = "restore the file or train the run again"
             raise UserError(f"{run_dir / 'results.json'}: no {missing[0]} in it; {remedy}")
+        results["per_class"] = scores_by_class(np.array(results["confusion"]), classes)
         first = next(iter(runs.values()))
-        if [*run.results["per_class"]] != [*first.results["per_class"]]:
+        if classes != [*first.results["per_class"]]:
             raise UserError(f"{run_dir}: other class names than {first.dir}; give both the same --label-names")
     return runs
 
@@ -106,6 +99,10 @@ def predictions(run: Run) -> dict[str, np.ndarray] | None:
     return read_predictions(run.dir / "predictions.parquet")
 
 
+def same_test_rows(runs: dict[str, Run]) -> bool:
+    return len({run.info["data_fingerprint"]["test"] for run in runs.values()}) == 1
+
+
 def common_predictions(runs: dict[str, Run]) -> Predictions:
     """The predictions that were kept, for the test rows that all runs have, in one order.
 
@@ -113,37 +110,22 @@ def common_predictions(runs: dict[str, Run]) -> Predictions:
     every run's, with the same number in the file, the same text (by its hash) and the same label; UserError if not.
     """
     predicted = {name: columns for name, run in runs.items() if (columns := predictions(run))}
-    first, *others = runs.values()
-    other = next((run for run in others if test_fingerprint(run) != test_fingerprint(first)), None)
-    if other is None:
+    if same_test_rows(runs):
         return predicted
-    if any("text_hash" not in predicted.get(name, ()) for name in runs):
-        lacking = "not every predictions.parquet has text_hash to tell which are the same"
-        raise UserError(f"{other.dir}: other test rows than {first.dir}, and {lacking}; test both on the same")
-    rows = {name: [columns[key].tolist() for key in ("row", "text_hash")] for name, columns in predicted.items()}
-    keys = {name: [*zip(*pair, strict=True)] for name, pair in rows.items()}
-    fewest = min(keys, key=lambda name: len(keys[name]))
+    for name, run in runs.items():
+        if "text_hash" not in predicted.get(name, ()):
+            need = "no predictions.parquet with text_hash, which runs with other test rows than each other need"
+            raise UserError(f"{run.dir}: {need}; test both on the same")
+    fewest = min(predicted, key=lambda name: len(predicted[name]["row"]))
     common = {}
     for name, columns in predicted.items():
-        position = {key: i for i, key in enumerate(keys[name])}
-        index = [position.get(key, -1) for key in keys[fewest]]
-        if -1 in index or (columns["label"][index] != predicted[fewest]["label"]).any():
+        _, index, _ = np.intersect1d(columns["row"], predicted[fewest]["row"], return_indices=True)
+        common[name] = {column: values[index] for column, values in columns.items()}
+    for name, columns in common.items():
+        if any(not np.array_equal(columns[key], common[fewest][key]) for key in ("row", "text_hash", "label")):
             differ = f"{runs[name].dir}: other test rows than {runs[fewest].dir}"
             raise UserError(f"{differ}, so there is nothing to compare; test both on the same")
-        common[name] = {column: values[index] for column, values in columns.items()}
     return common
-
-
-def test_fingerprint(run: Run) -> str:
-    return run.info["data_fingerprint"]["test"]
-
-
-def common_note(runs: dict[str, Run], predicted: Predictions) -> str | None:
-    """A sentence on the number of test rows that all runs share; None if all have the same."""
-    if len({*map(test_fingerprint, runs.values())}) == 1:
-        return None
-    num_rows = len(next(iter(predicted.values()))["label"])
-    return f"The runs have different parts of the same test rows; comparisons use the {num_rows:,} rows that all have."
 
 
 # Properties of a run.
@@ -160,18 +142,13 @@ class Model(NamedTuple):
         return f"{self.family} ({self.name}), {self.head}"
 
 
-def script(run: Run) -> str:
-    """train_bert, train_qwen, baseline or evaluate. In an old run.json without it, only train_qwen's has a head."""
-    return run.info.get("script") or ("train_qwen" if "head" in run.info["settings"] else "train_bert")
-
-
 def describe_model(run: Run) -> Model:
     s = run.info["settings"]
     name = Path(s.get("model") or s["features"]).name
     decoder = "Qwen3" if "qwen" in name.lower() or name == "tiny" else "decoder"
     families = {"train_bert": "BERT", "train_qwen": decoder, "baseline": "baseline"}
     # For a model that was only tested, run.json has the architecture instead.
-    family = families.get(script(run)) or ("BERT" if run.info["model_type"] == "bert" else decoder)
+    family = families.get(run.info["script"]) or ("BERT" if run.info["model_type"] == "bert" else decoder)
     return Model(family, name, "logistic regression" if family == "baseline" else s.get("head", "linear"))
 
 
@@ -203,6 +180,16 @@ def group_by(items: Iterable, key: Callable) -> dict:
     return groups
 
 
+def comparable(settings: dict, name: str) -> object:
+    """A setting's value; None for a flag that is off, or that a script does not have.
+
+    Soft labels are a file of their own for each seed's sample, so only their presence counts.
+    """
+    value = settings.get(name)
+    value = bool(value) if name == "soft_labels" else value
+    return None if value is False else value
+
+
 def fold(runs: Iterable[Run]) -> list[list[Run]]:
     """Groups the runs of one setting: only seed, directory and the training rows that the seed draws differ."""
 
@@ -220,7 +207,7 @@ def group_name(names: Sequence[str]) -> str:
 
 
 def over_seeds(group: Sequence[Run], key: str, digits: int = 4) -> str | None:
-    """A figure of results.json, or the mean over the seeds ± standard deviation; None if old results lack it."""
+    """A figure of results.json, or the mean over the seeds ± standard deviation; None if one of them lacks it."""
     values = [run.results.get(key) for run in group]
     return None if None in values else spread(values, digits)
 
@@ -273,13 +260,13 @@ def selection_table(runs: dict[str, Run]) -> str:
         results = run.results
         chosen = "last step" if results["best_step_on_validation"] is None else "best on validation"
         chosen = chosen if run.info["total_steps"] else "not trained"
-        row = {"run": name, "headline": "C by validation" if script(run) == "baseline" else chosen}
+        row = {"run": name, "headline": "C by validation" if run.info["script"] == "baseline" else chosen}
         row |= {"step": results["headline_step"] or None}
         row |= {"accuracy (95 % interval)": wilson(results["accuracy"], results["num_test_rows"])}
         row |= {"constant answer": over_seeds([run], "majority_accuracy")}
         row |= {"macro F1 (95 % interval)": f1_with_interval([run])}
         # The best of several tries on the test rows would mislead where nothing was published, and one is no choice.
-        step = results["best_step_on_test"] if published_family(run) and results.get("evaluations", 2) > 1 else None
+        step = results["best_step_on_test"] if published_family(run) and results["evaluations"] > 1 else None
         best = {"best on test: step": step or None, "macro F1": results["best_f1_on_test"] if step else None}
         rows.append(row | (best if families else {}))
     for family in families:
@@ -294,30 +281,28 @@ def published_table(run: Run) -> str | None:
     """The published table next to a run's own, joined where equal shares of training are done; None if nowhere."""
     if (family := published_family(run)) is None:
         return None
-    columns, (header, ours) = PUBLISHED[family], steps(run.dir)
-    theirs = [(values[0], values) for values in zip(*columns.values(), strict=True)]
-    shares: dict[float, tuple[list, list]] = {}
-    for side, (total, lines) in enumerate([(PUBLISHED_STEPS[family], theirs), (run.info["total_steps"], ours)]):
-        for step, values in lines:
-            shares.setdefault(round(step / max(1, total), 2), ([], []))[side].append(values)
-    if not any(all(sides) for sides in shares.values()):
+    header = [f"published {name}" for name in PUBLISHED[family]]
+    theirs = [dict(zip(header, values, strict=True)) for values in zip(*PUBLISHED[family].values(), strict=True)]
+    ours, total = steps(run.dir), max(1, run.info["total_steps"])
+    left = group_by(theirs, lambda row: round(row["published step"] / PUBLISHED_STEPS[family], 2))
+    right = group_by(ours, lambda row: round(row["step"] / total, 2))
+    if not left.keys() & right.keys():
         return None
-    blank = [None] * len(columns), [None] * len(header)
-    rows = [
-        [f"{share:.2f}", *(left or blank[0]), *(right or blank[1])]
-        for share, sides in sorted(shares.items())
-        for left, right in itertools.zip_longest(*sides)
-    ]
-    return markdown(["share", *(f"published {name}" for name in columns), *header], rows)
+    blank = dict.fromkeys([*theirs[0], *ours[0]])
+    return table(
+        {"share": f"{share:.2f}"} | blank | published | own
+        for share in sorted(left.keys() | right.keys())
+        for published, own in itertools.zip_longest(left.get(share, ()), right.get(share, ()), fillvalue={})
+    )
 
 
-def compare_pairs(runs: dict[str, Run], predicted: Predictions) -> list[dict]:
+def compare_pairs(predicted: Predictions) -> list[dict]:
     """Every two runs, row by row. One is better if McNemar's test and both intervals of a - b agree on it."""
     pairs = []
     for (a, left), (b, right) in itertools.combinations(predicted.items(), 2):
         labels, both = left["label"], (left["prediction"], right["prediction"])
         only_a, only_b, p = metrics.mcnemar(labels, *both)
-        differences = metrics.paired_bootstrap(labels, *both, len(runs[a].results["per_class"])).values()
+        differences = metrics.paired_bootstrap(labels, *both).values()
         signs = {np.sign(low) if low * high > 0 else 0 for _, low, high in differences}
         better = {1: a, -1: b}.get(*signs) if p < 0.05 and len(signs) == 1 else None
         accuracy, f1 = (f"{value:+.4f} ({low:+.4f} to {high:+.4f})" for value, low, high in differences)
@@ -330,7 +315,7 @@ def compare_pairs(runs: dict[str, Run], predicted: Predictions) -> list[dict]:
 def comparison_table(pairs: list[dict], num_runs: int) -> str:
     if num_runs == 1:
         return "A single run. `python -m minicls baseline` with the same --data makes one to compare with in seconds."
-    return table(pairs) if pairs else "No two of these runs have a predictions.parquet to compare."
+    return table(pairs) or "No two of these runs have a predictions.parquet to compare."
 
 
 def verdicts(pairs: list[dict]) -> str:
@@ -342,16 +327,6 @@ def verdicts(pairs: list[dict]) -> str:
     return "\n".join(lines + [f"and {len(pairs) - 10} more pairs, in the report"] * (len(pairs) > 10))
 
 
-def comparable(settings: dict, name: str) -> object:
-    """A setting's value; None for a flag that is off, or that an older run lacks.
-
-    Soft labels are a file of their own for each seed's sample, so only their presence counts.
-    """
-    value = settings.get(name)
-    value = bool(value) if name == "soft_labels" else value
-    return None if value is False else value
-
-
 def grid_tables(runs: dict[str, Run]) -> list[str]:
     """For each model that was trained more than once: every setting by every seed, and validation's choice."""
     tables = []
@@ -361,19 +336,17 @@ def grid_tables(runs: dict[str, Run]) -> list[str]:
         groups = fold(tried)
         settings = [group[0].info["settings"] for group in groups]
         names = dict.fromkeys(name for s in settings for name in s if name not in ("seed", "output_dir"))
-        varied = [name for name in names if len({str(comparable(s, name)) for s in settings}) > 1]  # old runs lack some
-        seeds = sorted({run.info["settings"]["seed"] for run in tried})
+        varied = [name for name in names if len({str(comparable(s, name)) for s in settings}) > 1]
         scores = [[validation_f1(run) for run in group] for group in groups]
         means = [None if None in values else float(np.mean(values)) for values in scores]
         best = max(means) if None not in means and len(groups) > 1 else None
         rows = []
         for group, s, values, mean in zip(groups, settings, scores, means, strict=True):
-            cells = {seed: [] for seed in seeds}
-            for run, value in zip(group, values, strict=True):
-                validation = "-" if value is None else f"{value:.4f}"
-                cells[run.info["settings"]["seed"]].append(f"{validation} / {run.results['f1']:.4f}")
             row = {name: str(comparable(s, name)) for name in varied}
-            row |= {f"seed {seed}: validation / test": "; ".join(cell) or None for seed, cell in cells.items()}
+            for seed in sorted({run.info["settings"]["seed"] for run in tried}):
+                of_seed = [pair for pair in zip(group, values, strict=True) if pair[0].info["settings"]["seed"] == seed]
+                cells = [f"{figure(value, '.4f') or '-'} / {run.results['f1']:.4f}" for run, value in of_seed]
+                row[f"seed {seed}: validation / test"] = "; ".join(cells) or None
             row |= {"validation": None if mean is None else spread(values), "test": over_seeds(group, "f1")}
             rows.append(row | {"": "chosen" * (mean is not None and mean == best)})
         tables.append(f"{model}:\n\n{table(rows)}")
@@ -397,12 +370,11 @@ def length_table(predicted: Predictions) -> str | None:
 
 def per_class_table(runs: dict[str, Run]) -> str:
     """F1 (precision, recall) by class. The index is what pictures show if no font has the characters of the names."""
-    support = [np.sum(run.results["confusion"], axis=1) for run in runs.values()]
     rows = []
     for i, name in enumerate(next(iter(runs.values())).results["per_class"]):
         scores = {run: runs[run].results["per_class"][name] for run in runs}
         cells = {run: f"{s['f1']:.4f} ({s['precision']:.4f}, {s['recall']:.4f})" for run, s in scores.items()}
-        counts = " / ".join(dict.fromkeys(f"{of_class[i]:,}" for of_class in support))
+        counts = " / ".join(dict.fromkeys(f"{s['support']:,}" for s in scores.values()))
         rows.append({"": i, "class": name, "test rows": counts} | cells)
     return table(rows)
 
@@ -411,8 +383,8 @@ def confusion_table(run: Run) -> str:
     """True class down, predicted class across; of more than 20 classes, the ten commonest mistakes."""
     names, confusion = [*run.results["per_class"]], np.array(run.results["confusion"])
     if len(names) <= 20:
-        rows = [[name, *row] for name, row in zip(names, confusion.tolist(), strict=True)]
-        return markdown(["true \\ predicted", *names], rows)
+        rows = zip(names, confusion.tolist(), strict=True)
+        return table({"true \\ predicted": name} | dict(zip(names, row, strict=True)) for name, row in rows)
     mistakes = confusion - np.diag(confusion.diagonal())
     pairs = [divmod(cell, len(names)) for cell in np.argsort(-mistakes.flatten(), kind="stable")[:10]]
     return table({"true": names[i], "predicted": names[j], "rows": confusion[i, j]} for i, j in pairs)
@@ -421,24 +393,25 @@ def confusion_table(run: Run) -> str:
 def calibration_table(runs: dict[str, Run]) -> str:
     keys = {"calibration error": "calibration_error", "temperature": "temperature"}
     keys["calibration error at it"] = "calibration_error_scaled"
-    cells = {name: {header: run.results.get(key) for header, key in keys.items()} for name, run in runs.items()}
-    return table({"run": name} | row for name, row in cells.items())
+    return table(
+        {"run": name} | {header: run.results[key] for header, key in keys.items()} for name, run in runs.items()
+    )
 
 
 def cost_table(runs: dict[str, Run]) -> str:
     """Training and scoring apart; the ratios are to the first run's times."""
-    rows, first = [], None
+
+    def times(run: Run) -> tuple[float, float]:
+        return run.results["train_seconds"], run.results["eval_seconds"] / run.results["evaluations"]
+
+    first, rows = times(next(iter(runs.values()))), []
     for name, run in runs.items():
-        results = run.results
-        training, evaluations = results["train_seconds"], results.get("evaluations")
-        evaluation = results["eval_seconds"] / evaluations if evaluations else None
-        first = first or (training, evaluation)
-        pairs = zip((training, evaluation), first, strict=True)
-        ratios = [f"{seconds / base:.2f}" if base and seconds is not None else None for seconds, base in pairs]
-        rate, memory = results["samples_per_second"], results["peak_memory_bytes"]
+        training, evaluation = times(run)
+        ratios = [f"{seconds / base:.2f}" if base else None for seconds, base in zip(times(run), first, strict=True)]
+        rate, memory = run.results["samples_per_second"], run.results["peak_memory_bytes"]
         row = {"run": name, "hardware": hardware(run), "training, s": f"{training:.0f}", "training ratio": ratios[0]}
-        row |= {"rows/s": rate and f"{rate:.1f}", "evaluations": evaluations}
-        row |= {"s each": evaluation and f"{evaluation:.1f}", "evaluation ratio": ratios[1]}
+        row |= {"rows/s": figure(rate, ".1f"), "evaluations": run.results["evaluations"]}
+        row |= {"s each": f"{evaluation:.1f}", "evaluation ratio": ratios[1]}
         rows.append(row | {"memory, GiB": memory and f"{memory / 2**30:.1f}"})
     return table(rows)
 
@@ -446,23 +419,13 @@ def cost_table(runs: dict[str, Run]) -> str:
 # Learning curves.
 
 
-class Point(NamedTuple):
-    """A point of a learning curve: mean accuracy over the seeds with its 95 % interval."""
-
-    size: int
-    accuracy: float
-    low: float
-    high: float
-    seeds: int
-
-
 def learning_curves(runs: dict[str, Run]) -> dict[str, dict[int, list[str]]]:
     """The models trained on several numbers of rows: label -> {rows, ascending: names of the runs, one per seed}.
 
     Runs belong to one model if script, model, head and all settings outside BOOKKEEPING and SCHEDULE agree. A setting
     of SCHEDULE may change with the number of rows; where it differs between runs of the same size (a grid of learning
-    rates), it tells models apart as well. A setting that an old run lacks counts as unset, like None, 0 and "none". A
-    label names the settings that a curve does not share with all others of its model. Untrained models are left out.
+    rates), it tells models apart as well. A setting that a run lacks counts as unset, like None, 0 and "none". A label
+    names the settings that a curve does not share with all others of its model. Untrained models are left out.
     """
 
     def size(name: str) -> int:
@@ -476,16 +439,14 @@ def learning_curves(runs: dict[str, Run]) -> dict[str, dict[int, list[str]]]:
         settings = runs[name].info["settings"].keys() - {*BOOKKEEPING, *SCHEDULE, "model", "features"}
         return describe_model(runs[name]), *values(name, sorted(settings))
 
-    def trained(run: Run) -> bool:
-        return run.info["total_steps"] != 0 or script(run) == "baseline"
-
+    trained = [name for name, run in runs.items() if run.info["total_steps"] or run.info["script"] == "baseline"]
     models: dict[tuple, dict[int, list[str]]] = {}
-    for key, names in group_by((name for name, run in runs.items() if trained(run)), recipe).items():
+    for key, names in group_by(trained, recipe).items():
         same_size = group_by(names, size).values()
         differs = [s for s in SCHEDULE if any(len({values(name, [s]) for name in group}) > 1 for group in same_size)]
         for schedule, members in group_by(names, lambda name, differs=differs: values(name, differs)).items():
-            models[*key, *schedule] = dict(sorted(group_by(members, size).items()))
-    models = {key: sizes for key, sizes in models.items() if len(sizes) > 1}
+            if len(sizes := group_by(members, size)) > 1:
+                models[*key, *schedule] = dict(sorted(sizes.items()))
     labels = []
     for model, *settings in models:
         related = [{*other[1:]} for other in models if other[0] == model]
@@ -496,128 +457,111 @@ def learning_curves(runs: dict[str, Run]) -> dict[str, dict[int, list[str]]]:
     return dict(zip(numbered, models.values(), strict=True))
 
 
-def curve_section(runs: dict[str, Run], predicted: Predictions) -> tuple[str | None, dict[str, list[Point]]]:
-    """Tables of the learning curves and of their crossings, and the points to draw by label."""
+def curve_section(runs: dict[str, Run], predicted: Predictions) -> tuple[str | None, dict[str, dict[int, tuple]]]:
+    """Tables of the learning curves and of their crossings, and the curves to draw.
+
+    Those are label -> {training rows: (mean accuracy, low, high, number of seeds)}, with 95 % intervals.
+    """
     curves = learning_curves({name: run for name, run in runs.items() if name in predicted})
     if not curves:
         return None, {}
     groups = {(label, size): names for label, sizes in curves.items() for size, names in sizes.items()}
-    names = [*itertools.chain(*groups.values())]
+    places, names = [*groups], [*itertools.chain(*groups.values())]
     right = np.stack([predicted[name]["label"] == predicted[name]["prediction"] for name in names])
     indices = [[names.index(name) for name in group] for group in groups.values()]
     means, replicates = metrics.resampled_accuracies(right, indices)
     low, high = np.quantile(replicates, [0.025, 0.975], axis=0)
-    points: dict[str, list[Point]] = {}
-    rows = []
-    for (label, size), *figures, group in zip(groups, means, low, high, groups.values(), strict=True):
-        point = Point(size, *figures, seeds=len(group))
-        points.setdefault(label, []).append(point)
-        row = {"model": label, "training rows": f"{size:,}", "test rows": f"{right.shape[1]:,}", "seeds": point.seeds}
-        row |= {"accuracy (95 % interval)": interval(point.accuracy, point.low, point.high)}
-        rows.append(row | {"the interval covers": "test rows only" if point.seeds == 1 else "seeds and test rows"})
-    places, crossings = [*groups], []
+    points: dict[str, dict[int, tuple]] = {label: {} for label in curves}
+    rows, crossings = [], []
+    for (label, size), *accuracy, group in zip(places, means, low, high, groups.values(), strict=True):
+        points[label][size] = *accuracy, len(group)
+        row = {"model": label, "training rows": f"{size:,}", "test rows": f"{right.shape[1]:,}", "seeds": len(group)}
+        row |= {"accuracy (95 % interval)": interval(*accuracy)}
+        rows.append(row | {"the interval covers": "test rows only" if len(group) == 1 else "seeds and test rows"})
     for a, b in itertools.combinations(curves, 2):
         shared = sorted(curves[a].keys() & curves[b].keys())
         if len(shared) > 1:
-            index = [[places.index((label, size)) for size in shared] for label in (a, b)]
-            cross = metrics.crossing(shared, *(means[i] for i in index), *(replicates[:, i] for i in index))
+            of_a, of_b = ([places.index((label, size)) for size in shared] for label in (a, b))
+            cross = metrics.crossing(shared, means[of_a] - means[of_b], replicates[:, of_a] - replicates[:, of_b])
             crossings.append(_crossing_row(cross, shared, a, b))
     return "\n\n".join(map(table, filter(None, [rows, crossings]))), points
 
 
 def _crossing_row(cross: dict, sizes: Sequence[int], a: str, b: str) -> dict:
     ahead = {1: f"{a} is ahead", -1: f"{b} is ahead", 0: "neither is ahead"}[cross["later"]]
-    if cross["rows"] is None:
-        where = f"nowhere: {ahead} from {sizes[0]:,} to {sizes[-1]:,}"
-    else:
+    where = f"nowhere: {ahead} from {sizes[0]:,} to {sizes[-1]:,}"
+    if cross["rows"] is not None:
         where = f"{cross['rows']:,.0f}; from there on {ahead}"
     low, high = cross["low"], cross["high"]
     beyond = {-math.inf: f"below {sizes[0]:,}", math.inf: f"above {sizes[-1]:,}"}
-    if math.isnan(low):
-        bounds = "-"
-    elif low == high and math.isinf(low):  # few replicates cross, and all on one side
+    bounds = " to ".join(f"open {beyond[end]}" if end in beyond else f"{end:,.0f}" for end in (low, high))
+    if low == high and low in beyond:  # few replicates cross, and all on one side
         bounds = f"all {beyond[low]}"
-    else:
-        bounds = " to ".join(f"open {beyond[end]}" if end in beyond else f"{end:,.0f}" for end in (low, high))
     row = {"a": a, "b": b, "sizes that both have": ", ".join(f"{size:,}" for size in sizes)}
-    row |= {"they cross at, rows": where, "95 % interval": bounds}
+    row |= {"they cross at, rows": where, "95 % interval": "-" if math.isnan(low) else bounds}
     return row | {"replicates without a crossing": f"{cross['without']:.1%}"}
 
 
 # A cascade of two runs.
 
 
-class CascadeFigures(NamedTuple):
-    """What two runs bring together: tables, and the curve to draw."""
+class CascadeOfRuns(NamedTuple):
+    """Two runs' answers for their validation rows, by which the threshold was chosen, and for their test rows."""
 
-    rows: list[dict]  # the small model, the large one, both, and both with texts deferred at random
-    pairs: list[dict]  # both against each alone
-    note: str
-    curve: list[tuple[float, float, float, float]]  # (share of texts deferred, accuracy, low, high)
-    ends: tuple[float, float]  # the accuracies of the small and the large model alone
-    share: float  # of texts that the chosen threshold defers
+    validation: cascade.Answers
+    test: cascade.Answers
+    threshold: float
 
-    @staticmethod
-    def at_random(share: float, ends: tuple[float, float]) -> float:
-        """The expected accuracy if such a share of the texts is deferred at random."""
-        return (1 - share) * ends[0] + share * ends[1]
+    def pairs(self) -> list[dict]:
+        """Both against each alone."""
+        answers = {"both": self.test.cascade(self.threshold), "small": self.test.small, "large": self.test.large}
+        return compare_pairs({name: {"label": self.test.labels, "prediction": of} for name, of in answers.items()})[:2]
+
+    def kept_errors(self) -> tuple[int, int]:
+        """The number of wrong answers that stay with the small model, and of those that the large one gives as well."""
+        stay = (self.test.small != self.test.labels) & (self.test.confidence > self.threshold)
+        return stay.sum(), (stay & (self.test.small == self.test.large)).sum()
+
+    def curve(self) -> list[tuple[float, float, float, float]]:
+        """(share of texts deferred, accuracy, low, high), from nothing deferred to everything."""
+        quantiles = 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7
+        thresholds = np.quantile(self.validation.confidence, quantiles, method="lower")
+        points = [(self.test.share_deferred(at), self.test.accuracy(at)) for at in (0, *dict.fromkeys(thresholds), 1)]
+        return [(*point, *metrics.accuracy_interval(point[1], len(self.test.labels))) for point in points]
 
 
-def cascade_figures(small: str, large: str, runs: dict[str, Run], bench: Sequence[dict] = ()) -> CascadeFigures:
-    """Chooses the threshold on the validation rows of two runs, and tests it on their test rows."""
-    validation = cascade.validation_answers(runs[small].dir, runs[large].dir)
-    predicted = common_predictions({name: runs[name] for name in (small, large)})
+def cascade_of_runs(small: Run, large: Run) -> CascadeOfRuns:
+    """Chooses the threshold on the validation rows. Raises UserError unless both have the same rows."""
+    validation = cascade.validation_answers(small.dir, large.dir)
+    predicted = common_predictions({"small": small, "large": large})
     if len(predicted) < 2:
-        raise UserError(f"--cascade: {small} and {large} must have a predictions.parquet each; evaluate them again")
-    test, threshold = cascade.pair(*predicted.values()), cascade.choose_threshold(validation)
+        raise UserError(f"--cascade: {small.dir} and {large.dir} need a predictions.parquet each; evaluate them again")
+    return CascadeOfRuns(validation, cascade.pair(**predicted), cascade.choose_threshold(validation))
 
-    def accuracy_at(threshold: float, answers: cascade.Answers = test) -> float:
-        return float((answers.cascade(threshold) == answers.labels).mean())
 
-    def share_at(threshold: float) -> float:
-        return float((test.confidence <= threshold).mean())
-
-    def accuracy_interval(accuracy: float) -> str:
-        return interval(accuracy, *metrics.accuracy_interval(accuracy, len(test.labels)))
-
+def cascade_section(small: str, large: str, runs: dict[str, Run], both: CascadeOfRuns, bench: Sequence[dict]) -> str:
+    test, share = both.test, both.test.share_deferred(both.threshold)
+    seconds = [_seconds_per_text(runs[name], bench) for name in (small, large)]
+    seconds.append(None if None in seconds else seconds[0] + share * seconds[1])
     # A threshold of 0 defers nothing, and 1 everything: the models alone.
-    ends, share = (accuracy_at(0), accuracy_at(1)), share_at(threshold)
-    of_small, of_large = (_seconds_per_text(runs[name], bench) for name in (small, large))
-    together = None if None in (of_small, of_large) else of_small + share * of_large
-    rows = []
-    for answers, at, seconds in (
-        (f"small: {small}", 0, of_small),
-        (f"large: {large}", 1, of_large),
-        (f"both, threshold {threshold:.3f}", threshold, together),
-    ):
-        row = {"answers": answers, "deferred": f"{share_at(at):.1%}"}
-        row |= {"validation accuracy": f"{accuracy_at(at, validation):.4f}"}
-        row |= {"test accuracy (95 % interval)": accuracy_interval(accuracy_at(at))}
-        rows.append(row | {"seconds per 1,000 texts": seconds and f"{1000 * seconds:.1f}"})
+    answers = {f"small: {small}": 0, f"large: {large}": 1, f"both, threshold {both.threshold:.3f}": both.threshold}
+    rows, points = [], []
+    for (name, threshold), per_text in zip(answers.items(), seconds, strict=True):
+        row = {"answers": name, "deferred": f"{test.share_deferred(threshold):.1%}"}
+        row |= {"validation accuracy": both.validation.accuracy(threshold)}
+        row |= {"test accuracy (95 % interval)": wilson(test.accuracy(threshold), len(test.labels))}
+        rows.append(row | {"seconds per 1,000 texts": per_text and f"{1000 * per_text:.1f}"})
     rows.append(rows[-1] | {"answers": "both, as many deferred at random", "validation accuracy": None})
-    rows[-1]["test accuracy (95 % interval)"] = f"{CascadeFigures.at_random(share, ends):.4f} (expected)"
-
-    by_name = {"both": test.cascade(threshold), "small": test.small, "large": test.large}
-    columns = {name: {"label": test.labels, "prediction": values} for name, values in by_name.items()}
-    pairs = compare_pairs(dict.fromkeys(by_name, runs[small]), columns)[:2]
-    stays = (test.small != test.labels) & (test.confidence > threshold)
-    same = int((stays & (test.small == test.large)).sum())
-    note = (
-        f"Of the {stays.sum():,} wrong answers that stay with the small model, the large one gives the same in {same:,}"
-    )
-    thresholds = [*np.quantile(validation.confidence, [0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7], method="lower")]
-    points = [(share_at(at), accuracy_at(at)) for at in (0, *dict.fromkeys(thresholds), 1)]
-    curve = [(*point, *metrics.accuracy_interval(point[1], len(test.labels))) for point in points]
-    return CascadeFigures(rows, pairs, f"{note}: no threshold repairs these.", curve, ends, share)
-
-
-def cascade_section(figures: CascadeFigures) -> str:
-    points = []
-    for share, *accuracy in figures.curve:
-        row = {"deferred": f"{share:.1%}", "test accuracy (95 % interval)": interval(*accuracy)}
-        points.append(row | {"at random (expected)": f"{figures.at_random(share, figures.ends):.4f}"})
+    rows[-1]["test accuracy (95 % interval)"] = f"{test.at_random(share):.4f} (expected)"
+    stay, same = both.kept_errors()
+    note = f"Of the {stay:,} wrong answers that stay with the small model, the large one gives the same in {same:,}"
+    for deferred, *accuracy in both.curve():
+        point = {"deferred": f"{deferred:.1%}", "test accuracy (95 % interval)": interval(*accuracy)}
+        points.append(point | {"at random (expected)": test.at_random(deferred)})
     picture = "![accuracy by share of texts deferred](cascade.png)"
-    return "\n\n".join([table(figures.rows), table(figures.pairs), figures.note, table(points), picture])
+    return "\n\n".join(
+        [table(rows), table(both.pairs()), f"{note}: no threshold repairs these.", table(points), picture]
+    )
 
 
 def _seconds_per_text(run: Run, bench: Sequence[dict]) -> float | None:
@@ -642,60 +586,25 @@ def read_bench(file: Path) -> list[dict]:
     return rows
 
 
-def _rate(row: dict) -> str | None:
-    return f"{row['requests_per_second']:.2f}" if row["requests_per_second"] else None
-
-
-def _latencies(row: dict) -> str | None:
-    latencies = [row.get(f"latency_p{percentile}_ms") for percentile in (50, 90, 99)]
-    shown = [f"{latency:,.0f}" if latency >= 100 else f"{latency:.1f}" for latency in latencies if latency is not None]
-    return " / ".join(shown) or None
-
-
-BENCH_COLUMNS = {
-    "model": lambda row: row["model"],
-    "engine": lambda row: f"{row['engine']} {row.get('engine_version') or ''}".strip(),
-    "method": lambda row: row["method"],
-    "mode": lambda row: row["mode"],
-    "dtype": lambda row: row.get("dtype"),
-    "hardware": lambda row: row.get("device"),
-    "requests/s": _rate,
-    "latency p50 / p90 / p99, ms": _latencies,
-    "in time": lambda row: None if row.get("slo_attainment") is None else f"{row['slo_attainment']:.1%}",
-    "tokens/s": lambda row: row.get("input_tokens_per_second") and f"{row['input_tokens_per_second']:,.0f}",
-    "peak GiB": lambda row: row.get("peak_memory_bytes") and f"{row['peak_memory_bytes'] / 2**30:.2f}",
-    "requests": lambda row: row["num_requests"],
-    "accuracy": lambda row: row["accuracy"],
-    "agreement": lambda row: row.get("agreement"),
-    "changed answers": lambda row: row.get("changed_answers"),
-    "status": lambda row: f"{row['status']}: {row['reason']}" if row.get("reason") else row["status"],
-}
-
-
 def bench_table(rows: Sequence[dict]) -> str:
     """Markdown of the rows of a bench.json, without the columns in which no row has a value."""
-    columns = {header: [cell(row) for row in rows] for header, cell in BENCH_COLUMNS.items()}
-    columns = {header: cells for header, cells in columns.items() if any(cell is not None for cell in cells)}
-    return markdown([*columns], zip(*columns.values(), strict=True))
-
-
-# The sentence under each title of a report; docs/report.md has more.
-NOTES = {
-    "Headlines": "Test scores, one line for each setting; seeds as mean ± standard deviation.",
-    "How the step was chosen": "No headline is selected on the test rows; a best step on test is.",
-    "Against the published tables": "Lines meet where the same share of the training is done.",
-    "Pairwise comparison": "Paired on the same test rows; better is said where the test and both intervals agree.",
-    "Settings and seeds": "Macro F1 on the validation rows and on the test rows; validation chooses.",
-    "Training rows": "Mean accuracy over the seeds, all on the same test rows.",
-    "Cascade": "The small model answers, and defers to the large one where it is unsure.",
-    "Length": "Accuracy by length of the untruncated text, with 95 % intervals.",
-    "Classes": "F1 (precision, recall).",
-    "Confusion": "True class down, predicted class across.",
-    "Curves": "Loss and scores over the steps.",
-    "Calibration": "Expected calibration error over 15 bins, before and after scaling by the temperature.",
-    "Cost": "Compare times only on the same, otherwise idle hardware.",
-    "Which one to deploy": "Accuracy with its 95 % interval (Wilson) and requests per second, on the same requests.",
-}
+    lines = []
+    for row in rows:
+        latencies = [row.get(f"latency_p{percentile}_ms") for percentile in (50, 90, 99)]
+        latencies = [figure(ms, ",.0f" if ms >= 100 else ".1f") for ms in latencies if ms is not None]
+        memory = row.get("peak_memory_bytes")
+        line = {"model": row["model"], "engine": f"{row['engine']} {row.get('engine_version') or ''}".strip()}
+        line |= {"method": row["method"], "mode": row["mode"], "dtype": row.get("dtype")}
+        line |= {"hardware": row.get("device"), "requests/s": figure(row["requests_per_second"], ".2f")}
+        line |= {"latency p50 / p90 / p99, ms": " / ".join(latencies) or None}
+        line |= {"in time": figure(row.get("slo_attainment"), ".1%")}
+        line |= {"tokens/s": figure(row.get("input_tokens_per_second"), ",.0f")}
+        line |= {"peak GiB": figure(memory and memory / 2**30, ".2f"), "requests": row["num_requests"]}
+        line |= {"accuracy": row["accuracy"], "agreement": row.get("agreement")}
+        line |= {"changed answers": row.get("changed_answers")}
+        status = f"{row['status']}: {row['reason']}" if row.get("reason") else row["status"]
+        lines.append(line | {"status": status})
+    return table(without_empty_columns(lines))
 
 
 def write_report(
@@ -710,47 +619,65 @@ def write_report(
         return "\n\n".join(f"### {name}\n\n{body}" for name, body in bodies.items() if body)
 
     predicted = common_predictions(runs)
-    pairs, rows_note = compare_pairs(runs, predicted), common_note(runs, predicted)
+    pairs, rows_note = compare_pairs(predicted), None
+    if not same_test_rows(runs):
+        num_rows = f"{len(next(iter(predicted.values()))['label']):,}"
+        rows_note = (
+            f"The runs have different parts of the same test rows; comparisons use the {num_rows} rows that all have."
+        )
     curves, points = curve_section(runs, predicted)
-    figures = cascade_figures(*small_and_large, runs, bench) if small_and_large else None
-    absent = {name: note for name, run in runs.items() if (note := absent_classes_note(run.results))}
+    both = cascade_of_runs(*(runs[name] for name in small_and_large)) if small_and_large else None
+    absent = [f"{name}: {note}." for name, run in runs.items() if (note := absent_classes_note(run.results))]
     pictures = {name: run.dir / "curves.png" for name, run in runs.items() if (run.dir / "curves.png").is_file()}
     images = {name: f"![loss and scores over steps](curves-{i}.png)" for i, name in enumerate(pictures, start=1)}
     left_out = ", ".join(name for name in runs if name not in predicted)
-    more_notes = {"Headlines": [f"{name}: {note}." for name, note in absent.items()], "Training rows": [rows_note]}
-    more_notes["Pairwise comparison"] = [
-        len(pairs) > 5 and f"Of {len(pairs)} equal pairs, one in twenty would look different by chance.",
+    parts = ["# Report"]
+
+    def add(title: str, body: str | None, *notes: str | None) -> None:
+        """A section, with a sentence or more under its title; docs/report.md has more."""
+        if body:
+            parts.extend(filter(None, [f"## {title}", " ".join(filter(None, notes)), body]))
+
+    seeds = "Test scores, one line for each setting; seeds as mean ± standard deviation."
+    add("Headlines", runs_table(runs), seeds, *absent)
+    add("What was run", about_table(runs))
+    unselected = "No headline is selected on the test rows; a best step on test is."
+    add("How the step was chosen", selection_table(runs), unselected)
+    published = by_run({name: published_table(run) for name, run in runs.items()})
+    add("Against the published tables", published, "Lines meet where the same share of the training is done.")
+    add(
+        "Pairwise comparison",
+        comparison_table(pairs, len(runs)),
+        "Paired on the same test rows; better is said where the test and both intervals agree.",
+        f"Of {len(pairs)} equal pairs, one in twenty would look different by chance." * (len(pairs) > 5),
         rows_note,
         left_out and f"Left out, without predictions.parquet: {left_out}.",
-    ]
-    sections = {
-        "Headlines": runs_table(runs),
-        "What was run": about_table(runs),
-        "How the step was chosen": selection_table(runs),
-        "Against the published tables": by_run({name: published_table(run) for name, run in runs.items()}),
-        "Pairwise comparison": comparison_table(pairs, len(runs)),
-        "Settings and seeds": "\n\n".join(grid_tables(runs)),
-        "Training rows": curves and f"{curves}\n\n![accuracy over training rows](rows.png)",
-        "Cascade": figures and cascade_section(figures),
-        "Length": length_table(predicted),
-        "Classes": per_class_table(runs),
-        "Confusion": by_run({name: confusion_table(run) for name, run in runs.items()}),
-        "Curves": by_run(images),
-        "Calibration": calibration_table(runs),
-        "Cost": cost_table(runs),
-        "Which one to deploy": bench and f"{bench_table(bench)}\n\n![accuracy and requests per second](deploy.png)",
-    }
-    parts = ["# Report"]
-    for title, body in sections.items():
-        note = " ".join(filter(None, [NOTES.get(title), *more_notes.get(title, [])]))
-        parts += filter(None, [f"## {title}", note, body] if body else [])
+    )
+    choice = "Macro F1 on the validation rows and on the test rows; validation chooses."
+    add("Settings and seeds", "\n\n".join(grid_tables(runs)), choice)
+    curves = curves and f"{curves}\n\n![accuracy over training rows](rows.png)"
+    add("Training rows", curves, "Mean accuracy over the seeds, all on the same test rows.", rows_note)
+    deferral = "The small model answers, and defers to the large one where it is unsure."
+    add("Cascade", both and cascade_section(*small_and_large, runs, both, bench), deferral)
+    add("Length", length_table(predicted), "Accuracy by length of the untruncated text, with 95 % intervals.")
+    add("Classes", per_class_table(runs), "F1 (precision, recall).")
+    confusions = by_run({name: confusion_table(run) for name, run in runs.items()})
+    add("Confusion", confusions, "True class down, predicted class across.")
+    add("Curves", by_run(images), "Loss and scores over the steps.")
+    scaling = "Expected calibration error over 15 bins, before and after scaling by the temperature."
+    add("Calibration", calibration_table(runs), scaling)
+    add("Cost", cost_table(runs), "Compare times only on the same, otherwise idle hardware.")
+    deploy = bench and f"{bench_table(bench)}\n\n![accuracy and requests per second](deploy.png)"
+    requests = "Accuracy with its 95 % interval (Wilson) and requests per second, on the same requests."
+    add("Which one to deploy", deploy, requests)
+
     out.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pictures.values(), start=1):
         shutil.copyfile(picture, out / f"curves-{i}.png")
     if points:
         plots.plot_learning_curves(points, out / "rows.png")
-    if figures:
-        plots.plot_deferral(figures.curve, figures.ends, figures.share, out / "cascade.png")
+    if both:
+        plots.plot_deferral(both.curve(), both.test.share_deferred(both.threshold), out / "cascade.png")
     if bench:
         plots.plot_requests(bench, out / "deploy.png")
     (out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -4,7 +4,7 @@ n rows, C classes. `confusion[i, j]` counts rows of class i that were predicted 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -47,15 +47,9 @@ def occurs(confusion: np.ndarray) -> np.ndarray:
     return confusion.sum(0) + confusion.sum(1) > 0
 
 
-def constant_metrics(support: np.ndarray, answer: int) -> dict[str, float]:
-    """Accuracy and macro F1 of always predicting one class; support: (C,), the rows of each class."""
-    confusion = np.zeros((len(support), len(support)), np.int64)
-    confusion[:, answer] = support
-    return {name: value for name, value in classification_metrics(confusion).items() if name in ("accuracy", "f1")}
-
-
-def _scores(draws: np.ndarray, labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> np.ndarray:
+def _scores(draws: np.ndarray, labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
     """Accuracy and macro F1 of R resamples, (2, R). draws: (R, K), counts of K cells; labels, predictions: (K,)."""
+    num_labels = 1 + max(labels.max(), predictions.max())
 
     def per_label(cells: np.ndarray, classes: np.ndarray) -> np.ndarray:  # (R, C): cells added up by class
         index = np.arange(len(cells))[:, None] * num_labels + classes
@@ -67,15 +61,18 @@ def _scores(draws: np.ndarray, labels: np.ndarray, predictions: np.ndarray, num_
     return np.stack([hits.sum(1) / np.maximum(draws.sum(1), 1), f1])
 
 
-def _draws(counts: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Resamples of the rows counted in K cells: (R, K) counts at a time, `resamples` in all.
+def _bootstrap(
+    counts: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], resamples: int, seed: int
+) -> np.ndarray:
+    """A statistic of resamples of the rows counted in K cells, (..., resamples), from (R, K) counts at a time.
 
     The scores depend on a row only through its cell, so n rows drawn with replacement are one multinomial draw of the K
     occupied cells: the same distribution for a fraction of the work.
     """
     rng, part = np.random.default_rng(seed), max(1, min(500, 2_000_000 // len(counts)))
-    for start in range(0, resamples, part):
-        yield rng.multinomial(counts.sum(), counts / counts.sum(), size=min(part, resamples - start))
+    sizes = [min(part, resamples - start) for start in range(0, resamples, part)]
+    draws = (rng.multinomial(counts.sum(), counts / counts.sum(), size=size) for size in sizes)
+    return np.concatenate([statistic(drawn) for drawn in draws], axis=-1)
 
 
 def f1_interval(confusion: np.ndarray, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
@@ -86,8 +83,9 @@ def f1_interval(confusion: np.ndarray, resamples: int = 10_000, seed: int = 0) -
     labels, predictions = np.nonzero(confusion)
     if not len(labels):
         return 0.0, 0.0
-    drawn = _draws(confusion[labels, predictions], resamples, seed)
-    f1 = np.concatenate([_scores(draws, labels, predictions, len(confusion))[1] for draws in drawn])
+    f1 = _bootstrap(
+        confusion[labels, predictions], lambda draws: _scores(draws, labels, predictions)[1], resamples, seed
+    )
     low, high = np.quantile(f1, [0.025, 0.975])
     return float(low), float(high)
 
@@ -145,12 +143,7 @@ def mcnemar(labels: np.ndarray, predictions_a: np.ndarray, predictions_b: np.nda
 
 
 def paired_bootstrap(
-    labels: np.ndarray,
-    predictions_a: np.ndarray,
-    predictions_b: np.ndarray,
-    num_labels: int,
-    resamples: int = 10_000,
-    seed: int = 0,
+    labels: np.ndarray, predictions_a: np.ndarray, predictions_b: np.ndarray, resamples: int = 10_000, seed: int = 0
 ) -> dict[str, tuple[float, float, float]]:
     """{"accuracy" and "f1": (difference a - b, low, high)} of two classifiers on the same rows, with 95 % intervals.
 
@@ -161,10 +154,9 @@ def paired_bootstrap(
     label, cells_a, cells_b = cells  # (K,) each
 
     def differences(draws: np.ndarray) -> np.ndarray:  # (2, R), in accuracy and macro F1
-        return _scores(draws, label, cells_a, num_labels) - _scores(draws, label, cells_b, num_labels)
+        return _scores(draws, label, cells_a) - _scores(draws, label, cells_b)
 
-    drawn = np.concatenate([differences(draws) for draws in _draws(counts, resamples, seed)], axis=1)
-    low, high = np.quantile(drawn, [0.025, 0.975], axis=1)
+    low, high = np.quantile(_bootstrap(counts, differences, resamples, seed), [0.025, 0.975], axis=1)
     values = differences(counts[None])[:, 0]
     return {name: (float(values[i]), float(low[i]), float(high[i])) for i, name in enumerate(("accuracy", "f1"))}
 
@@ -180,15 +172,14 @@ def resampled_accuracies(
     """
     # Test rows that all runs treat alike are drawn together.
     patterns, counts = np.unique(right, axis=1, return_counts=True)  # (runs, K), (K,)
-    rng, replicates = np.random.default_rng((seed, 1)), []
-    for draws in _draws(counts, resamples, seed):
+    rng = np.random.default_rng((seed, 1))
+
+    def means(draws: np.ndarray) -> np.ndarray:  # (P, R)
         accuracies = draws @ patterns.T / right.shape[1]  # (R, runs)
-        means = []
-        for runs in points:
-            pick = rng.integers(0, len(runs), (len(draws), len(runs)))
-            means.append(np.take_along_axis(accuracies[:, [*runs]], pick, 1).mean(1))
-        replicates.append(np.stack(means, axis=1))
-    return np.array([right[[*runs]].mean() for runs in points]), np.concatenate(replicates)
+        picks = [np.array(runs)[rng.integers(0, len(runs), (len(draws), len(runs)))] for runs in points]
+        return np.stack([np.take_along_axis(accuracies, pick, 1).mean(1) for pick in picks])
+
+    return np.array([right[[*runs]].mean() for runs in points]), _bootstrap(counts, means, resamples, seed).T
 
 
 def last_crossing(x: np.ndarray, differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -197,27 +188,24 @@ def last_crossing(x: np.ndarray, differences: np.ndarray) -> tuple[np.ndarray, n
     x: (S,), ascending; differences: (R, S), the curves' values there. A curve without values of both signs has NaN and
     its only sign (0 if it is 0 everywhere). If a curve is 0 over an interval between the signs, the place is its end.
     """
-    signs, rows, end = np.sign(differences), np.arange(len(differences)), len(x) - 1
-    last = end - (signs[:, ::-1] != 0).argmax(1)  # (R,): the last value that is not 0
-    sign = signs[rows, last]
-    others = (signs != sign[:, None]) & (np.arange(len(x)) < last[:, None])  # (R, S)
-    left = np.minimum(end - others[:, ::-1].argmax(1), max(end - 1, 0))  # the change is between left and left + 1
-    right = np.minimum(left + 1, end)
-    here, following = differences[rows, left], differences[rows, right]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        places = x[left] + (x[right] - x[left]) * here / (here - following)
-    changes = (signs * sign[:, None] < 0).any(1)
-    return np.where(changes, places, np.nan), sign
+    places, signs = np.full(len(differences), np.nan), np.sign(differences[:, 0])
+    for i in range(1, len(x)):
+        here, following = differences[:, i - 1], differences[:, i]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            zeros = x[i - 1] + (x[i] - x[i - 1]) * here / (here - following)
+        entered = (following != 0) & (np.sign(here) != np.sign(following))  # the sign of `following` begins here
+        places = np.where(entered, zeros, places)
+        signs = np.where(following != 0, np.sign(following), signs)
+    both_signs = (differences > 0).any(1) & (differences < 0).any(1)
+    return np.where(both_signs, places, np.nan), signs
 
 
-def crossing(
-    sizes: Sequence[int], a: np.ndarray, b: np.ndarray, replicates_a: np.ndarray, replicates_b: np.ndarray
-) -> dict[str, float | int | None]:
-    """The number of training rows at which a's curve and b's cross for the last time, with its 95 % interval.
+def crossing(sizes: Sequence[int], differences: np.ndarray, replicates: np.ndarray) -> dict[str, float | int | None]:
+    """The number of training rows at which two learning curves a and b cross for the last time, with its 95 % interval.
 
-    sizes: (S,) numbers of rows, ascending; a, b: (S,) mean accuracies; replicates_a, replicates_b: (R, S), from the
-    same draws. a - b is taken as linear in the logarithm of the rows between sizes; outside them nothing is said.
-    Returns
+    sizes: (S,) numbers of rows, ascending; differences: (S,), a's mean accuracies minus b's; replicates: (R, S), the
+    same of bootstrap draws. a - b is taken as linear in the logarithm of the rows between sizes; outside them nothing
+    is said. Returns
     - rows: where a - b changes sign for the last time, None if it does not
     - later: the sign of a - b from there on (1: a is ahead), or its only sign
     - low, high: the 2.5 and 97.5 percentiles of the replicates' crossings. A replicate without one counts as -inf (it
@@ -227,14 +215,14 @@ def crossing(
     - without: the share of replicates that do not cross
     """
     x = np.log(sizes)
-    (place,), (later,) = last_crossing(x, (a - b)[None])
-    places, signs = last_crossing(x, replicates_a - replicates_b)
-    uncrossed = np.isnan(places)
-    result = {"rows": None if np.isnan(place) else float(np.exp(place)), "later": int(later)}
-    result |= {"without": float(uncrossed.mean())}
-    if uncrossed.all():
-        return result | {"low": math.nan, "high": math.nan}
-    towards = later if result["rows"] else np.sign(signs[~uncrossed].sum()) or later
-    scale = np.sort(np.where(uncrossed, np.where(signs == towards, -np.inf, np.inf), np.exp(places)))
-    cut = math.floor(0.025 * len(scale))  # without interpolation, which infinite neighbours would break
-    return result | {"low": float(scale[cut]), "high": float(scale[len(scale) - 1 - cut])}
+    (place,), (later,) = last_crossing(x, differences[None])
+    places, signs = last_crossing(x, replicates)
+    crosses, uncrossed = not np.isnan(place), np.isnan(places)
+    low = high = math.nan
+    if not uncrossed.all():
+        towards = later if crosses else np.sign(signs[~uncrossed].sum()) or later
+        scale = np.sort(np.where(uncrossed, np.where(signs == towards, -np.inf, np.inf), np.exp(places)))
+        cut = math.floor(0.025 * len(scale))  # without interpolation, which infinite neighbours would break
+        low, high = float(scale[cut]), float(scale[-1 - cut])
+    result = {"rows": float(np.exp(place)) if crosses else None, "later": int(later), "low": low, "high": high}
+    return result | {"without": float(uncrossed.mean())}

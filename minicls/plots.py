@@ -1,5 +1,6 @@
 """Pictures of a run (loss and accuracy curves, the confusion matrix) and of several runs together."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from minicls import metrics, results
 from minicls.logger import read_metrics
-from minicls.results import shown
+from minicls.results import plain, shown
 
 MAX_CLASSES = 100  # in a confusion matrix; if there are more, those with most mistakes are shown
 
@@ -20,41 +21,39 @@ def _pyplot(texts: Sequence[str] = ()):
     import matplotlib.pyplot as plt
     from matplotlib import font_manager
 
-    def has(path: str, characters: set[str]) -> bool:
-        font = font_manager.get_font(path)
-        return all(font.get_char_index(ord(character)) for character in characters)
+    def lacking(font_file: str, characters: set[str]) -> set[str]:
+        font = font_manager.get_font(font_file)
+        return {character for character in characters if not font.get_char_index(ord(character))}
 
     families = matplotlib.rcParamsDefault["font.family"]
     default = font_manager.findfont(font_manager.FontProperties(family=families))
-    lacking = {character for character in set("".join(texts)) if not has(default, {character})}
+    needed = lacking(default, set("".join(texts)))
     # The Last Resort font has every character, as a box.
     fonts = [font for font in font_manager.fontManager.ttflist if not font.name.startswith("Last Resort")]
     fonts.sort(key=lambda font: (font.style != "normal", font.weight != 400))
-    name = next((font.name for font in fonts if has(font.fname, lacking)), None) if lacking else None
+    name = next((font.name for font in fonts if needed and not lacking(font.fname, needed)), None)
     matplotlib.rcParams["font.family"] = [*families, *([name] if name else [])]
-    return plt, name is not None or not lacking
-
-
-def _plain(value: float) -> str:
-    """Three digits, or all digits before the point if there are more: 1,138 rather than 1.14e+03."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return plt, bool(name or not needed)
 
 
 def plot_curves(run_dir: Path) -> Path:
     """curves.png from metrics.jsonl: losses on the left, accuracy and F1 on the right, over steps."""
     plt, _ = _pyplot()
-    events = read_metrics(run_dir)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    train = [event for event in events if event["event"] == "train"]
-    for key, color, label in (("loss", "0.7", "train"), ("answer_loss", "tab:green", "train, the letter alone")):
-        if train and key in train[0]:
-            left.plot([e["step"] for e in train], [e[key] for e in train], color=color, label=label, linewidth=1)
+    events = read_metrics(run_dir)
+
+    def draw(axes, split: str | None, key: str, style: str, **options) -> None:
+        """A line of the evaluations of a split, or of the training (None)."""
+        points = [(event["step"], event[key]) for event in events if event.get("split") == split and key in event]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, **options)
+
+    draw(left, None, "loss", "-", color="0.7", label="train", linewidth=1)
+    draw(left, None, "answer_loss", "-", color="tab:green", label="train, the letter alone", linewidth=1)
     for split, color in (("validation", "tab:orange"), ("test", "tab:blue")):
-        evaluations = [event for event in events if event["event"] == "eval" and event["split"] == split]
-        lines = ((left, "loss", "", "o-"), (right, "accuracy", " accuracy", "o-"), (right, "f1", " macro F1", "x--"))
-        for axes, key, score, style in lines if evaluations else ():
-            steps, values = zip(*((event["step"], event[key]) for event in evaluations), strict=True)
-            axes.plot(steps, values, style, color=color, label=split + score, markersize=4)
+        draw(left, split, "loss", "o-", color=color, label=split, markersize=4)
+        draw(right, split, "accuracy", "o-", color=color, label=f"{split} accuracy", markersize=4)
+        draw(right, split, "f1", "x--", color=color, label=f"{split} macro F1", markersize=4)
     left.set(xlabel="step", ylabel="cross-entropy, nats", title="Loss", ylim=(0, None))
     right.set(xlabel="step", title="Accuracy and macro F1")
     for axes in (left, right):
@@ -85,12 +84,11 @@ def plot_confusion(confusion: Sequence[Sequence[int]], label_names: Sequence[str
     if len(counts) > MAX_CLASSES:
         mistakes = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
         kept = np.sort(np.argsort(-mistakes, kind="stable")[: MAX_CLASSES // 2])
-        place = np.full(len(counts), len(kept))
-        place[kept] = np.arange(len(kept))
-        merged = np.zeros((len(kept) + 1, len(kept) + 1), counts.dtype)
-        np.add.at(merged, (place[:, None], place[None]), counts)
         title += f"; the {len(kept)} classes with most mistakes, and the {len(counts) - len(kept)} others"
-        counts, names = merged, [*(names[i] for i in kept), "all others"]
+        group = np.zeros((len(counts), len(kept) + 1), counts.dtype)  # (C, the kept ones and all others)
+        group[kept, np.arange(len(kept))] = 1
+        group[:, -1] = 1 - group.sum(1)
+        counts, names = group.T @ counts @ group, [*(names[i] for i in kept), "all others"]
     C = len(counts)
     cell, points = (0.62, 9) if C <= 10 else (0.4, 8) if C <= 30 else (0.22, 7)  # inches; font size
     longest = max(map(len, names)) * points / 72 * 0.6  # inches
@@ -114,25 +112,25 @@ def plot_confusion(confusion: Sequence[Sequence[int]], label_names: Sequence[str
 def plot_requests(rows: Sequence[dict], file: Path) -> Path:
     """The valid rows of a bench.json: accuracy with its 95 % interval, where there is any, and requests per second in a
     panel for each mode. A line for each model, engine and method; a colour for each model."""
-    rows = [row for row in rows if row["status"] == "ok"]
+    rows = [
+        row | {"name": f"{row['model']}, {row['engine']}, {row['method']}"} for row in rows if row["status"] == "ok"
+    ]
     plt, _ = _pyplot([row["model"] for row in rows])
-    names = {id(row): f"{row['model']}, {row['engine']}, {row['method']}" for row in rows}
-    lines, models = list(dict.fromkeys(names.values())), list(dict.fromkeys(row["model"] for row in rows))
-    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    names, models, modes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("name", "model", "mode"))
     scored = any(row["accuracy"] is not None for row in rows)
     titles = ["accuracy, 95 % interval"] * scored + [f"requests per second, {mode}" for mode in modes]
-    longest = max(map(len, lines), default=0) * 0.065  # inches, at 8 points
-    size = (longest + 3.2 * max(1, len(titles)), 1.2 + 0.3 * len(lines))
+    longest = max(map(len, names), default=0) * 0.065  # inches, at 8 points
+    size = (longest + 3.2 * max(1, len(titles)), 1.2 + 0.3 * len(names))
     figure, axes = plt.subplots(1, max(1, len(titles)), figsize=size, layout="constrained", sharey=True, squeeze=False)
     for row in rows:
-        place, color = lines.index(names[id(row)]), f"C{models.index(row['model'])}"
+        place, color = names.index(row["name"]), f"C{models.index(row['model'])}"
         if row["accuracy"] is not None:
             accuracy, (low, high) = row["accuracy"], metrics.accuracy_interval(row["accuracy"], row["num_requests"])
             bars = [[accuracy - low], [high - accuracy]]
             axes[0, 0].errorbar(accuracy, place, xerr=bars, fmt="o", color=color, capsize=3)
         panel = axes[0, scored + modes.index(row["mode"])]
         bar = panel.barh(place, row["requests_per_second"], color=color)
-        panel.bar_label(bar, [_plain(row["requests_per_second"])], padding=3, fontsize=8)
+        panel.bar_label(bar, [plain(row["requests_per_second"])], padding=3, fontsize=8)
         panel.margins(x=0.25)  # room for the figures
     for panel, title in zip(axes[0], titles, strict=False):
         panel.set_title(title, fontsize=9)
@@ -142,20 +140,20 @@ def plot_requests(rows: Sequence[dict], file: Path) -> Path:
     if scored:
         low, high = axes[0, 0].get_xlim()
         axes[0, 0].set_xlim(max(0.0, low), min(1.0, high))
-    axes[0, 0].set_yticks(range(len(lines)), lines, fontsize=8)
+    axes[0, 0].set_yticks(range(len(names)), names, fontsize=8)
     axes[0, 0].invert_yaxis()  # the first on top
     figure.savefig(file, dpi=120)
     plt.close(figure)
     return file
 
 
-def plot_learning_curves(curves: dict[str, Sequence], file: Path, dpi: int = 120) -> None:
-    """Accuracy over training rows: by label the points (rows, accuracy, low, high, seeds); a single seed is hollow."""
+def plot_learning_curves(curves: dict[str, dict[int, tuple]], file: Path, dpi: int = 120) -> None:
+    """Accuracy over training rows: by label {rows: (accuracy, low, high, seeds)}; a single seed is hollow."""
     plt, _ = _pyplot([*curves])
     figure, axes = plt.subplots(figsize=(8, 5 + 0.25 * len(curves)), layout="constrained")
     for i, (label, points) in enumerate(curves.items()):
         color = f"C{i}"
-        rows, accuracy, low, high, seeds = np.array(points, float).T
+        rows, (accuracy, low, high, seeds) = np.array([*points], float), np.array([*points.values()], float).T
         rows = rows * 1.025 ** (i - (len(curves) - 1) / 2)  # spread, or bars of equal sizes would hide each other
         bars = np.maximum(0, [accuracy - low, high - accuracy])  # a percentile interval of few rows may exclude it
         faces = ["white" if n == 1 else color for n in seeds]
@@ -166,12 +164,12 @@ def plot_learning_curves(curves: dict[str, Sequence], file: Path, dpi: int = 120
         xscale="log", xlabel="training rows", ylabel="accuracy on test, 95 % interval", title="What more labels buy"
     )
     ticks = []
-    for size in sorted({point[0] for points in curves.values() for point in points}):
+    for size in sorted({*itertools.chain(*curves.values())}):
         ticks += [size] if not ticks or size > 1.4 * ticks[-1] else []  # labels of nearer ones would overlap
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    if any(point[4] == 1 for points in curves.values() for point in points):
+    if any(seeds == 1 for points in curves.values() for *_, seeds in points.values()):
         note = "hollow: one seed, interval of test rows only"
         axes.text(0.99, 0.02, note, transform=axes.transAxes, ha="right", fontsize=8)
     figure.legend(loc="outside lower center", fontsize=9)
@@ -179,17 +177,17 @@ def plot_learning_curves(curves: dict[str, Sequence], file: Path, dpi: int = 120
     plt.close(figure)
 
 
-def plot_deferral(curve: Sequence[tuple], ends: tuple[float, float], chosen: float, file: Path) -> None:
+def plot_deferral(curve: Sequence[tuple], chosen: float, file: Path) -> None:
     """A cascade's accuracy by the share of deferred texts: points (share, accuracy, low, high), from 0 to 1.
 
-    ends: the accuracies of the two models alone, which deferring at random connects; chosen: the threshold's share.
+    chosen: the threshold's share.
     """
-    plt, _ = _pyplot([])
+    plt, _ = _pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     share, accuracy, low, high = np.array(curve).T
     axes.plot(share, accuracy, marker="o", markersize=4, label="least confident first")
     axes.fill_between(share, low, high, alpha=0.15, label="95 % interval")
-    axes.plot([0, 1], ends, linestyle="--", color="grey", label="at random (expected)")
+    axes.plot([0, 1], accuracy[[0, -1]], linestyle="--", color="grey", label="at random (expected)")
     axes.axvline(chosen, color="C1", linewidth=1, label="threshold chosen on validation rows")
     axes.set(xlabel="share of texts deferred to the large model", ylabel="accuracy on test", xlim=(0, 1))
     axes.xaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:.0%}"))
@@ -201,6 +199,6 @@ def plot_deferral(curve: Sequence[tuple], ends: tuple[float, float], chosen: flo
 
 def finish(run_dir: Path, written: dict) -> str:
     """Draws the pictures of a finished run; returns its tables, its headline, and where the pictures are."""
-    lines = [results.steps_table(run_dir), results.summary(written), f"curves: {plot_curves(run_dir)}"]
+    lines = [results.table(results.steps(run_dir)), results.summary(written), f"curves: {plot_curves(run_dir)}"]
     picture = plot_confusion(written["confusion"], [*written["per_class"]], run_dir)
     return "\n".join([*lines, f"confusion matrix: {picture}"])

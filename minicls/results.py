@@ -92,10 +92,10 @@ def write_results(
     """
     labels, names, test_logits = data.test.labels, data.label_names, logits["test"].double()
     scores, confusion = evaluate_logits(test_logits, labels)
-    support = confusion.sum(1)
     f1_low, f1_high = metrics.f1_interval(confusion)
     majority = int(np.bincount(data.train.labels, minlength=len(names)).argmax())
-    constant = metrics.constant_metrics(support, majority)
+    always = metrics.confusion_matrix(labels, np.full_like(labels, majority), len(names))
+    constant = metrics.classification_metrics(always)
     write_predictions(run_dir / "predictions.parquet", data.test, test_logits, tokenizer, names)
     temperature = None
     if validation:
@@ -118,7 +118,7 @@ def write_results(
         "majority_accuracy": constant["accuracy"],
         "majority_f1": constant["f1"],
         "macro_classes": int(metrics.occurs(confusion).sum()),  # precision, recall and f1 are means over these
-        "absent_classes": [name for name, rows in zip(names, support, strict=True) if not rows],  # without test rows
+        "absent_classes": [name for name, rows in zip(names, confusion.sum(1), strict=True) if not rows],
         "calibration_error": calibration_error(test_logits),
         "temperature": temperature,  # fitted on the validation rows; null without them
         "calibration_error_scaled": calibration_error(test_logits / temperature) if validation else None,
@@ -130,7 +130,7 @@ def write_results(
         "final_train_loss": float(np.mean(last_losses)) if trained else None,  # of answers, over the last logged steps
         "best_step_on_test": best_step,
         "best_f1_on_test": best_f1,
-        "best_step_on_validation": state["best_on_validation"][0] if state["best_on_validation"] else None,
+        "best_step_on_validation": (state["best_on_validation"] or [None])[0],
         "train_seconds": seconds,
         "eval_seconds": state["eval_seconds"],
         "evaluations": state["evaluations"],  # those that took eval_seconds
@@ -204,20 +204,35 @@ def shown(value: object) -> str:
     return text if text == text.strip() and text.isprintable() else repr(text)
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence]) -> str:
-    """A Markdown table. None becomes -, a float gets four decimals."""
+def table(rows: Iterable[dict]) -> str:
+    """A Markdown table of rows {header: cell}, all with the same headers; empty for no rows.
+
+    None becomes -, a float gets four decimals.
+    """
 
     def cell(value: object) -> str:
         text = "-" if value is None else f"{value:.4f}" if isinstance(value, float) else shown(value)
         return text.replace("|", r"\|")
 
-    return "\n".join("| " + " | ".join(map(cell, row)) + " |" for row in (header, ["---"] * len(header), *rows))
+    rows = [*rows]
+    lines = [[*rows[0]], ["---"] * len(rows[0]), *(row.values() for row in rows)] if rows else []
+    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
 
 
-def table(rows: Iterable[dict]) -> str:
-    """A Markdown table of rows {header: cell}, at least one, all with the same headers."""
-    first, *others = rows
-    return markdown([*first], [[*row.values()] for row in (first, *others)])
+def without_empty_columns(rows: Sequence[dict]) -> list[dict]:
+    """The rows of a table without the columns in which none of them has a value."""
+    kept = [header for header in rows[0] if any(row[header] is not None for row in rows)]
+    return [{header: row[header] for header in kept} for row in rows]
+
+
+def figure(value: float | None, spec: str) -> str | None:
+    """A number in this format; None for none."""
+    return None if value is None else format(value, spec)
+
+
+def plain(value: float) -> str:
+    """Three digits, or all digits before the point if there are more: 1,138 rather than 1.14e+03."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def interval(value: float, low: float, high: float) -> str:
@@ -231,49 +246,21 @@ def spread(values: Sequence[float], digits: int = 4) -> str:
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
-def steps(run_dir: Path) -> tuple[list[str], list[tuple[int, list]]]:
-    """The columns of the published tables, and (step, cells) for each evaluation on the test rows.
+def steps(run_dir: Path) -> list[dict]:
+    """The columns of the published tables for each evaluation on the test rows.
 
     The training loss is the mean over the steps logged since the previous evaluation. Where only the answer's letter
     depends on the row, its loss has a column of its own.
     """
-    events = read_metrics(run_dir)
-    names = ["loss", "answer_loss"] if any("answer_loss" in event for event in events) else ["loss"]
-    lines, losses = [], []
+    events, rows, train = read_metrics(run_dir), [], []
+    losses = {"training loss": "loss", "of the letter": "answer_loss"}
+    losses = {header: key for header, key in losses.items() if any(key in event for event in events)}
     for event in events:
         if event["event"] == "train":
-            losses.append([event[name] for name in names])
+            train.append(event)
         elif event["split"] == "test":
-            means = np.mean(losses, axis=0).tolist() if losses else [None] * len(names)
-            scores = [event[name] for name in ("loss", "accuracy", "precision", "recall", "f1")]
-            lines.append((event["step"], [event["step"], *means, *scores]))
-            losses = []
-    header = ["step", "training loss", "of the letter"][: 1 + len(names)]
-    return [*header, "test loss", "accuracy", "precision", "recall", "F1"], lines
-
-
-def steps_table(run_dir: Path) -> str:
-    """Markdown with the columns of the published tables, a line for each evaluation on the test rows."""
-    header, lines = steps(run_dir)
-    return markdown(header, [cells for _, cells in lines])
-
-
-def speed_table(benches: list[dict]) -> str:
-    """Markdown of results/hf_trainer.py's files, a line for each peer: rates, their ratio with its range over rounds,
-    peak memory. Older files with the task `score` compare option scoring."""
-    header = ["measured", "model", "against", "minicls, rows/s", "peer, rows/s", "times as fast", "peak memory, GiB"]
-    peers = {"train": "HF Trainer {}", "score": "transformers {}, a pass a question"}
-    lines = []
-    for bench in benches:
-        ours, *others = bench["rows"]
-        s = bench["settings"]
-        for theirs in others:
-            peer = "vLLM {}" if theirs["side"] == "vllm" else peers[bench["task"]]
-            measured = f"{bench['task']}, {s['dtype']}" + ", minicls compiled" * s["compile"]
-            ratios, median = bench["speedup_of_each_round"][theirs["side"]], bench["speedup"][theirs["side"]]
-            spread = f"{min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} rounds" if len(ratios) > 1 else "1 round"
-            rates = [f"{side['samples_per_second']:.2f}" for side in (ours, theirs)]
-            memory = " against ".join(f"{side['peak_memory_bytes'] / 2**30:.1f}" for side in (ours, theirs))
-            line = [measured, Path(s["bert"] or s["qwen"]).name, peer.format(theirs["version"]), *rates]
-            lines.append([*line, f"**{median:.2f}** ({spread})", memory])
-    return markdown(header, lines)
+            means = {name: float(np.mean([e[key] for e in train])) if train else None for name, key in losses.items()}
+            scores = {name: event[name] for name in ("accuracy", "precision", "recall")}
+            rows.append({"step": event["step"]} | means | {"test loss": event["loss"]} | scores | {"F1": event["f1"]})
+            train = []
+    return rows

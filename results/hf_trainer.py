@@ -245,8 +245,6 @@ def main(argv: list[str] | None = None) -> None:
         result = train_transformers(s) if s.measure == "quality" else compare_speed(s, data)
     used = {name: value for name, value in asdict(s).items() if name not in (*IGNORED[s.measure], "output")}
     result["settings"] = used | {"model": model, "data": Path(s.data).name}
-    if s.measure == "speed":
-        result["settings"] |= {"bert": None, "qwen": None} | {"bert" if script is train_bert else "qwen": model}
     write_json(Path(s.output), result)
     print(json.dumps(result))
 

@@ -17,49 +17,21 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from minicls import plots
+from minicls import comparison, plots
 from minicls.checkpoint import Run, open_run
-from minicls.comparison import (
-    PUBLISHED,
-    PUBLISHED_BEST,
-    PUBLISHED_STEPS,
-    CascadeFigures,
-    cascade_figures,
-    common_predictions,
-    compare_pairs,
-    comparison_table,
-    curve_section,
-    describe_model,
-    f1_with_interval,
-    fold,
-    grid_tables,
-    group_name,
-    open_runs,
-    over_seeds,
-    short_names,
-    wilson,
-)
-from minicls.results import interval, speed_table, spread, table
+from minicls.comparison import PUBLISHED, PUBLISHED_BEST, PUBLISHED_STEPS, describe_model, open_runs, over_seeds, wilson
+from minicls.results import interval, plain, spread, table, without_empty_columns
 
 PAGES = ("README.md", "README.zh-CN.md", "results/README.md", "docs/performance.md")
 RESULTS = ROOT / "results"
 DECODERS = RESULTS / "decoders"
 PAIRED = (
-    [
-        "minilm-62629-42",
-        "smollm2-linear-62629-42",
-        "smollm2-options-62629-42",
-        "tfidf-62629-42",
-        "frozen-minilm-62629-42",
-    ],
-    ["minilm-62629-42", "minilm-20000-42", "smollm2-linear-20000-42", "smollm2-options-20000-42", "tfidf-20000-42"],
+    [f"{model}-62629-42" for model in ("minilm", "smollm2-linear", "smollm2-options", "tfidf", "frozen-minilm")],
+    ["minilm-62629-42", *(f"{model}-20000-42" for model in ("minilm", "smollm2-linear", "smollm2-options", "tfidf"))],
     [f"banking77-{model}-10003-42" for model in ("minilm", "smollm2-linear", "frozen-minilm", "tfidf")],
 )
 CASCADES = (
-    ("minilm-20000-42", "smollm2-linear-20000-42"),
-    ("minilm-20000-42", "smollm2-options-20000-42"),
-    ("minilm-62629-42", "smollm2-linear-62629-42"),
-    ("minilm-62629-42", "smollm2-options-62629-42"),
+    *((f"minilm-{n}-42", f"smollm2-{head}-{n}-42") for n in (20_000, 62_629) for head in ("linear", "options")),
     ("tfidf-62629-42", "smollm2-linear-62629-42"),
     *((f"banking77-minilm-2310-{seed}", f"banking77-smollm2-linear-2310-{seed}") for seed in (42, 43, 44)),
 )
@@ -96,7 +68,7 @@ def curves() -> tuple[str, dict]:
     """The tables and the points of the runs whose recipe does not change with the number of rows."""
     name = re.compile(r"(minilm|smollm2-linear|smollm2-options|tfidf|frozen-minilm)-\d+-\d+")
     runs = open_runs([folder for folder in folders("decoders/*") if name.fullmatch(folder.name)])
-    return curve_section(runs, common_predictions(runs))
+    return comparison.curve_section(runs, comparison.common_predictions(runs))
 
 
 def served(role: str, method: str, mode: str) -> float | None:
@@ -132,20 +104,21 @@ def answer_table() -> str:
     rates = {recipe: [served(*role, mode) for mode in ("single", "offline")] for recipe, role in roles.items()}
     for recipe in roles:
         model = describe_model(open_run(DECODERS / f"{recipe}-1000-42"))
-        point = next(point for point in curves()[1][str(model)] if point.size == 1000)
-        accuracies = {columns[0]: interval(point.accuracy, point.low, point.high)}
+        *accuracy, _ = curves()[1][str(model)][1000]
+        accuracies = {columns[0]: interval(*accuracy)}
         for size in columns[1:3]:
             results = read(DECODERS / f"{recipe}-{size.replace(',', '')}-42" / "results.json")
             accuracies[size] = wilson(results["accuracy"], results["num_test_rows"])
         add(model.name, model.head, accuracies, rates[recipe])
-    both = {}
+    joined = {}
     for column, pair in zip(columns[1:3], (CASCADES[0], CASCADES[2]), strict=True):
-        figures = cascade_of(*pair)
-        both[column] = f"{figures.rows[2]['test accuracy (95 % interval)']}, {figures.share:.0%} deferred"
+        both = cascade_of(*pair)
+        share = both.test.share_deferred(both.threshold)
+        joined[column] = f"{cascade_accuracy(both)}, {share:.0%} deferred"
     # The cost by the last pair's share: the small model's time for every text, the large one's for the deferred ones.
     times = [zip(rates["minilm"], rates["smollm2-linear"], strict=True)] if all(rates["minilm"]) else []
-    together = [1 / (1 / small + figures.share / large) for pair in times for small, large in pair if large]
-    add("MiniLM, deferring to SmolLM2", "linear, both", both, together)
+    together = [1 / (1 / small + share / large) for pair in times for small, large in pair if large]
+    add("MiniLM, deferring to SmolLM2", "linear, both", joined, together)
     distilled = read(RESULTS / "distill.json")["data"]["scores"]["soft-T2"]["accuracy"]
     brought = f"{spread(distilled)}, with 20,000 texts without labels"
     add("MiniLM, distilled from SmolLM2", "linear", {columns[0]: brought}, rates["minilm"])
@@ -154,24 +127,28 @@ def answer_table() -> str:
 
 def pairs_table(runs: Sequence[Path]) -> str:
     opened = open_runs(runs)
-    return comparison_table(compare_pairs(opened, common_predictions(opened)), len(opened))
+    return comparison.comparison_table(comparison.compare_pairs(comparison.common_predictions(opened)), len(opened))
 
 
 def results_table(run_dirs: Sequence[Path]) -> str:
     """One line for each setting, seeds as mean ± standard deviation; a run's hf_trainer.json has a line of its own."""
-    rows, names = [], dict(zip(run_dirs, short_names(run_dirs), strict=True))
-    for group in fold(map(open_run, run_dirs)):
+
+    def scores(group: Sequence[Run]) -> dict[str, str]:
+        line = {"accuracy": over_seeds(group, "accuracy")}
+        line |= {"macro F1 (95 % interval)": comparison.f1_with_interval(group)}
+        return line | {"training, s": over_seeds(group, "train_seconds", 0)}
+
+    rows, names = [], dict(zip(run_dirs, comparison.short_names(run_dirs), strict=True))
+    for group in comparison.fold(map(open_run, run_dirs)):
         info, model = group[0].info, describe_model(group[0])
-        row = {"result": group_name([names[run.dir] for run in group]), "model": model.name, "head": model.head}
-        row |= {"train rows": f"{info['num_train_rows']:,}", "test rows": f"{group[0].results['num_test_rows']:,}"}
-        row |= {"accuracy": over_seeds(group, "accuracy"), "macro F1 (95 % interval)": f1_with_interval(group)}
-        rows.append(row | {"training, s": over_seeds(group, "train_seconds", 0)})
+        row = {"result": comparison.group_name([names[run.dir] for run in group])}
+        row |= {"model": model.name, "head": model.head, "train rows": f"{info['num_train_rows']:,}"}
+        row |= {"test rows": f"{group[0].results['num_test_rows']:,}"}
+        rows.append(row | scores(group))
         for run in group:
             if (run.dir / "hf_trainer.json").is_file():
                 peer = Run(run.dir, info, read(run.dir / "hf_trainer.json"), None)
-                row |= {"result": f"{names[run.dir]}, HF Trainer", "accuracy": over_seeds([peer], "accuracy")}
-                row |= {"macro F1 (95 % interval)": f1_with_interval([peer])}
-                rows.append(row | {"training, s": over_seeds([peer], "train_seconds", 0)})
+                rows.append(row | {"result": f"{names[run.dir]}, HF Trainer"} | scores([peer]))
     return table(rows)
 
 
@@ -220,7 +197,7 @@ def gpus() -> list[dict]:
 
 def rate(value: float | str | None) -> str | None:
     """A number with three digits, or all before the point; text as it is."""
-    return value if not value or isinstance(value, str) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return value if not value or isinstance(value, str) else plain(value)
 
 
 def rates_table() -> str:
@@ -259,6 +236,30 @@ def rates_table() -> str:
     return table(rows)
 
 
+def speed_table(benches: list[dict]) -> str:
+    """A line for each peer in the files of hf_trainer.py: rates, their ratio with its range over rounds, peak memory.
+
+    Files with the task `score` compare option scoring, which an earlier hf_trainer.py measured.
+    """
+    peers = {"train": "HF Trainer {}", "score": "transformers {}, a pass a question"}
+    lines = []
+    for bench in benches:
+        ours, *others = bench["rows"]
+        s = bench["settings"]
+        for theirs in others:
+            peer = "vLLM {}" if theirs["side"] == "vllm" else peers[bench["task"]]
+            ratios, median = bench["speedup_of_each_round"][theirs["side"]], bench["speedup"][theirs["side"]]
+            rounds = f"{min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} rounds" if len(ratios) > 1 else "1 round"
+            line = {"measured": f"{bench['task']}, {s['dtype']}" + ", minicls compiled" * s["compile"]}
+            line |= {"model": s["model"], "against": peer.format(theirs["version"])}
+            line |= {"minicls, rows/s": f"{ours['samples_per_second']:.2f}"}
+            line |= {"peer, rows/s": f"{theirs['samples_per_second']:.2f}"}
+            line |= {"times as fast": f"**{median:.2f}** ({rounds})"}
+            memory = " against ".join(f"{side['peak_memory_bytes'] / 2**30:.1f}" for side in (ours, theirs))
+            lines.append(line | {"peak memory, GiB": memory})
+    return table(lines)
+
+
 def requests_table() -> str:
     """The rates and latencies of bench/rps-*.json, a line for each model, engine and method of a file."""
     lines = []
@@ -280,8 +281,7 @@ def requests_table() -> str:
                 f"{mode}: {row['status']}, {row['reason']}" for mode, row in modes.items() if row["status"] != "ok"
             ]
             lines.append(line | {"not ok": "; ".join(wrong) or None})
-    shown = [header for header in lines[0] if any(line[header] is not None for line in lines)]
-    return table({header: line[header] for header in shown} for line in lines)
+    return table(without_empty_columns(lines))
 
 
 def gpu_table() -> str:
@@ -315,27 +315,26 @@ def profile_table() -> str:
 
 
 @functools.cache
-def cascade_of(small: str, large: str) -> CascadeFigures:
-    """The figures of a pair of CASCADES, which two tables and the picture need."""
-    return cascade_figures(small, large, open_runs([DECODERS / small, DECODERS / large]))
+def cascade_of(small: str, large: str) -> comparison.CascadeOfRuns:
+    """A pair of CASCADES, which two tables and the picture need."""
+    return comparison.cascade_of_runs(*open_runs([DECODERS / small, DECODERS / large]).values())
+
+
+def cascade_accuracy(both: comparison.CascadeOfRuns) -> str:
+    return wilson(both.test.accuracy(both.threshold), len(both.test.labels))
 
 
 def cascade_table() -> str:
     """A row for each pair of runs that CASCADES names."""
     rows = []
     for small, large in CASCADES:
-        figures = cascade_of(small, large)
-        alone, other, both, random = (row["test accuracy (95 % interval)"] for row in figures.rows)
-        row = {"small": small, "large": large, "threshold": figures.rows[2]["answers"].split()[-1]}
-        row |= {
-            "deferred": figures.rows[2]["deferred"],
-            "small alone": alone.split()[0],
-            "large alone": other.split()[0],
-        }
-        row |= {"both": both, "at random": random.split()[0]}
-        row |= {f"p against {pair['b']}": pair["McNemar's p"] for pair in figures.pairs}
-        kept, same = re.findall(r"[\d,]+(?= wrong|:)", figures.note)
-        rows.append(row | {"errors that stay": kept, "the large model's too": same})
+        both = cascade_of(small, large)
+        test, share, (stay, same) = both.test, both.test.share_deferred(both.threshold), both.kept_errors()
+        row = {"small": small, "large": large, "threshold": f"{both.threshold:.3f}", "deferred": f"{share:.1%}"}
+        row |= {"small alone": test.accuracy(0), "large alone": test.accuracy(1)}
+        row |= {"both": cascade_accuracy(both), "at random": test.at_random(share)}
+        row |= {f"p against {pair['b']}": pair["McNemar's p"] for pair in both.pairs()}
+        rows.append(row | {"errors that stay": f"{stay:,}", "the large model's too": f"{same:,}"})
     return table(rows)
 
 
@@ -367,7 +366,7 @@ def tables() -> dict[str, str]:
     """The tables by name."""
 
     def grids(pattern: str) -> str:
-        return "\n\n".join(grid_tables({folder.name: open_run(folder) for folder in folders(pattern)}))
+        return "\n\n".join(comparison.grid_tables({folder.name: open_run(folder) for folder in folders(pattern)}))
 
     small_groups = ("thucnews-*", "all-*", "fudan_long-*", "movie_reviews-*")
     return {
@@ -415,6 +414,6 @@ def draw(plot: Callable, *arguments, file: Path) -> None:
 if __name__ == "__main__":
     draw(functools.partial(plots.plot_learning_curves, dpi=100), curves()[1], file=DECODERS / "rows.png")
     best = cascade_of(*CASCADES[2])
-    draw(plots.plot_deferral, best.curve, best.ends, best.share, file=DECODERS / "cascade.png")
+    draw(plots.plot_deferral, best.curve(), best.test.share_deferred(best.threshold), file=DECODERS / "cascade.png")
     for page in PAGES:
         (ROOT / page).write_text(fill((ROOT / page).read_text(encoding="utf-8")), encoding="utf-8")

@@ -13,8 +13,8 @@ from conftest import ROOT
 from minicls.config import UserError
 from minicls.data import load_data
 from minicls.predict import Reader
-from minicls.results import speed_table
 from results import hf_trainer
+from results.readme import speed_table
 
 
 def measure(tmp_path, *flags):
