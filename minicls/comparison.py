@@ -48,6 +48,12 @@ PUBLISHED = {
     },
 }
 PUBLISHED_BEST = {"BERT": (3752, 0.945572), "Qwen3": (1000, 0.941)}
+# The fields of results.json that a report needs.
+REQUIRED = {
+    "accuracy", "f1", "f1_low", "f1_high", "num_test_rows", "per_class", "confusion", "headline_step", "final_step",
+    "best_step_on_validation", "best_step_on_test", "best_f1_on_test", "train_seconds", "eval_seconds",
+    "samples_per_second", "peak_memory_bytes", "device",
+}  # fmt: skip
 # Settings that do not tell models apart: where a run is written and computed, how often, and on which rows.
 BOOKKEEPING = {
     "output_dir", "seed", "resume", "eval_only", "data", "max_train_rows", "max_eval_rows", "test_size", "device",
@@ -78,7 +84,7 @@ def open_runs(run_dirs: Sequence[Path]) -> dict[str, Run]:
         if classes and "confusion" not in results and (predicted := predictions(run)):
             confusion = metrics.confusion_matrix(predicted["label"], predicted["prediction"], len(classes))
             results["confusion"] = confusion.tolist()
-        if missing := [key for key in ("per_class", "confusion") if key not in results]:
+        if missing := sorted(REQUIRED - results.keys()):
             remedy = "restore the file or train the run again"
             raise UserError(f"{run_dir / 'results.json'}: no {missing[0]} in it; {remedy}")
         results["per_class"] = scores_by_class(np.array(results["confusion"]), classes)

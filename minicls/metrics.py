@@ -193,11 +193,9 @@ def last_crossing(x: np.ndarray, differences: np.ndarray) -> tuple[np.ndarray, n
         here, following = differences[:, i - 1], differences[:, i]
         with np.errstate(invalid="ignore", divide="ignore"):
             zeros = x[i - 1] + (x[i] - x[i - 1]) * here / (here - following)
-        entered = (following != 0) & (np.sign(here) != np.sign(following))  # the sign of `following` begins here
-        places = np.where(entered, zeros, places)
-        signs = np.where(following != 0, np.sign(following), signs)
-    both_signs = (differences > 0).any(1) & (differences < 0).any(1)
-    return np.where(both_signs, places, np.nan), signs
+        places = np.where(following * signs < 0, zeros, places)
+        signs = np.where(following != 0, np.sign(following), signs)  # touching 0 does not change the sign
+    return places, signs
 
 
 def crossing(sizes: Sequence[int], differences: np.ndarray, replicates: np.ndarray) -> dict[str, float | int | None]:

@@ -280,10 +280,11 @@ def test_paired_bootstrap_equals_one_over_rows(n, C):
         ([1.0, -1.0, 0.0], 0.5, -1),
         ([0.0, 0.0, 1.0], None, 1),
         ([0.0, 0.0, 0.0], None, 0),
+        ([1.0, -1.0, 0.0, -1.0], 0.5, -1),  # a later touch is no change
     ],
 )
 def test_the_last_crossing_by_hand(values, place, sign):
-    (found,), (later,) = last_crossing(np.arange(3.0), np.array([values]))
+    (found,), (later,) = last_crossing(np.arange(float(len(values))), np.array([values]))
     assert later == sign and (np.isnan(found) if place is None else found == pytest.approx(place, abs=1e-12))
 
 
