@@ -75,13 +75,14 @@ PACKED_WEIGHTS: list[torch.ScriptObject] = []  # of every Int8Linear
 
 
 @torch.library.custom_op("minicls::int8_linear", mutates_args=())
-def int8_linear(x: torch.Tensor, layer: int, out_features: int) -> torch.Tensor:
+def int8_linear(x: torch.Tensor, layer: torch.Tensor, out_features: int) -> torch.Tensor:
     """PyTorch's product with int8 weights, as an operator that torch.compile need not look into.
 
-    x: (N, in_features) fp32. It is rounded to 7 bits with one scale for all of it, so that the 16 bits in which CPUs
+    x: (N, in_features) fp32; layer: index into PACKED_WEIGHTS, int64, a tensor so that all layers share a compiled
+    graph. x is rounded to 7 bits with one scale for all of it, so that the 16 bits in which CPUs
     without VNNI add pairs of products suffice. Returns (N, out_features) fp32.
     """
-    return torch.ops.quantized.linear_dynamic(x, PACKED_WEIGHTS[layer], reduce_range=True)
+    return torch.ops.quantized.linear_dynamic(x, PACKED_WEIGHTS[layer.item()], reduce_range=True)
 
 
 @int8_linear.register_fake
@@ -98,7 +99,7 @@ class Int8Linear(torch.nn.Module):
         scales = weight.abs().amax(1).clamp(min=1e-12).double() / 127  # (out,)
         zeros = torch.zeros(len(scales), dtype=torch.int64)
         quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-        self.layer, self.out_features = len(PACKED_WEIGHTS), linear.out_features
+        self.layer, self.out_features = torch.tensor(len(PACKED_WEIGHTS)), linear.out_features
         PACKED_WEIGHTS.append(torch.ops.quantized.linear_prepack(quantized, linear.bias.float()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -132,9 +133,12 @@ class Minicls(Engine):
                         setattr(module, name, Int8Linear(child))
             self.version += ", int8"
         if compile:
-            # The layers of a decoder share one graph, which compiles in seconds; all of them at once take minutes.
+            # Layers that share a graph compile in seconds, a whole model in minutes. Only that may have constant weights
+            # (`bench.side_process`), which pay off for BERT unless they are in int8.
+            bert = architecture is weights.BERT
+            layers = self.model.bert.encoder.layer if bert else self.model.model.layers
             torch._dynamo.config.recompile_limit = 64  # one for each kind of batch: single, padded, cached, last layer
-            for module in [self.model] if architecture is weights.BERT else self.model.model.layers:
+            for module in [self.model] if bert and not int8 else layers:
                 module.compile(dynamic=True)
             self.version += ", compiled"
         self.forget()
