@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minicls import checkpoint, dist, plots, results, weights
+from minicls import checkpoint, dist, plots, weights
 from minicls.attention import Batch
 from minicls.batch import pack, step_rows, to_device
 from minicls.config import (
@@ -195,11 +195,8 @@ def main(argv: list[str] | None = None) -> None:
     # 6. Keep the headline model, the best on validation or else the last, and report its scores.
     logits = run.save_headline_model(weights.BERT, logits_of)
     if dist.is_first():
-        validation = splits.get("validation")
-        written = results.write_results(
-            run.dir, data, validation, tokenizer, logits, run.state, device
-        )
-        print(plots.finish(run.dir, written))
+        outcome = data, splits.get("validation"), tokenizer, logits, run.state, device
+        print(plots.finish(run.dir, *outcome))
     run.close()
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minicls import checkpoint, dist, plots, results, weights
+from minicls import checkpoint, dist, plots, weights
 from minicls.attention import Batch
 from minicls.batch import pack_shared, step_rows, to_device
 from minicls.config import (
@@ -53,17 +53,12 @@ class Settings(TrainingSettings):
     Trainer. The settings that both scripts share are in minicls/config.py."""
 
     model: str = setting("Qwen/Qwen3-0.6B", "hub id, directory, or tiny", group="model")
-    head: str = setting(
-        "options", "option perplexity or a linear layer", choices=("options", "linear")
-    )
+    head: str = setting("options", "option scores or a linear layer", choices=("options", "linear"))
     linear_input: str = setting("text", "input of the linear head", choices=("text", "prompt"))
     prompt: str = setting(
-        "published",
-        f"the question: {', '.join(PROMPTS)}, or a text file with {{text}} and {{options}} in it",
+        "published", f"the question: {', '.join(PROMPTS)}, or a file with {{text}} and {{options}}"
     )
-    think_in: str = setting(
-        "response", "part that holds the think block", choices=("response", "prompt")
-    )
+    think_in: str = setting("response", "where the think block is", choices=("response", "prompt"))
     train_on: str = setting("response", "tokens to train on", choices=("response", "letter"))
     normalize: str = setting("mean", "log-likelihood per token or summed", choices=("mean", "sum"))
     epochs: float = setting(1.0, "passes over the training rows", minimum=0, group="optimisation")
@@ -142,9 +137,8 @@ def check_head(s: Settings) -> None:
     for name in unused:
         if getattr(s, name) != getattr(Settings, name):
             remedy = ", or add --linear-input prompt" if name == "prompt" else ""
-            raise UserError(
-                f"{flag_of(name)}: --head {s.head} does not use it; leave it out{remedy}"
-            )
+            fault = f"--head {s.head} does not use it"
+            raise UserError(f"{flag_of(name)}: {fault}; leave it out{remedy}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -235,10 +229,8 @@ def main(argv: list[str] | None = None) -> None:
     if s.head == "options":
         target_counts = np.array([chat.target_counts(c) for c in range(len(data.label_names))])
         if s.label_smoothing and any(len(option) > 1 for option in chat.options):
-            raise UserError(
-                "--label-smoothing: an option of several tokens has no letters to spread to; "
-                "leave it out"
-            )
+            fault = "an option of several tokens has no letters to spread to"
+            raise UserError(f"--label-smoothing: {fault}; leave it out")
         letter_ids = torch.tensor([option[0] for option in chat.options], device=device)  # (O,)
         if s.train_on == "response":
             lines.append("loss covers the whole answer; compare answer_loss (letter) with BERT's")
@@ -324,11 +316,8 @@ def main(argv: list[str] | None = None) -> None:
     # 6. Keep the headline model, the best on validation or else the last, and report its scores.
     logits = run.save_headline_model(architecture, logits_of)
     if dist.is_first():
-        validation = splits.get("validation")
-        written = results.write_results(
-            run.dir, data, validation, tokenizer, logits, run.state, device
-        )
-        print(plots.finish(run.dir, written))
+        outcome = data, splits.get("validation"), tokenizer, logits, run.state, device
+        print(plots.finish(run.dir, *outcome))
     run.close()
 
 

@@ -21,15 +21,11 @@ from minicls.config import Parser, UserError, run_main
 from minicls.predict import FORMATS, evaluate, predict_texts
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser("python -m minicls", __doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    predict = commands.add_parser("predict", help="classify new texts with a trained run")
-    add = predict.add_argument
+def predict(argv: list[str]) -> None:
+    parser = Parser("python -m minicls predict", "Classify new texts with a trained run.")
+    add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run directory, or a model directory with a trained head")
-    add(
-        "inputs", nargs="*", metavar="FILE|TEXT", help="files or texts; - or nothing: standard input, one text per line"
-    )
+    add("inputs", nargs="*", metavar="FILE|TEXT", help="files or texts; - or nothing: standard input, one text a line")
     add("--format", choices=FORMATS, help="default: by the suffix of --out, else table")
     add("--out", type=Path, metavar="FILE", help="a new file, .jsonl, .csv or .parquet (default: standard output)")
     add("--top-k", type=int, metavar="INT", help="only the most probable classes, best first (default: all)")
@@ -38,37 +34,21 @@ def main(argv: list[str] | None = None) -> None:
     add("--threshold", type=float, metavar="FLOAT", help="confidence at which it is unsure (default: by validation)")
     add("--device", metavar="STR", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     add("--threads", type=int, metavar="INT", help="CPU threads (default: PyTorch's choice)")
-    report = commands.add_parser("report", help="compare finished runs")
-    report.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directories with results")
-    report.add_argument("--bench", type=Path, metavar="FILE", help="a bench.json of bench.py")
-    report.add_argument(
-        "--cascade",
-        nargs=2,
-        type=Path,
-        metavar=("SMALL", "LARGE"),
-        help="two runs: SMALL defers to LARGE where it is unsure",
-    )
-    report.add_argument("--out", type=Path, metavar="DIR", help="new or empty directory (default: runs/report-<time>)")
-    commands.add_parser("evaluate", help="test a model as it is, or every checkpoint of a run")
-    commands.add_parser("baseline", help="logistic regression on word counts or frozen embeddings")
-    argv = sys.argv[1:] if argv is None else argv
-    own_settings = {"evaluate": evaluate, "baseline": baseline.main}  # dataclasses, like the training scripts'
-    if argv and argv[0] in own_settings:
-        own_settings[argv[0]](argv[1:])
-        return
-    # argparse ends a list of positional arguments at the first flag; here it may continue after one.
-    args, more = parser.parse_known_args(argv)
-    flags = more[: more.index("--")] if "--" in more else more
-    for flag in flags:
-        if flag.startswith("-") and flag != "-":
-            commands.choices[args.command].error(f"unrecognized arguments: {flag}")
-    more = [item for item in more if item != "--"]
-    if args.command == "predict":
-        predict_texts(args, [*args.inputs, *more])
-        return
-    run_dirs = [*args.runs, *map(Path, more), *(args.cascade or ())]
+    predict_texts(parser.parse_intermixed_args(argv))  # the inputs may continue after a flag
+
+
+def report(argv: list[str]) -> None:
+    parser = Parser("python -m minicls report", "Compare finished runs.")
+    add = parser.add_argument
+    add("runs", nargs="*", type=Path, metavar="RUN", help="run directories with results")
+    add("--bench", type=Path, metavar="FILE", help="a bench.json of bench.py")
+    cascade_help = "two runs: SMALL defers to LARGE where it is unsure"
+    add("--cascade", nargs=2, type=Path, metavar=("SMALL", "LARGE"), help=cascade_help)
+    add("--out", type=Path, metavar="DIR", help="new or empty directory (default: runs/report-<time>)")
+    args = parser.parse_intermixed_args(argv)
+    run_dirs = [*args.runs, *(args.cascade or ())]
     if not run_dirs:
-        report.error("the following arguments are required: RUN")
+        parser.error("the following arguments are required: RUN")
     out = args.out or Path(f"runs/report-{time.strftime('%Y%m%d-%H%M%S')}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out: {out} is not empty; name a new directory")
@@ -78,6 +58,16 @@ def main(argv: list[str] | None = None) -> None:
     if small_and_large and len({*small_and_large}) == 1:
         raise UserError(f"--cascade: {args.cascade[0]} is given twice; name a small and a large run")
     print(write_report(runs, read_bench(args.bench) if args.bench else [], out, small_and_large))
+
+
+COMMANDS = {"predict": predict, "evaluate": evaluate, "report": report, "baseline": baseline.main}
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = Parser("python -m minicls", __doc__)
+    parser.add_argument("command", choices=COMMANDS, help="COMMAND --help lists its flags")
+    COMMANDS[parser.parse_args(argv[:1]).command](argv[1:])
 
 
 if __name__ == "__main__":

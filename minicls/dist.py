@@ -22,9 +22,7 @@ def start(device: str | None, threads: int | None = None, dtype: str | None = No
 
     `dtype`: that of --dtype, to warn if bf16 is slow here.
     """
-    if threads is not None:
-        if threads < 1:
-            raise UserError(f"--threads: {threads} is too small; pass at least 1")
+    if threads:
         torch.set_num_threads(threads)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -98,12 +96,10 @@ def why_no_cuda() -> str | None:
     """Why torch cannot use a GPU despite NVIDIA's driver; None if it can, has no driver, or the user hides the GPUs."""
     if not DRIVER.is_file() or os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1") or torch.cuda.is_available():
         return None
-    version = re.search(r"(\d+)\.\d+[.\d]*", DRIVER.read_text())
-    driver = version.group() if version else "of an unknown version"
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA; install the build for CUDA (pip install torch)"
-    built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}, which driver {driver} does not support"
-    return f"{built}; update the driver or install a torch for an older CUDA"
+    driver = re.search(r"\d+\.\d+[.\d]*", DRIVER.read_text())
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    fault = f"torch {torch.__version__} is built {built} and cannot use driver {driver[0] if driver else 'unknown'}"
+    return f"{fault}; install a build for the CUDA that the driver supports, or update the driver"
 
 
 def stop() -> None:

@@ -10,7 +10,6 @@ from torch import nn
 from minicls.batch import length_batches, pack
 from minicls.decoder import KVCache
 from minicls.kernels import on_gpu
-from minicls.tokenizer import Tokenizer
 
 # Tokens of a batch with its answers, on a CPU and on a GPU. A GPU decodes 200 rows in the time of one.
 MAX_TOKENS = 4096, 32_768
@@ -60,11 +59,3 @@ def read_answer(text: str, num_options: int) -> int | None:
     match = re.match(r"[\W_]*([A-Z])(?=[\W_]*$|[.:,;)\]*_<\n])", answer)
     index = ord(match.group(1)) - ord("A") if match else num_options
     return index if index < num_options else None
-
-
-def read_answers(
-    tokenizer: Tokenizer, answers: Sequence[Sequence[int]], num_options: int
-) -> tuple[list[int | None], float]:
-    """The option of each generated answer, and the fraction of answers that name none."""
-    read = [read_answer(tokenizer.decode(ids), num_options) for ids in answers]
-    return read, read.count(None) / max(1, len(read))

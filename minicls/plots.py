@@ -197,8 +197,12 @@ def plot_deferral(curve: Sequence[tuple], chosen: float, file: Path) -> None:
     plt.close(figure)
 
 
-def finish(run_dir: Path, written: dict) -> str:
-    """Draws the pictures of a finished run; returns its tables, its headline, and where the pictures are."""
+def finish(run_dir: Path, *outcome) -> str:
+    """Writes a finished run's results and pictures; returns its tables, its headline, and where the pictures are.
+
+    `outcome`: the further arguments of `results.write_results`.
+    """
+    written = results.write_results(run_dir, *outcome)
     lines = [results.table(results.steps(run_dir)), results.summary(written), f"curves: {plot_curves(run_dir)}"]
     picture = plot_confusion(written["confusion"], [*written["per_class"]], run_dir)
     return "\n".join([*lines, f"confusion matrix: {picture}"])

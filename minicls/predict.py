@@ -8,22 +8,21 @@ import argparse
 import contextlib
 import csv
 import dataclasses
-import io
-import itertools
 import json
+import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from minicls import cascade, checkpoint, dist, plots, weights
-from minicls import results as result_files
 from minicls.batch import length_batches, pack, to_device
 from minicls.config import DataSettings, UserError, flag_of, parse, setting
 from minicls.data import Split, checked_text, describe, lines_of, load_splits, read_rows
@@ -45,48 +44,36 @@ def classify_rows(model: nn.Module, rows: Sequence[Sequence[int]], device: torch
     return dist.all_sum(logits).cpu()  # a row is zero on all ranks but one, so the sum is exact
 
 
-def check_model_dir(directory: Path) -> None:
-    """Raises UserError if there is no such directory, or if it is that of an unfinished run."""
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such run directory; check the path")
-    if (directory / "run.json").is_file() and not (directory / "config.json").is_file():
-        saved = checkpoint.checkpoints(directory)
-        newest = f"pass its newest checkpoint, {saved[max(saved)]}, or" if saved else "it has no checkpoint yet:"
-        raise UserError(f"{directory}: this run is not finished; {newest} finish it first, with --resume {directory}")
-
-
 class Reader:
     """Turns texts into the rows that a model directory was trained on. The weights are not needed for that."""
 
     def __init__(
-        self,
-        directory: Path,
-        max_length: int | None = None,
-        classes: Sequence[str] | None = None,
-        prompt: str | None = None,
+        self, directory: Path, max_length: int | None = None, classes: Sequence[str] = (), prompt: str | None = None
     ):
         """`max_length`: an upper limit on tokens per row, even if the run allowed more.
 
         `classes`: ask a language model about these, even if it was not trained on them (zero-shot). The question is the
         one that it was trained on or, with `prompt` or other classes, a new one.
         """
-        check_model_dir(directory)
+        if not directory.is_dir():
+            raise UserError(f"{directory}: no such run directory; check the path")
+        if (directory / "run.json").is_file() and not (directory / "config.json").is_file():
+            saved = checkpoint.checkpoints(directory)
+            newest = f"pass its newest checkpoint, {saved[max(saved)]}, or" if saved else "it has no checkpoint yet:"
+            raise UserError(f"{directory}: this run is not finished; {newest} finish it, with --resume {directory}")
         self.config, self.tokenizer = weights.read_config(directory), load_tokenizer(directory)
         self.architecture = weights.ARCHITECTURES.get((self.config.get("architectures") or [None])[0])
-        self.untrained = UserError(
-            f"{directory}: holds no trained classifier; pass a finished run of train_bert.py or train_qwen.py"
-        )
-        # The run's own settings, to reproduce its predictions. A model that minicls did not train has none: it runs in
-        # fp32.
+        fault = "holds no trained classifier; pass a finished run of train_bert.py or train_qwen.py"
+        self.untrained = UserError(f"{directory}: {fault}")
+        # The run's own settings, to reproduce its predictions. A model of others has none: it runs in fp32.
         self.settings = checkpoint.inference_settings(directory)
         language_model = self.architecture is weights.DECODER
         self.label_names = None
         if self.architecture and (not language_model or "id2label" in self.config):
             self.label_names = weights.head_labels(self.config, directory)
             if [*(self.settings.get("label_names") or self.label_names)] != self.label_names:
-                raise UserError(
-                    f"{directory}: minicls.json and config.json name different classes; copy the whole directory again"
-                )
+                fault = "minicls.json and config.json name different classes"
+                raise UserError(f"{directory}: {fault}; copy the whole directory again")
         if language_model and classes and (prompt or self.label_names != [*classes]):
             self.settings = {name: value for name, value in self.settings.items() if name not in ("template", "chat")}
             self.label_names = [*classes]
@@ -134,10 +121,9 @@ class Classifier(Reader):
 
     def prediction(self, probabilities: Sequence[float]) -> Prediction:
         """The most probable label of one row of probabilities."""
-        best = max(range(len(probabilities)), key=probabilities.__getitem__)
-        return Prediction(
-            self.label_names[best], probabilities[best], dict(zip(self.label_names, probabilities, strict=True))
-        )
+        by_label = dict(zip(self.label_names, probabilities, strict=True))
+        best = max(by_label, key=by_label.get)
+        return Prediction(best, by_label[best], by_label)
 
     def scores(self, texts: Sequence[str]) -> torch.Tensor:
         """The head's logits, or the options' scores, (n, C) float64: a softmax over them gives the probabilities."""
@@ -145,8 +131,6 @@ class Classifier(Reader):
 
     def score_rows(self, rows: list[list[int]]) -> torch.Tensor:
         """The scores of rows of ids, as `rows` returns them."""
-        if not rows:
-            return torch.zeros(0, len(self.label_names), dtype=torch.float64)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.get("dtype") == "bf16"):
             if self.architecture is weights.DECODER:
                 scores = score(self.model, rows, self.chat.options, self.device, self.settings.get("normalize", "mean"))
@@ -158,9 +142,8 @@ class Classifier(Reader):
         """The perplexity of each option, (n, C), from its scores; None where there are no options."""
         if self.architecture is not weights.DECODER:
             return None
-        lengths = torch.tensor(
-            [len(option) if self.settings.get("normalize") == "sum" else 1 for option in self.chat.options]
-        )
+        summed = self.settings.get("normalize") == "sum"
+        lengths = torch.tensor([len(option) if summed else 1 for option in self.chat.options])
         return (-scores / lengths).exp()
 
 
@@ -176,13 +159,18 @@ def gather(inputs: Sequence[str], text_column: str) -> list[tuple[str, dict]]:
     """The texts, each with the row that it came from.
 
     An input is a file, `-` for standard input (one text per line), or a text. An existing path is taken for a file; an
-    input that looks like a path must exist.
+    input that looks like a path must exist. A line of standard input is never taken for a path: texts come from
+    strangers, and must not open files.
     """
     rows = []
     for item in inputs:
         if item == "-":
-            rows += standard_input()
-        elif exists(item):
+            try:
+                lines = enumerate(lines_of(sys.stdin.read()), start=1)
+            except UnicodeDecodeError as error:
+                raise UserError(f"standard input: not {error.encoding} ({error.reason}); convert it") from None
+            rows += [(checked_text(line, f"standard input, line {i}"), {"text": line}) for i, line in lines]
+        elif os.path.exists(item):  # noqa: PTH110 - Path.exists raises for a text that is too long to be a path
             if Path(item).is_dir():
                 raise UserError(f"{item}: a folder; pass the files in it")
             rows += read_rows(Path(item), text_column)
@@ -193,39 +181,14 @@ def gather(inputs: Sequence[str], text_column: str) -> list[tuple[str, dict]]:
     return rows
 
 
-def standard_input() -> list[tuple[str, dict]]:
-    """One text per line. A line is never taken for a path: texts come from strangers, and must not open files."""
-    try:
-        lines = lines_of(sys.stdin.read())
-    except UnicodeDecodeError as error:
-        raise UserError(f"standard input: not {error.encoding} ({error.reason}); convert it") from None
-    return [(checked_text(line, f"standard input, line {i}"), {"text": line}) for i, line in enumerate(lines, start=1)]
-
-
-def exists(item: str) -> bool:
-    try:
-        return Path(item).exists()
-    except (OSError, ValueError):  # longer than a path can be, or with a null character: a text
-        return False
-
-
 class Result(NamedTuple):
-    """One line of the output."""
+    """A text with its prediction."""
 
     text: str
     row: dict  # the columns that came with the text
     prediction: Prediction
     shown: dict[str, float]  # the most probable classes, best first; without --top-k all, in their order
     perplexities: dict[str, float] | None  # of the options, if the model has them
-
-    def joined(self, values: dict) -> dict:
-        """The row and the values. A column with the name of a value is renamed to input_<name>."""
-        return {f"input_{name}" if name in values else name: value for name, value in self.row.items()} | values
-
-    def flat(self, columns: Sequence[str], top_k: int | None) -> dict:
-        """The row and the values of `flat_columns`."""
-        ranked = [part for pair in self.shown.items() for part in pair][2:] if top_k else self.shown.values()
-        return self.joined(dict(zip(columns, [*self.prediction[:2], *ranked], strict=True)))
 
 
 def results(
@@ -240,11 +203,10 @@ def results(
             scores = classifier.scores([text for text, _ in chunk])
             perplexities = classifier.perplexities(scores)
             for i, ((text, row), probabilities) in enumerate(zip(chunk, scores.softmax(1).tolist(), strict=True)):
-                prediction = classifier.prediction(probabilities)
+                prediction, by_option = classifier.prediction(probabilities), None
                 shown = prediction.probabilities
                 if top_k:
                     shown = dict(sorted(shown.items(), key=lambda item: -item[1])[:top_k])
-                by_option = None
                 if perplexities is not None:
                     by_option = dict(zip(classifier.label_names, perplexities[i].tolist(), strict=True))
                 yield Result(text, row, prediction, shown, by_option)
@@ -266,104 +228,101 @@ def table_lines(results: Iterable[Result], label_names: Sequence[str], top_k: in
         yield "  ".join([*columns, start if len(start) <= 60 else start[:59] + "…"])
 
 
+def joined(row: dict, values: dict) -> dict:
+    """The row and the values. A column with the name of a value is renamed to input_<name>."""
+    return {f"input_{name}" if name in values else name: value for name, value in row.items()} | values
+
+
 def json_lines(results: Iterable[Result]) -> Iterator[str]:
     """One object per line: the row, the label, and by class the probability and, with options, the perplexity."""
     for result in results:
         values = {"label": result.prediction.label, "probabilities": result.shown}
         if result.perplexities:
             values["perplexities"] = {name: result.perplexities[name] for name in result.shown}
-        yield json.dumps(result.joined(values), ensure_ascii=False, default=str)
+        yield json.dumps(joined(result.row, values), ensure_ascii=False, default=str)
 
 
-def flat_columns(label_names: Sequence[str], top_k: int | None) -> list[str]:
-    """The columns of CSV and parquet: label, probability, then every class's, or those of the next labels."""
-    others = [f"{part}_{rank}" for rank in range(2, (top_k or 1) + 1) for part in ("label", "probability")]
-    return ["label", "probability", *(others if top_k else (f"probability_{name}" for name in label_names))]
+def flat_rows(rows: Sequence[tuple[str, dict]], results: Iterable[Result], top_k: int | None) -> Iterator[dict]:
+    """The columns of all inputs, the label and its probability, then every class's or those of the next labels."""
+    columns = dict.fromkeys(name for _, row in rows for name in row)
+    for result in results:
+        values = {"label": result.prediction.label, "probability": result.prediction.probability}
+        if top_k:
+            for rank, (label, probability) in enumerate([*result.shown.items()][1:], start=2):
+                values |= {f"label_{rank}": label, f"probability_{rank}": probability}
+        else:
+            values |= {f"probability_{name}": probability for name, probability in result.shown.items()}
+        yield joined(columns | result.row, values)
 
 
-def csv_lines(rows: Sequence[tuple[str, dict]], columns: Sequence[str], values: Iterable[dict]) -> Iterator[str]:
-    """A header with the columns of all inputs, and a line for each text."""
-    inputs = dict.fromkeys(name for _, row in rows for name in row)
-    line = io.StringIO()
-    names = [f"input_{name}" if name in columns else name for name in inputs] + [*columns]
-    writer = csv.DictWriter(line, names, lineterminator="\r\n")  # a field with \r or \n in it is then quoted
-    for value in itertools.chain([dict(zip(names, names, strict=True))], values):
-        line.seek(0)
-        line.truncate()
-        writer.writerow(
-            {name: json.dumps(v, default=str) if isinstance(v, (dict, list)) else v for name, v in value.items()}
-        )
-        yield line.getvalue().removesuffix("\r\n")
+def csv_lines(rows: Iterable[dict]) -> Iterator[str]:
+    """A header, and a line for each row."""
+    writer = csv.writer(SimpleNamespace(write=str))  # hands the line back; fields with \r or \n in them are quoted
+    for number, row in enumerate(rows):
+        values = [json.dumps(v, default=str) if isinstance(v, (dict, list)) else v for v in row.values()]
+        for line in [values] if number else [row, values]:  # first the header
+            yield writer.writerow(line).removesuffix("\r\n")
 
 
-def write_parquet(values: Iterable[dict], file: Path) -> None:
+def write_parquet(rows: Iterable[dict], file: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        pq.write_table(pa.Table.from_pylist([*values]), file)
+        pq.write_table(pa.Table.from_pylist([*rows]), file)
     except pa.ArrowException as error:  # JSON allows a number in one row and a text in the next
         raise UserError(f"--out: the input's columns do not fit parquet ({error}); write .jsonl") from None
 
 
-def predict_texts(args: argparse.Namespace, inputs: list[str]) -> None:
-    """The command. It checks for every possible mistake before it loads the model."""
-    suffix = args.out.suffix[1:].lower() if args.out else "table"
-    output_format = args.format or suffix
+def predict_texts(args: argparse.Namespace) -> None:
+    """The command. It checks the flags and the texts before it loads the model."""
+    output_format = args.format or (args.out.suffix[1:].lower() if args.out else "table")
     if output_format not in FORMATS:
         raise UserError(f"--out: {args.out} is not .jsonl, .csv or .parquet; name it so, or pass --format")
     if output_format == "parquet" and not args.out:
         raise UserError("--format: parquet is not for the terminal; name a file with --out")
     if args.out and (args.out.exists() or not args.out.parent.is_dir()):
         raise UserError(f"--out: {args.out} {'exists' if args.out.exists() else 'is in no directory'}; name a new file")
-    if args.top_k is not None and args.top_k < 1:
-        raise UserError(f"--top-k: {args.top_k} is too small; pass at least 1")
+    for flag, value in (("--top-k", args.top_k), ("--threads", args.threads)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag}: {value} is too small; pass at least 1")
     if args.threshold is not None and not args.then:
         raise UserError(f"--threshold: {args.threshold} is for --then RUN; name one or leave the flag out")
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise UserError(f"--threshold: {args.threshold} is no probability; pass a number from 0 to 1")
-    for run in filter(None, (args.run, args.then)):
-        check_model_dir(run)
-    threshold = args.threshold
-    if args.then and threshold is None:
-        threshold = cascade.choose_threshold(cascade.validation_answers(args.run, args.then))
     device = dist.start(args.device, args.threads)
-    rows = gather(inputs or ([] if sys.stdin.isatty() else ["-"]), args.text_column)
+    rows = gather(args.inputs or ([] if sys.stdin.isatty() else ["-"]), args.text_column)
     if not rows:
-        raise UserError(
-            "FILE|TEXT: nothing to classify; pass texts or files, or write texts to standard input, one a line"
-        )
+        raise UserError("FILE|TEXT: nothing to classify; pass texts or files, or write texts to standard input")
     classifier = Classifier(args.run, device)
     if args.then:
-        classifier = cascade.Cascade(classifier, Classifier(args.then, device), threshold)
+        large, threshold = Classifier(args.then, device), args.threshold
+        if threshold is None:
+            threshold = cascade.choose_threshold(cascade.validation_answers(args.run, args.then))
+        classifier = cascade.Cascade(classifier, large, threshold)
     names = classifier.label_names
     top_k = args.top_k and min(args.top_k, len(names))
-    classified = results(classifier, rows, top_k, progress=bool(args.out) or not sys.stdout.isatty())
-    columns = flat_columns(names, top_k)
-    flat = (result.flat(columns, top_k) for result in classified)
+    found = results(classifier, rows, top_k, progress=bool(args.out) or not sys.stdout.isatty())
+    flat = flat_rows(rows, found, top_k)
     # Written under a temporary name and renamed, so that a file with the final name is complete.
-    temporary = args.out.with_name(f".{args.out.name}.tmp") if args.out else None
+    temporary = args.out and args.out.with_name(f".{args.out.name}.tmp")
     try:
         if output_format == "parquet":
             write_parquet(flat, temporary)
         else:
-            lines = {
-                "table": lambda: table_lines(classified, names, top_k),
-                "jsonl": lambda: json_lines(classified),
-                "csv": lambda: csv_lines(rows, columns, flat),
-            }[output_format]()
+            lines = {"table": table_lines(found, names, top_k), "jsonl": json_lines(found), "csv": csv_lines(flat)}
             with temporary.open("w", encoding="utf-8") if temporary else contextlib.nullcontext() as file:
-                for line in lines:
+                for line in lines[output_format]:
                     print(line, file=file)
         if temporary:
             temporary.replace(args.out)
             print(f"predictions: {args.out}")
-        if args.then:
-            deferred = f"{classifier.num_deferred:,} of {len(rows):,} texts were deferred to {args.then}"
-            print(f"{deferred}, with a confidence of at most {threshold:.3f}", file=sys.stderr)
     finally:
         if temporary:
             temporary.unlink(missing_ok=True)
+    if args.then:
+        deferred = f"{classifier.num_deferred:,} of {len(rows):,} texts were deferred to {args.then}"
+        print(f"{deferred}, with a confidence of at most {threshold:.3f}", file=sys.stderr)
 
 
 # `python -m minicls evaluate`.
@@ -377,26 +336,18 @@ class EvaluateSettings(DataSettings):
     prompt: str | None = setting(None, "another question for a language model; as in train_qwen.py")
     normalize: str | None = setting(None, "mean or sum, as in train_qwen.py; default mean", choices=("mean", "sum"))
     max_length: int | None = setting(None, "maximum tokens per row; default 512", minimum=3)
-    data: str | None = setting(
-        None, "hub id, directory, or synthetic; unset: all checkpoints of a run, on its own data"
-    )
+    data: str | None = setting(None, "hub id, directory, or synthetic; unset: a run's checkpoints, on its own data")
     output_dir: str | None = setting(None, "run directory, new or empty; unset: runs/evaluate-<time>", group="machine")
     dtype: str | None = setting(None, "bf16 or fp32; default fp32", choices=("bf16", "fp32"))
     device: str | None = setting(None, "cpu, cuda or cuda:N; unset: cuda if there is one")
     threads: int | None = setting(None, "CPU threads; unset: PyTorch's choice", minimum=1)
 
 
-EVALUATE = """Test a model as it is, or every checkpoint of a run.
-
-python -m minicls evaluate MODEL --data DIR     # a run, a model directory or a hub id; a language model: zero-shot
-python -m minicls evaluate RUN                  # every checkpoint of a run, on the data it was trained on
-"""
-
-
 def evaluate(argv: list[str]) -> None:
     """Writes results.json and predictions.parquet into a new run directory or, for checkpoints, into their run."""
     argv = ["--model", *argv] if argv and not argv[0].startswith("-") else argv
-    s = parse(EvaluateSettings, argv, EVALUATE, "python -m minicls evaluate")
+    description = "Test a model as it is, or every checkpoint of a run."
+    s = parse(EvaluateSettings, argv, description, "python -m minicls evaluate")
     if s.model is None:
         raise UserError("MODEL: none given; name a run directory, a model directory or a hub id")
     directory, revision = weights.find_model(s.model)
@@ -404,15 +355,7 @@ def evaluate(argv: list[str]) -> None:
         evaluate_checkpoints(directory, s)
     else:
         evaluate_model(directory, revision, s)
-
-
-def _rows_to_test(splits: dict[str, Split], classifier: Classifier) -> dict[str, list[list[int]]]:
-    return {name: classifier.rows(split.texts) for name, split in splits.items() if name != "train"}
-
-
-def _test(splits, rows, classifier: Classifier, state: dict, logger: Logger) -> dict[str, torch.Tensor]:
-    splits = {name: splits[name] for name in rows}
-    return checkpoint.evaluate(splits, lambda name: classifier.score_rows(rows[name]), state, logger)
+    dist.stop()
 
 
 def evaluate_model(directory: Path, revision: str | None, s: EvaluateSettings) -> None:
@@ -428,7 +371,7 @@ def evaluate_model(directory: Path, revision: str | None, s: EvaluateSettings) -
     if classifier.label_names != [*data.label_names]:
         classes = ", ".join(data.label_names)[:80]
         raise UserError(f"--data: {s.model} was not trained on its classes, {classes}; train it on them first")
-    rows, inference = _rows_to_test(splits, classifier), classifier.settings
+    test, inference = _test_of(classifier, splits), classifier.settings
     inference |= {name: getattr(s, name) for name in ("normalize", "dtype") if getattr(s, name)}
     run_dir = checkpoint.new_run_dir(s.output_dir, "evaluate") if dist.is_first() else None
     if run_dir:
@@ -441,18 +384,19 @@ def evaluate_model(directory: Path, revision: str | None, s: EvaluateSettings) -
         checkpoint.write_run_info(run_dir, dataclasses.asdict(s) | settings, device, details)
     logger, state = Logger(run_dir, 0, 0), checkpoint.new_state()
     logger.print(*describe(data, splits.get("validation")))
-    logits = _test(splits, rows, classifier, state, logger)
-    _finish(run_dir, data, splits, classifier, logits, state, logger)
+    logits = checkpoint.evaluate(*test, state, logger)
+    logger.close()
+    if run_dir:
+        outcome = data, splits.get("validation"), classifier.tokenizer, logits, state, device
+        print(plots.finish(run_dir, *outcome))
 
 
 def evaluate_checkpoints(run_dir: Path, s: EvaluateSettings) -> None:
     """Tests every checkpoint of a run, and makes the best on validation, else the last, the headline."""
     for field in dataclasses.fields(s):
         if field.name not in ("model", "device", "threads") and getattr(s, field.name) != field.default:
-            raise UserError(
-                f"{flag_of(field.name)}: a run's checkpoints are tested as the run says; leave the flag out, or name "
-                "--data to test the model as it is"
-            )
+            remedy = "leave the flag out, or name --data to test the model as it is"
+            raise UserError(f"{flag_of(field.name)}: a run's checkpoints are tested as the run says; {remedy}")
     run = checkpoint.open_run(run_dir)
     if not run.newest:
         raise UserError(f"{run_dir}: this run has no complete checkpoint; continue it first, with --resume {run_dir}")
@@ -465,25 +409,27 @@ def evaluate_checkpoints(run_dir: Path, s: EvaluateSettings) -> None:
             fault = f"has other rows or classes than {run_dir} was started on"
             raise UserError(f"--data: {data_settings.data} {fault}; restore them")
         classifier, saved, logits = Classifier(run.newest, device), checkpoint.checkpoints(run_dir), {}
+        test = _test_of(classifier, splits)
         state = json.loads((run.newest / "state.json").read_text(encoding="utf-8"))
         state |= {"eval_seconds": 0.0, "evaluations": 0}
-        rows, first = _rows_to_test(splits, classifier), dist.is_first()
-        logger = Logger(run_dir if first else None, state["step"], run.info["total_steps"], drop_later=False)
+        log_dir = run_dir if dist.is_first() else None
+        logger = Logger(log_dir, state["step"], run.info["total_steps"], drop_later=False)
         for state["step"], directory in saved.items():
             weights.load_weights(classifier.model, directory, classifier.architecture)
-            logits[state["step"]] = _test(splits, rows, classifier, state, logger)
-        headline_step = checkpoint.headline_step(state)
-        for file in saved[headline_step].iterdir() if first else ():
-            if file.name not in ("optimizer.safetensors", "state.json"):
-                shutil.copyfile(file, run_dir / f".{file.name}.tmp")
-                (run_dir / f".{file.name}.tmp").replace(run_dir / file.name)
-        _finish(run_dir if first else None, data, splits, classifier, logits[headline_step], state, logger)
+            logits[state["step"]] = checkpoint.evaluate(*test, state, logger)
+        logger.close()
+        if dist.is_first():
+            step = checkpoint.headline_step(state)
+            for file in saved[step].iterdir():
+                if file.name not in ("optimizer.safetensors", "state.json"):
+                    temporary = shutil.copyfile(file, run_dir / f".{file.name}.tmp")
+                    temporary.replace(run_dir / file.name)
+            outcome = data, splits.get("validation"), classifier.tokenizer, logits[step], state, device
+            print(plots.finish(run_dir, *outcome))
 
 
-def _finish(run_dir, data, splits, classifier, logits, state, logger) -> None:
-    logger.close()
-    if run_dir:
-        validation, tokenizer = splits.get("validation"), classifier.tokenizer
-        written = result_files.write_results(run_dir, data, validation, tokenizer, logits, state, classifier.device)
-        print(plots.finish(run_dir, written))
-    dist.stop()
+def _test_of(classifier: Classifier, splits: dict[str, Split]) -> tuple[dict[str, Split], Callable]:
+    """The first arguments of `checkpoint.evaluate`. The texts are tokenized here, once for all checkpoints."""
+    splits = {name: split for name, split in splits.items() if name != "train"}
+    rows = {name: classifier.rows(split.texts) for name, split in splits.items()}
+    return splits, lambda name: classifier.score_rows(rows[name])

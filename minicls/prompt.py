@@ -60,11 +60,6 @@ def make_template(
     return before.replace("{options}", options), after.replace("{options}", options)
 
 
-def thinks(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer belongs to a model that can think: `<think>` is an added token."""
-    return "<think>" in tokenizer.added_tokens
-
-
 @dataclass(frozen=True)
 class ChatFormat:
     """The constant texts of a conversation: before + turn + after + think + gap + letter + ending.
@@ -86,7 +81,7 @@ def render_chat_format(tokenizer: Tokenizer) -> ChatFormat:
     Without a template: the bare turn, a space, the letter, and the end-of-sequence token.
     """
     if not tokenizer.chat_template:
-        return ChatFormat(ending=tokenizer.special_token("eos_token") or "")
+        return ChatFormat(ending=tokenizer.named_tokens.get("eos_token", ""))
 
     def render(turn: str, *answer: str, **options) -> str:
         messages = [{"role": "user", "content": turn}]
@@ -132,21 +127,13 @@ class Chat:
 
     def __post_init__(self):
         self.format = self.format or render_chat_format(self.tokenizer)
-        self.think, self.ending = self._ids(self.format.think), self._ids(self.format.ending)
+        self.think = self.tokenizer.encode_with_control_tokens(self.format.think)
+        self.ending = self.tokenizer.encode_with_control_tokens(self.format.ending)
 
     def _pieces(self, text: str) -> list[str]:
         """Splits constant text at control tokens, which are the elements at odd indices."""
         tokens = sorted(self.tokenizer.added_tokens, key=len, reverse=True)
         return re.split(f"({'|'.join(map(re.escape, tokens))})", text) if tokens else [text]
-
-    def _ids(self, text: str) -> list[int]:
-        ids = []
-        for i, piece in enumerate(self._pieces(text)):
-            if i % 2:
-                ids += self.tokenizer.control_ids([piece])
-            elif piece:
-                ids += self.tokenizer.encode([piece])[0]
-        return ids
 
     @functools.cached_property
     def _around(self) -> tuple[list[int], str, str, list[int]]:
@@ -155,13 +142,13 @@ class Chat:
         The turn is encoded together with the two strings, which reach to the control tokens nearest
         to it on either side.
         """
+        encode = self.tokenizer.encode_with_control_tokens
         before, after = self._pieces(self.format.before), self._pieces(self.format.after)
         first = [] if self.format.before else self.tokenizer.added_before()
-        ids, last = first + self._ids("".join(before[:-1])), self._ids("".join(after[1:]))
+        ids, last = first + encode("".join(before[:-1])), encode("".join(after[1:]))
         # Some tokenizers read text after a control token differently from text on its own.
         turn = "A text."
-        rendered = f"{self.format.before}{turn}{self.format.after}"
-        expected = first + self.tokenizer.encode_with_control_tokens(rendered)
+        expected = first + encode(f"{self.format.before}{turn}{self.format.after}")
         if expected != [*ids, *self.tokenizer.encode([before[-1] + turn + after[0]])[0], *last]:
             raise UserError(
                 "--model: its tokenizer does not encode the chat template's pieces as it encodes "
@@ -172,25 +159,24 @@ class Chat:
     @functools.cached_property
     def options(self) -> list[list[int]]:
         """The ids of each letter, usually one, as the tokenizer encodes it after the question."""
-        end = self._pieces(self.format.ending)[0]
-        # The text between the last control token, if there is one, and the letter.
-        tail = self._pieces(self.template[1] + self.format.after + self.format.think)[-1]
-        texts = [tail + self.format.gap + letter for letter in ascii_uppercase[: self.num_options]]
-        tail_ids, end_ids = self.tokenizer.encode([tail, end])
-        encoded = self.tokenizer.encode(texts)
-        with_end = self.tokenizer.encode([text + end for text in texts])
-        for text, ids, ids_with_end in zip(texts, encoded, with_end, strict=True):
-            if ids[: len(tail_ids)] != tail_ids or ids_with_end != ids + end_ids:
+        encode, options = self.tokenizer.encode_with_control_tokens, []
+        question = self.template[1] + self.format.after + self.format.think  # its end is enough
+        start = encode(question)
+        for letter in ascii_uppercase[: self.num_options]:
+            answered = question + self.format.gap + letter
+            ids, with_ending = encode(answered), encode(answered + self.format.ending)
+            if ids[: len(start)] != start or with_ending != ids + self.ending:
                 raise UserError(
-                    f"--model: its tokenizer merges the option {text[-1]} with the text around it, "
-                    f"{tail[-20:]!r}; use another model, or --prompt FILE with another ending"
+                    f"--model: its tokenizer merges the option {letter} with the text around it, "
+                    f"{question[-20:]!r}; use another model, or --prompt FILE with another ending"
                 )
-        return [ids[len(tail_ids) :] for ids in encoded]
+            options.append(ids[len(start) :])
+        return options
 
     @functools.cached_property
     def stop_ids(self) -> list[int]:
         """The control token after an answer, and the end-of-sequence and padding tokens."""
-        special = map(self.tokenizer.special_token, ("eos_token", "pad_token"))
+        special = map(self.tokenizer.named_tokens.get, ("eos_token", "pad_token"))
         tokens = [*self._pieces(self.format.ending)[1:2], *special]
         return self.tokenizer.control_ids([*dict.fromkeys(token for token in tokens if token)])
 
@@ -263,7 +249,8 @@ def make_chat(
 
     settings: `think_in` and `train_on`. `source`: the name in the message if `saved` is damaged.
     """
-    template = saved.get("template") or make_template(label_names, prompt, thinks(tokenizer))
+    no_think = "<think>" in tokenizer.added_tokens  # it belongs to a model that can think
+    template = saved.get("template") or make_template(label_names, prompt, no_think)
     try:
         chat_format = ChatFormat(**saved["chat"]) if saved.get("chat") else None
     except TypeError as error:

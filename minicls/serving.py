@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from minicls.engines import Engine
-from minicls.generate import read_answers
+from minicls.generate import read_answer
 from minicls.predict import Reader
 
 # In mode server: the tokens of a batch, and the seconds that it waits for more requests.
@@ -81,7 +81,7 @@ def measure_row(s, reader: Reader, engine: Engine, method: str, mode: str, texts
         row = figures(latencies, sum(latencies), num_answered, tokens)
     log_probabilities = None if method == "generate" else answers
     if method == "generate":
-        predictions = read_answers(reader.tokenizer, answers, len(reader.label_names))[0]
+        predictions = [read_answer(reader.tokenizer.decode(ids), len(reader.label_names)) for ids in answers]
     else:
         predictions = [int(np.argmax(values)) for values in answers]
     # Accuracy and agreement count each text once: sending one again steadies the timing but adds no information.

@@ -28,11 +28,20 @@ BERT_NORMALIZER = {"do_lower_case": "lowercase", "strip_accents": "strip_accents
 BERT_NORMALIZER |= {"tokenize_chinese_chars": "handle_chinese_chars"}
 
 
+def _content(token: str | dict) -> str:
+    """A token of tokenizer_config.json, which may be written as an object with flags."""
+    return token["content"] if isinstance(token, dict) else token
+
+
 class Tokenizer:
     """A `tokenizer.json`, and the few fields of `tokenizer_config.json` that matter here."""
 
     def __init__(self, json_text: str, config: dict):
         self.json_text, self.config = json_text, config
+        self.named_tokens = {name: _content(config[name]) for name in TOKEN_NAMES if config.get(name)}
+        additional = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+        additional = additional.values() if isinstance(additional, dict) else additional
+        self.additional_tokens = [_content(token) for token in additional]  # control tokens without a name
         spec = self._spec()
         self.added_tokens = [token["content"] for token in spec["added_tokens"]]
         self.is_bert = all(t in self.added_tokens or t in spec["model"]["vocab"] for t in ("[CLS]", "[SEP]"))
@@ -46,7 +55,7 @@ class Tokenizer:
         spec = json.loads(self.json_text)
         # Some files (sentence-transformers') set truncation and padding; both are the caller's job.
         spec["truncation"] = spec["padding"] = None
-        control_tokens = {*BERT_TOKENS.values(), *self._named_tokens().values(), *self._additional_tokens()}
+        control_tokens = {*BERT_TOKENS.values(), *self.named_tokens.values(), *self.additional_tokens}
         for token in spec["added_tokens"]:
             token["special"] |= token["content"] in control_tokens
         normalizer = spec.get("normalizer") or {}
@@ -55,20 +64,6 @@ class Tokenizer:
         if normalizer.get("type") == "BertNormalizer" and "Bert" in (self.config.get("tokenizer_class") or "Bert"):
             normalizer |= {name: self.config[field] for field, name in BERT_NORMALIZER.items() if field in self.config}
         return spec
-
-    def special_token(self, name: str) -> str | None:
-        """The token that tokenizer_config.json gives this name, for example `eos_token`."""
-        token = self.config.get(name)
-        return token["content"] if isinstance(token, dict) else token
-
-    def _named_tokens(self) -> dict[str, str]:
-        return {name: token for name in TOKEN_NAMES if (token := self.special_token(name))}
-
-    def _additional_tokens(self) -> list[str]:
-        """The control tokens that tokenizer_config.json lists without a name."""
-        tokens = self.config.get("additional_special_tokens") or self.config.get("extra_special_tokens") or []
-        tokens = tokens.values() if isinstance(tokens, dict) else tokens
-        return [token["content"] if isinstance(token, dict) else token for token in tokens]
 
     def __len__(self) -> int:
         """The rows that an embedding needs: the largest id plus one, even if ids are skipped."""
@@ -106,12 +101,14 @@ class Tokenizer:
 
         tokenizer_config.json comes before `config`, the values of config.json. Raises UserError if neither names one.
         """
-        ids = []
-        for name in ("eos", "pad"):
-            token, value = self.special_token(f"{name}_token"), config.get(f"{name}_token_id")
-            value = self.control_ids([token])[0] if token else value
-            ids.append(value[0] if isinstance(value, list) else value)
-        eos, pad = ids
+
+        def find(name: str) -> int | None:
+            if token := self.named_tokens.get(f"{name}_token"):
+                return self.control_ids([token])[0]
+            ids = config.get(f"{name}_token_id")
+            return ids[0] if isinstance(ids, list) else ids
+
+        eos, pad = find("eos"), find("pad")
         if eos is None and pad is None:
             fault = "neither its tokenizer_config.json nor its config.json names an eos_token or pad_token"
             raise UserError(f"--model: {fault}; add one")
@@ -154,19 +151,18 @@ class Tokenizer:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        environment.globals["strftime_now"] = datetime.datetime.now().strftime
         environment.globals["raise_exception"] = raise_exception
         # transformers adds a block {% generation %} around the assistant's part. `if true` renders the same, and keeps
         # the tag's dashes, which strip the whitespace next to it.
         source = self.chat_template
         for tag, known in (("generation", "if true"), ("endgeneration", "endif")):
             source = re.sub(rf"({{%[-+]?)\s*{tag}\s*([-+]?%}})", rf"\1 {known} \2", source)
-        named = {name: self.special_token(name) for name in TOKEN_NAMES}
-        variables = {name: token for name, token in named.items() if token is not None}
-        variables |= {"tools": None, "documents": None, "messages": messages}
-        variables |= {"add_generation_prompt": add_generation_prompt} | options
+        variables = self.named_tokens | {"tools": None, "documents": None, "messages": messages}
         try:
-            return environment.from_string(source).render(variables)
+            return environment.from_string(source).render(
+                variables, add_generation_prompt=add_generation_prompt, **options
+            )
         except Exception as error:
             problem = f"its chat template cannot render a user's turn ({type(error).__name__}: {error})"
             raise UserError(f"--model: {problem}; it may need a system turn: {CHAT_TEMPLATE_REMEDY}") from None
@@ -181,7 +177,7 @@ class Tokenizer:
         out control token as text; a chat format needs control tokens, so by default it does not. `pad_token_id`: the
         model's, by which transformers' decoders find a row's last token.
         """
-        spec, named = self._spec(), self._named_tokens()
+        spec, named = self._spec(), self.named_tokens.copy()
         if self.is_bert:
             named |= BERT_TOKENS
         elif pad_token_id is not None:
@@ -193,7 +189,7 @@ class Tokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": inputs}
         config |= {name: self.config[name] for name in kept if name in self.config}
         config |= {name: token for name, token in named.items() if token in vocab}
-        if additional := [token for token in self._additional_tokens() if token in vocab]:
+        if additional := [token for token in self.additional_tokens if token in vocab]:
             config["additional_special_tokens"] = additional
         spec["post_processor"] = self._post_processor(spec)
         if text_length:
@@ -223,20 +219,18 @@ class Tokenizer:
 def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer of a model directory. Raises UserError if a file is absent or unreadable."""
     path, config_path = directory / "tokenizer.json", directory / "tokenizer_config.json"
+    template = directory / "chat_template.jinja"  # newer directories keep the template here, not in the config
     if not path.is_file():
         remedy = "save it with transformers' fast tokenizer (save_pretrained) first"
         raise UserError(f"{directory}: no tokenizer.json; {remedy}")
     try:
-        config = dict(json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {})
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{config_path}: not readable ({error}); download or save it again") from None
-    template = directory / "chat_template.jinja"  # newer directories keep the template here, not in the config
-    if template.is_file():
-        config["chat_template"] = template.read_text(encoding="utf-8")
-    try:
+        config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
+        if template.is_file():
+            config["chat_template"] = template.read_text(encoding="utf-8")
         return Tokenizer(path.read_text(encoding="utf-8"), config)
     except Exception as error:  # tokenizers raises a bare Exception for a broken file
-        raise UserError(f"{path}: not a readable tokenizer ({error}); download or save it again") from None
+        place = f"{path} or {config_path.name}"
+        raise UserError(f"{place}: not a readable tokenizer ({error}); download or save both again") from None
 
 
 def bert_rows(
@@ -265,6 +259,6 @@ def text_rows(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> tu
     text is one end-of-sequence token: the head needs a token to read.
     """
     before = tokenizer.added_before()
-    empty = tokenizer.control_ids([tokenizer.special_token("eos_token") or "<|im_end|>"])
+    empty = tokenizer.control_ids([tokenizer.named_tokens.get("eos_token") or "<|im_end|>"])
     rows = [[*before, *ids] or empty for ids in tokenizer.encode(texts)]
     return [ids[:max_length] for ids in rows], sum(len(ids) > max_length for ids in rows)

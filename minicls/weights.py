@@ -82,25 +82,22 @@ def is_own(model: nn.Module) -> bool:
 
     transformers would start those that it does not find from random values, and ignore those that it does not know.
     """
-
-    def names(prefix: str, modules: str, parameters: Sequence[str] = ("weight",)) -> set[str]:
-        return {f"{prefix}{module}.{parameter}" for module in modules.split() for parameter in parameters}
-
-    if isinstance(model.config, BertConfig):
+    config = model.config
+    if isinstance(config, BertConfig):
         layer = "attention.self.query attention.self.key attention.self.value attention.output.dense "
         layer += "attention.output.LayerNorm intermediate.dense output.dense output.LayerNorm"
-        modules = "bert.embeddings.LayerNorm bert.pooler.dense classifier"
-        theirs = names("bert.encoder.layer.N.", layer, ("weight", "bias")) | names("", modules, ("weight", "bias"))
-        theirs |= names("bert.embeddings.", "word_embeddings position_embeddings token_type_embeddings")
+        biased = ["bert.embeddings.LayerNorm", "bert.pooler.dense", "classifier"]
+        biased += [f"bert.encoder.layer.N.{module}" for module in layer.split()]
+        others = [f"bert.embeddings.{kind}_embeddings" for kind in ("word", "position", "token_type")]
     else:
-        family, qkv = model.config.family, "self_attn.q_proj self_attn.k_proj self_attn.v_proj"
-        layer = f"{qkv} self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj "
-        layer += "input_layernorm post_attention_layernorm"
-        layer += " self_attn.q_norm self_attn.k_norm" if family.qk_norm else ""
-        linear = type(model).__name__.endswith("ForSequenceClassification")
-        head = "score" if linear else "" if model.config.tie_word_embeddings else "lm_head"
-        theirs = names("model.", "embed_tokens norm") | names("model.layers.N.", layer) | names("", head)
-        theirs |= names("model.layers.N.", qkv if family.qkv_bias else "", ("bias",))
+        qkv = [f"model.layers.N.self_attn.{name}_proj" for name in "qkv"]
+        layer = "self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj input_layernorm post_attention_layernorm"
+        layer += " self_attn.q_norm self_attn.k_norm" if config.family.qk_norm else ""
+        head = "score" if isinstance(model, DecoderForSequenceClassification) else "lm_head"
+        biased = qkv if config.family.qkv_bias else []
+        others = ["model.embed_tokens", "model.norm", *qkv, *(f"model.layers.N.{module}" for module in layer.split())]
+        others += [] if head == "lm_head" and config.tie_word_embeddings else [head]
+    theirs = {f"{module}.weight" for module in biased + others} | {f"{module}.bias" for module in biased}
     return theirs != {re.sub(r"\.\d+\.", ".N.", name) for name, _ in model.named_parameters()}
 
 
@@ -116,10 +113,8 @@ def read_config(directory: Path, architecture: Architecture | None = None) -> di
     """The directory's config.json. Raises UserError if it is that of another architecture."""
     file = directory / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("not a JSON object")
-    except (OSError, ValueError) as error:
+        config = {**json.loads(file.read_text(encoding="utf-8"))}
+    except (OSError, ValueError, TypeError) as error:  # TypeError: JSON, but not an object
         raise UserError(f"{file}: not readable ({error}); pass a directory in Hugging Face layout") from None
     if str(config.get("model_type")).startswith(OWN[1]):
         config["model_type"] = config["model_type"].removeprefix(OWN[1])
@@ -145,20 +140,14 @@ def head_labels(config: dict, directory: Path) -> list[str]:
     Without names there are two classes, LABEL_0 and LABEL_1, as in transformers. Raises UserError if the head does not
     score classes of which one is right.
     """
-    file, count = directory / "config.json", config.get("num_labels") or 2
-    labels = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(count)}
-    remedy = "pass a classifier that scores two or more classes, of which one is right"
-    if config.get("problem_type") in ("regression", "multi_label_classification"):
-        raise UserError(f"{file}: problem_type is {config['problem_type']}; {remedy}")
-    if len(labels) == 1:
-        raise UserError(f"{file}: num_labels is 1: its head gives a number or the logit of yes; {remedy}")
-    if not isinstance(labels, dict) or labels.keys() != {str(i) for i in range(len(labels))}:
-        problem = f"id2label {str(labels)[:80]} does not number the classes 0, 1, 2 and so on"
-        raise UserError(f"{file}: {problem}; correct it")
-    names = [str(labels[str(i)]) for i in range(len(labels))]
-    if len({*names}) < len(names):
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{file}: id2label has two classes named {repeated!r}; give each class its own name")
+    labels = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(config.get("num_labels") or 2)}
+    numbered = isinstance(labels, dict) and labels.keys() == {str(i) for i in range(len(labels))}
+    names = [str(labels[str(i)]) for i in range(len(labels))] if numbered else []
+    kind = config.get("problem_type")
+    if kind in ("regression", "multi_label_classification") or len(names) < 2 or len({*names}) < len(names):
+        fault = f"problem_type {kind} and id2label {str(labels)[:80]} do not describe a choice between classes"
+        remedy = "it takes two or more, numbered from 0, with different names, of which one is right"
+        raise UserError(f"{directory / 'config.json'}: {fault}; {remedy}")
     return names
 
 
@@ -202,22 +191,17 @@ def build_model(
 
 def weight_files(directory: Path) -> list[Path]:
     """model.safetensors, or the shards that the index names."""
-    if (directory / "model.safetensors").is_file():
-        return [directory / "model.safetensors"]
-    if (directory / INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{directory / INDEX}: not a readable index ({error!r}); download it again") from None
-        for name in names:
-            if not (directory / name).is_file():
-                raise UserError(f"{directory}: {INDEX} names {name}, which is missing; download it again")
-        return [directory / name for name in names]
-    others = [f.name for pattern in ("*.bin", "*.pt", "*.ckpt", "*.h5", "*.msgpack") for f in directory.glob(pattern)]
-    if others:
-        problem = f"only {others[0]}, no model.safetensors; such files can run code when read, so they are not read"
-        raise UserError(f"{directory}: {problem}: convert it with transformers' save_pretrained")
-    raise UserError(f"{directory}: no model.safetensors; pass a directory that holds one")
+    single, index = directory / "model.safetensors", directory / INDEX
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        remedy = "pass a directory that holds it; pytorch_model.bin and its like, which can run code, are not read"
+        raise UserError(f"{directory}: no model.safetensors; {remedy} (transformers' save_pretrained converts them)")
+    try:
+        names = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: not a readable index ({error!r}); download it again") from None
+    return [directory / name for name in sorted(names)]
 
 
 @torch.no_grad()
@@ -250,55 +234,48 @@ def load_weights(model: nn.Module, directory: Path, architecture: Architecture) 
     Raises UserError for a tensor that is missing, has another shape, or is unknown, unless `architecture` allows it.
     """
     parameters, prefix = dict(model.named_parameters()), architecture.prefix
-    loaded, ignored, unknown = set(), {}, []  # parameters; tensors, with their files for the ignored ones
-    for file in weight_files(directory):
-        try:
+    stored, loaded, ignored, unknown = {}, set(), [], []  # stored: tensors and their files
+    try:
+        for file in weight_files(directory):
             with safe_open(file, framework="pt") as tensors:
-                shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-            headless = not any(name.startswith(prefix) for name in shapes)
-            for stored_name, shape in shapes.items():
-                name = stored_name
-                for pattern, replacement in architecture.renamed:
-                    name = re.sub(pattern, replacement, name)
-                prefixed = prefix + name if headless else name
-                name = prefixed if prefixed in parameters else name
-                if name in parameters:
-                    if shape != tuple(parameters[name].shape):
-                        problem = f"{stored_name} has shape {shape}, the model wants {tuple(parameters[name].shape)}"
-                        raise UserError(f"{file}: {problem}; does config.json have another size or number of classes?")
-                    parameters[name].copy_(read_tensor(file, stored_name))
-                    loaded.add(name)
-                elif name.startswith(architecture.ignored) or prefixed.startswith(architecture.ignored):
-                    ignored[stored_name] = file
-                else:
-                    unknown.append(stored_name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: not a readable safetensors file ({error}); download or save it again") from None
+                stored |= dict.fromkeys(tensors.keys(), file)
+        headless = not any(name.startswith(prefix) for name in stored)
+        for stored_name, file in stored.items():
+            name = stored_name
+            for pattern, replacement in architecture.renamed:
+                name = re.sub(pattern, replacement, name)
+            candidates = [prefix + name, name] if headless else [name]
+            name = next((candidate for candidate in candidates if candidate in parameters), None)
+            if name:
+                tensor, shape = read_tensor(file, stored_name), parameters[name].shape
+                if tensor.shape != shape:
+                    problem = f"{stored_name} has shape {(*tensor.shape,)}, the model wants {(*shape,)}"
+                    raise UserError(f"{file}: {problem}; does config.json have another size or number of classes?")
+                parameters[name].copy_(tensor)
+                loaded.add(name)
+            else:
+                known = any(candidate.startswith(architecture.ignored) for candidate in candidates)
+                (ignored if known else unknown).append(stored_name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a readable safetensors file ({error}); download or save it again") from None
     fresh = parameters.keys() - loaded
-    missing = sorted(name for name in fresh if not name.startswith(architecture.fresh))
-    if missing:
+    if missing := sorted(name for name in fresh if not name.startswith(architecture.fresh)):
         others = f"{len(missing) - 1} other tensors"
         raise UserError(f"{directory}: {missing[0]} and {others} are missing; pass complete weights")
     if unknown:
         others = f"{len(unknown) - 1} others"
         raise UserError(f"{directory}: unknown tensor {unknown[0]} and {others}; is it another architecture?")
-    if architecture is DECODER and "lm_head.weight" in ignored:
-        _check_tied(model, ignored["lm_head.weight"])
+    if architecture is DECODER and "lm_head.weight" in ignored:  # it would be lost, unless it is a copy
+        embedding, file = parameters["model.embed_tokens.weight"], stored["lm_head.weight"]
+        if not torch.equal(read_tensor(file, "lm_head.weight").to(embedding), embedding):
+            problem = "lm_head.weight differs from model.embed_tokens.weight, but config.json sets tie_word_embeddings"
+            raise UserError(f"{file}: {problem}; set that to false, or delete the tensor")
 
     def listed(names: Iterable[str]) -> str:
         names = sorted(names)
         return f"{len(names)}" + (f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else "")
 
     return fresh, f"weights: {len(loaded)} tensors loaded, fresh {listed(fresh)}, ignored {listed(ignored)}"
-
-
-def _check_tied(model: nn.Module, file: Path) -> None:
-    """Raises UserError if a head that should be tied to the embedding differs from it, since it would be lost."""
-    embedding = model.get_parameter("model.embed_tokens.weight")
-    head = read_tensor(file, "lm_head.weight").to(embedding)
-    if head.shape != embedding.shape or not torch.equal(head, embedding):
-        problem = "lm_head.weight differs from model.embed_tokens.weight, but config.json sets tie_word_embeddings"
-        raise UserError(f"{file}: {problem}; set that to false, or delete the tensor")
 
 
 def check_fits(config, tokenizer: Tokenizer, max_length: int) -> None:

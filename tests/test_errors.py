@@ -467,7 +467,7 @@ MODEL = {  # the fault: (a function that causes it, parts of the message)
     "weights are text": (write("model/model.safetensors", b"version https://git-lfs\n" * 5), ["model/model.safetensors", "not a readable"]),
     "a shard missing": (
         shards(b'{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'),
-        ["model", "index.json", "model-00002-of-00002.safetensors", "missing", "again"],
+        ["model/model-00002-of-00002.safetensors", "not a readable", "No such file", "again"],
     ),
     "broken index": (shards(b"{"), [f"model/{weights.INDEX}", "not a readable index", "again"]),
     "index without a map": (shards(b"{}"), [f"model/{weights.INDEX}", "not a readable index", "again"]),
@@ -487,7 +487,7 @@ MODEL = {  # the fault: (a function that causes it, parts of the message)
     "tokenizer of nothing": (write("model/tokenizer.json", b"{}"), ["model/tokenizer.json", "not a readable tokenizer", "again"]),
     "tokenizer is a list": (write("model/tokenizer.json", b"[]"), ["model/tokenizer.json", "not a readable tokenizer", "again"]),
     "tokenizer of another kind": (change("model/tokenizer.json", model={"type": "Odd"}), ["model/tokenizer.json", "not a readable tokenizer"]),
-    "broken tokenizer_config": (write("model/tokenizer_config.json", b"{"), ["model/tokenizer_config.json", "again"]),
+    "broken tokenizer_config": (write("model/tokenizer_config.json", b"{"), ["model/tokenizer.json or tokenizer_config.json", "again"]),
     "tokenizer without [SEP]": (tokenizer_without("[SEP]"), ["--model", "[SEP]", "tokenizer of this kind of model"]),
     "embedding of another size": (
         tensors(lambda t: t.update({"bert.embeddings.word_embeddings.weight": torch.zeros(9, 8)})),

@@ -14,7 +14,7 @@ from test_prompt import BEGINS, TEMPLATES, tokenizer_dir
 
 from minicls.batch import pack
 from minicls.data import AG_NEWS_LABELS
-from minicls.generate import generate, read_answer, read_answers
+from minicls.generate import generate, read_answer
 from minicls.prompt import Chat, make_template
 from minicls.tiny import train_qwen_tokenizer
 from minicls.tokenizer import load_tokenizer
@@ -173,15 +173,17 @@ def test_a_letter_is_an_option_if_there_are_as_many(letter, index):
     assert read_answer(f"{letter}.", index) is None
 
 
-def test_read_answers_and_the_share_of_none():
+def test_read_answer_of_generated_ids():
     tokenizer = train_qwen_tokenizer(["A B C D Sports Apple"], vocab_size=300)
     start, end, stop = tokenizer.control_ids(["<think>", "</think>", "<|im_end|>"])
     (blank,) = tokenizer.encode(["\n\n"])
-    texts = ["A", "B. Sports", "Apple", "", "E"]
-    answers = tokenizer.encode(texts)
-    assert read_answers(tokenizer, answers, 4) == ([0, 1, None, None, None], 3 / 5)
+
+    def read(answers: list[list[int]]) -> list[int | None]:
+        return [read_answer(tokenizer.decode(ids), 4) for ids in answers]
+
+    answers = tokenizer.encode(["A", "B. Sports", "Apple", "", "E"])
+    assert read(answers) == [0, 1, None, None, None]
     thought = [start, *blank, end, *blank]
     answers = [thought + ids for ids in answers[:2]]
-    assert read_answers(tokenizer, [*answers, [*answers[1], stop]], 4) == ([0, 1, 1], 0.0)
-    assert read_answers(tokenizer, [thought, []], 4) == ([None, None], 1.0)
-    assert read_answers(tokenizer, [], 4) == ([], 0.0)
+    assert read([*answers, [*answers[1], stop]]) == [0, 1, 1]
+    assert read([thought, []]) == [None, None]

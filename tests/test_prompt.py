@@ -15,7 +15,7 @@ import tokenizers
 
 from minicls.config import UserError
 from minicls.data import AG_NEWS_LABELS, synthetic
-from minicls.prompt import Chat, ChatFormat, make_template, render_chat_format, thinks
+from minicls.prompt import Chat, ChatFormat, make_template, render_chat_format
 from minicls.tiny import train_qwen_tokenizer
 from minicls.tokenizer import Tokenizer, load_tokenizer
 
@@ -620,10 +620,10 @@ def test_rows_are_those_of_transformers_for_other_templates(name, source, tiny, 
         tokenizer.save(folder / "saved")
         folder, tokenizer = folder / "saved", load_tokenizer(folder / "saved")
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    assert thinks(tokenizer) == ("<think>" in tokens)
+    assert ("<think>" in tokenizer.added_tokens) == ("<think>" in tokens)
     some = [*texts[:10], *ODD]
     labels = [i % 4 for i in range(len(some))]
-    for question in (make_template(AG_NEWS_LABELS, no_think=thinks(tokenizer)), (" \n", "\n A. B. \n")):
+    for question in (make_template(AG_NEWS_LABELS, no_think="<think>" in tokens), (" \n", "\n A. B. \n")):
         chat = Chat(tokenizer, question, 4, 4096)
 
         def rendered(text: str, *answer: dict) -> list[int]:
@@ -721,7 +721,7 @@ def test_an_option_that_merges_with_the_text_before_or_after_it(tiny, tmp_path):
     spec["normalizer"] = {"type": "Replace", "pattern": {"String": "C."}, "content": "Ω"}
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(
-        UserError, match=r"^--model: its tokenizer merges the option C with the text around it, 'assistant\\n'; "
+        UserError, match=r"^--model: its tokenizer merges the option C with the text around it, '.*assistant\\n'; "
     ):
         _ = make_chat(load_tokenizer(folder)).options
 

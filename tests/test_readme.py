@@ -158,7 +158,9 @@ def test_flags_are_those_of_the_scripts(page, monkeypatch):
         raise Parsed
 
     def parse_and_stop(self, argv):
-        parse_args(self, argv)
+        args = parse_args(self, argv)
+        if self.prog == "python -m minicls":  # that was only the command's name
+            return args
         raise Parsed
 
     lines = lines_of_scripts((PAGES | DOCS)[page])
@@ -166,7 +168,7 @@ def test_flags_are_those_of_the_scripts(page, monkeypatch):
     for script, argv in lines:
         if script == "-m minicls":
             with monkeypatch.context() as patched, pytest.raises(Parsed):
-                patched.setattr(Parser, "parse_args", parse_and_stop)  # baseline's
+                patched.setattr(Parser, "parse_args", parse_and_stop)  # baseline's and evaluate's
                 patched.setattr(minicls.__main__, "predict_texts", stop)
                 patched.setattr(minicls.__main__, "open_runs", stop)
                 minicls.__main__.main(argv)

@@ -199,7 +199,7 @@ DAMAGES = {  # damage to a directory of one file, and the words that the message
 SHARD_DAMAGES = {
     "missing shard": (
         lambda d: (d / "model-00002-of-00002.safetensors").unlink(),
-        "model-00002-of-00002.safetensors.*missing",
+        "model-00002-of-00002.safetensors: not a readable",
     ),
     "torn shard": (
         lambda d: truncate(d / "model-00002-of-00002.safetensors", 2000),
@@ -389,17 +389,17 @@ def edit_config(folder: Path, **values) -> Path:
 
 
 NOT_SOFTMAX = {
-    "one label": ({"num_labels": 1}, {}, "num_labels is 1"),
-    "one label in an older file": ({"num_labels": 1}, {"id2label": None, "num_labels": 1}, "num_labels is 1"),
-    "regression": ({"num_labels": 3}, {"problem_type": "regression"}, "problem_type is regression"),
+    "one label": ({"num_labels": 1}, {}, "LABEL_0.* two or more"),
+    "one label in an older file": ({"num_labels": 1}, {"id2label": None, "num_labels": 1}, "two or more"),
+    "regression": ({"num_labels": 3}, {"problem_type": "regression"}, "problem_type regression"),
     "several labels at once": (
         {"num_labels": 3},
         {"problem_type": "multi_label_classification"},
-        "is multi_label_classification",
+        "problem_type multi_label_classification",
     ),
-    "numbered from 1": ({"num_labels": 2}, {"id2label": {"1": "no", "2": "yes"}}, "0, 1, 2"),
-    "a list": ({"num_labels": 2}, {"id2label": ["no", "yes"]}, "0, 1, 2"),
-    "one name twice": ({"num_labels": 2}, {"id2label": {"0": "yes", "1": "yes"}}, "two classes named 'yes'"),
+    "numbered from 1": ({"num_labels": 2}, {"id2label": {"1": "no", "2": "yes"}}, "yes.*numbered from 0"),
+    "a list": ({"num_labels": 2}, {"id2label": ["no", "yes"]}, "yes.*numbered from 0"),
+    "one name twice": ({"num_labels": 2}, {"id2label": {"0": "yes", "1": "yes"}}, "yes.*different names"),
 }
 
 
