@@ -3,8 +3,8 @@
     python -m minicls baseline --data DIR                        # TF-IDF of words and pairs of words
     python -m minicls baseline --data DIR --features MODEL_DIR   # mean-pooled last hidden states, not trained
 
-The flags that choose rows are those of the training scripts. With the same flags, the baseline is fitted and tested on
-the same rows as a training run. It writes a run directory for `python -m minicls report`, but saves no model.
+With the flags of a training run, the baseline is fitted and tested on the same rows. It writes a run directory for
+`python -m minicls report`, but saves no model.
 
 TF-IDF is scikit-learn's TfidfVectorizer on lower-cased words and pairs of neighbouring words (each Chinese or Japanese
 character is a word), with 1 + ln(count) for count, fitted on the training rows. An embedding is the mean over all
@@ -46,9 +46,7 @@ class Settings(DataSettings):
     """The rows are those of a training run with the same flags. Validation rows choose C."""
 
     features: str = setting("tfidf", "tfidf, or a BERT to embed the texts with: hub id or directory", group="model")
-    class_weights: str = setting(
-        "none", "balanced: each class has the same weight in the loss", choices=("none", "balanced")
-    )
+    class_weights: str = setting("none", "balanced: classes weigh the same in the loss", choices=("none", "balanced"))
     max_length: int = setting(512, "tokens of a row to embed, [CLS] and [SEP] included", minimum=3)
     output_dir: str | None = setting(None, "run directory, new or empty; unset: runs/baseline-<time>", group="machine")
     dtype: str = setting("bf16", "dtype of embedding: bf16 is autocast over fp32 weights", choices=("bf16", "fp32"))
@@ -76,9 +74,7 @@ def embeddings(
             with torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bf16"):
                 hidden = model.bert(packed, every_token).float()  # (N, D)
             lengths = packed.cu_seqlens.diff().long()  # (B,)
-            row_of_token = torch.arange(len(batch), device=device).repeat_interleave(lengths)  # (N,)
-            sums = hidden.new_zeros(len(batch), hidden.shape[1]).index_add_(0, row_of_token, hidden)
-            means[batch] = (sums / lengths[:, None]).cpu().numpy()
+            means[batch] = torch.segment_reduce(hidden, "mean", lengths=lengths).cpu().numpy()
         embedded.append(means)
     return embedded, tokenizer
 
@@ -142,50 +138,39 @@ def main(argv: list[str] | None = None) -> None:
     import sklearn
     from threadpoolctl import threadpool_limits
 
+    threadpool_limits(s.threads)  # for scikit-learn, as `dist.start` did for torch
     started, tokenizer, revision = time.perf_counter(), None, None
-    with threadpool_limits(s.threads):
-        if s.features == "tfidf":
-            # The vectorizer must not know the words of the rows on which C is chosen.
-            rest_features, choosing_features = tfidf(train.select(rest).texts, choosing.texts)
-            train_features, test_features = tfidf(train.texts, data.test.texts)
-        else:
-            directory, revision = weights.find_model(s.features, flag="--features")
-            features, tokenizer = embeddings(directory, (train, data.test, choosing), s, device)
-            train_features, test_features, choosing_features = features
-            rest_features = train_features[rest]
-        tried = {}  # C -> its scores on the choosing rows
-        for C in GRID if len(np.unique(labels[rest])) > 1 else ():
-            candidate = fit(rest_features, labels[rest], C, s)
-            tried[C], _ = evaluate_logits(logits(candidate, choosing_features, num_labels), choosing.labels)
-            print(f"C {C:g}: validation accuracy {tried[C]['accuracy']:.4f}, macro F1 {tried[C]['f1']:.4f}")
-        if not tried:
-            print("too few training rows to choose C by")
-        C = max(tried, key=lambda C: (tried[C]["f1"], -tried[C]["loss"]), default=1.0)
-        model = fit(train_features, labels, C, s)
-        train_seconds = time.perf_counter() - started
-        started = time.perf_counter()
-        split_logits = {"test": logits(model, test_features, num_labels)}
-        if validation:
-            split_logits["validation"] = logits(model, choosing_features, num_labels)
+    if s.features == "tfidf":
+        # The vectorizer must not know the words of the rows on which C is chosen.
+        rest_features, choosing_features = tfidf(train.select(rest).texts, choosing.texts)
+        train_features, test_features = tfidf(train.texts, data.test.texts)
+    else:
+        directory, revision = weights.find_model(s.features, flag="--features")
+        features, tokenizer = embeddings(directory, (train, data.test, choosing), s, device)
+        train_features, test_features, choosing_features = features
+        rest_features = train_features[rest]
+    tried = {}  # C -> its scores on the choosing rows
+    for C in GRID if len(np.unique(labels[rest])) > 1 else ():
+        candidate = fit(rest_features, labels[rest], C, s)
+        tried[C], _ = evaluate_logits(logits(candidate, choosing_features, num_labels), choosing.labels)
+        print(f"C {C:g}: validation accuracy {tried[C]['accuracy']:.4f}, macro F1 {tried[C]['f1']:.4f}")
+    if not tried:
+        print("too few training rows to choose C by")
+    C = max(tried, key=lambda C: (tried[C]["f1"], -tried[C]["loss"]), default=1.0)
+    model = fit(train_features, labels, C, s)
+    state = checkpoint.new_state() | {"train_seconds": time.perf_counter() - started, "samples": len(train)}
 
     run_dir = checkpoint.new_run_dir(s.output_dir, "baseline")
-    details = {
-        "script": "baseline",
-        "C": C,
-        "scikit_learn": sklearn.__version__,
-        "total_steps": 0,
-        "revision": revision,
-    }
-    details |= {"data_revision": data.revision, "data_fingerprint": data.fingerprint(), "num_train_rows": len(train)}
-    checkpoint.write_run_info(run_dir, dataclasses.asdict(s) | dict.fromkeys(unused), device, details)
+    details = {"C": C, "scikit_learn": sklearn.__version__, "total_steps": 0, "revision": revision}
+    settings = dataclasses.asdict(s) | dict.fromkeys(unused)
+    checkpoint.write_run_info(run_dir, "baseline", settings, device, data, details)
     logger = Logger(run_dir, 0, 0)
-    scores, _ = evaluate_logits(split_logits["test"], data.test.labels)
-    state = checkpoint.new_state() | {"train_seconds": train_seconds, "samples": len(train), "evaluations": 1}
-    state |= {"eval_seconds": time.perf_counter() - started, "best_on_test": [0, scores["f1"]]}
-    if tried:
+    if tried and not validation:
         logger.event("eval", 0, split="validation", **tried[C])
         state["best_on_validation"] = [0, tried[C]["f1"]]
-    logger.event("eval", 0, split="test", **scores)
+    features = {"validation": choosing_features, "test": test_features}
+    del splits["train"]
+    split_logits = checkpoint.evaluate(splits, lambda name: logits(model, features[name], num_labels), state, logger)
     logger.close()
     print(f"C {C:g}, fitted on {len(train):,} rows with {train_features.shape[1]:,} features of {s.features}")
     written = results.write_results(run_dir, data, validation, tokenizer, split_logits, state, device)

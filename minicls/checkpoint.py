@@ -40,26 +40,18 @@ from minicls.weights import read_tensor, write_tensors
 def check_output_dir(output_dir: str | None) -> None:
     """Refuses a directory that is in use, before time is spent on models and data."""
     if output_dir and Path(output_dir).is_dir() and any(Path(output_dir).iterdir()):
-        raise UserError(
-            f"--output-dir: {output_dir} is not empty; name a new directory, or continue with --resume {output_dir}"
-        )
+        raise UserError(f"--output-dir: {output_dir} is not empty; name a new directory, or --resume {output_dir}")
 
 
 def new_run_dir(output_dir: str | None, script: str) -> Path:
     """Makes `--output-dir`, by default runs/<script>-<time>; it must be new or empty."""
     check_output_dir(output_dir)
-    path = first_choice = Path(output_dir or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}")
+    path = Path(output_dir or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if not output_dir:  # another run may have begun in the same second
+        later = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+        path = next(choice for choice in itertools.chain([path], later) if not choice.exists())
     try:
-        for number in itertools.count(2):
-            try:
-                path.mkdir(parents=True, exist_ok=bool(output_dir))
-                break
-            except FileExistsError:
-                if output_dir:
-                    raise
-                path = first_choice.with_name(f"{first_choice.name}-{number}")  # another run began in the same second
-        (path / ".writable").touch()
-        (path / ".writable").unlink()
+        path.mkdir(parents=True, exist_ok=bool(output_dir))
     except OSError as error:
         raise UserError(f"--output-dir: cannot write to {path} ({error.strerror}); name another directory") from None
     return path
@@ -77,22 +69,18 @@ def lock(run_dir: Path) -> TextIO:
     path = run_dir.resolve() / ".lock"
     if path in _locks:  # left by a call that failed: in a notebook, its traceback keeps the file open
         _locks.pop(path).close()
-    file = path.open("a+")
+    file = path.open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.seek(0)
-        owner = file.read().strip() or "unknown"
+        owner = path.read_text() or "unknown"
         file.close()
-        raise UserError(
-            f"{run_dir}: process {owner} is training or testing this run; wait for it or stop it first"
-        ) from None
+        problem = f"process {owner} is training or testing this run"
+        raise UserError(f"{run_dir}: {problem}; wait for it or stop it first") from None
     except OSError:
         pass  # a file system without locks
     _locks[path] = file
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
+    path.write_text(str(os.getpid()))
     return file
 
 
@@ -100,13 +88,10 @@ def _read_json(file: Path, remedy: str, keys: tuple[str, ...] = ()) -> dict:
     """Reads a JSON object with these keys. Raises UserError with the remedy if it is none, OSError without the file."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("no JSON object")
-        missing = [key for key in keys if key not in values]
-    except ValueError as error:
+        if missing := {*keys} - values.keys():
+            raise ValueError(f"no {' and no '.join(missing)} in it")
+    except (ValueError, AttributeError) as error:
         raise UserError(f"{file}: not readable ({error}); {remedy}") from None
-    if missing:
-        raise UserError(f"{file}: no {missing[0]} in it; {remedy}")
     return values
 
 
@@ -121,9 +106,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        if self.results is None:
-            return False
-        return self.results["final_step"] == self.info["total_steps"] or bool(self.results.get("stopped_early"))
+        results = self.results or {}
+        return results.get("final_step") == self.info["total_steps"] or bool(results.get("stopped_early"))
 
 
 def open_run(run_dir: Path) -> Run:
@@ -138,22 +122,13 @@ def open_run(run_dir: Path) -> Run:
 
 
 def inference_settings(directory: Path) -> dict:
-    """A model directory's minicls.json: its head and its input. Empty for a model that minicls did not train.
-
-    Runs from before this file existed have these settings in run.json. Raises UserError if the file is broken.
-    """
+    """A model directory's minicls.json: its head and its input. Empty if there is none; UserError if it is broken."""
     file = directory / "minicls.json"
-    if file.is_file():
-        return _read_json(file, "restore it, or copy the whole model directory again")
-    info = info_of_model(directory)
-    return info["settings"] | {name: info[name] for name in ("template", "chat") if info.get(name)}
+    return _read_json(file, "restore it, or copy the whole model directory again") if file.is_file() else {}
 
 
 def info_of_model(directory: Path) -> dict:
-    """The run.json of a run directory, or of the run that a checkpoint belongs to.
-
-    Has no settings for a model that minicls did not train. Raises UserError if the file is broken.
-    """
+    """The run.json of a run directory or of a checkpoint's run. Without one, no settings; UserError if it is broken."""
     places = [directory, *directory.resolve().parents[1:2]]  # a run, or its checkpoints/step-…
     file = next((place / "run.json" for place in places if (place / "run.json").is_file()), None)
     info = _read_json(file, "restore it, or delete it to lose the run's settings") if file else {}
@@ -167,12 +142,14 @@ def write_json(path: Path, values: dict | list) -> None:
     temporary.replace(path)
 
 
-def write_run_info(run_dir: Path, settings: dict, device: torch.device, details: dict) -> None:
-    """Writes run.json: the settings, the versions, the hardware, and further `details` such as the data's digests."""
+def write_run_info(run_dir: Path, script: str, settings: dict, device: torch.device, data: Data, details: dict) -> None:
+    """Writes run.json: the settings, the versions, the hardware, the data's digests and further `details`."""
     versions = {"minicls": minicls.__version__, "python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
-    info = {"settings": settings, "versions": versions, "device": dist.device_name(device)} | details
-    write_json(run_dir / "run.json", info)
+    labelled = int((data.train.rows >= 0).sum())  # without the texts that come with soft labels
+    info = {"script": script, "settings": settings, "versions": versions, "device": dist.device_name(device)}
+    info |= {"data_revision": data.revision, "data_fingerprint": data.fingerprint(), "num_train_rows": labelled}
+    write_json(run_dir / "run.json", info | details)
 
 
 def checkpoints(run_dir: Path) -> dict[int, Path]:
@@ -181,61 +158,12 @@ def checkpoints(run_dir: Path) -> dict[int, Path]:
     return dict(sorted((int(path.name.removeprefix("step-")), path) for path in paths))
 
 
-def save_checkpoint(
-    run_dir: Path,
-    save_model: Callable[[Path], None],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: dict,
-    keep_checkpoints: int,
-    best_step: int | None,
-) -> None:
-    """Saves step `state["step"]`, then deletes all checkpoints but the newest `keep_checkpoints` and `best_step`.
-
-    save_model(directory) writes the model directory. Only the first rank calls this. Raises OSError, for example on a
-    full disk, and then leaves the checkpoints as they were.
-    """
-    final = run_dir / "checkpoints" / f"step-{state['step']:06d}"
-    if final.exists():
-        return
-    temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        save_model(temporary)
-        moments = {
-            f"{key}.{name}": optimizer.state[parameter][key]
-            for name, parameter in model.named_parameters()
-            if parameter in optimizer.state  # a frozen parameter has no state
-            for key in ("exp_avg", "exp_avg_sq")
-        }
-        write_tensors(moments, temporary / "optimizer.safetensors")
-        write_json(temporary / "state.json", state)
-        # The checkpoint survives a crash of the machine only if its files are on the disk before the rename.
-        for path in (*temporary.iterdir(), temporary):
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        temporary.rename(final)
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    saved = checkpoints(run_dir)
-    for step in [*saved][:-keep_checkpoints]:
-        if step != best_step:
-            # Rename before deleting: a kill half-way must not leave a checkpoint that only looks complete.
-            saved[step].rename(saved[step].with_name(f".{saved[step].name}.old"))
-    for leftover in final.parent.glob(".step-*"):
-        shutil.rmtree(leftover)
-
-
 def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     """Fills the optimizer from a checkpoint whose weights the model already holds; returns its state.json."""
     try:
         state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-        trained = {p for group in optimizer.param_groups for p in group["params"]}
         for name, parameter in model.named_parameters():
-            if parameter not in trained:
+            if not parameter.requires_grad:
                 continue
             step = torch.tensor(float(state["step"]), device=parameter.device)
             parameter_state = optimizer.state[parameter] = {"step": step}
@@ -244,9 +172,8 @@ def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimiz
                 parameter_state[key] = torch.empty_like(parameter, requires_grad=False).copy_(moment)
         best = state["best_on_validation"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(
-            f"{directory}: not a complete checkpoint ({error!r}); delete it and resume from the one before"
-        ) from None
+        problem = f"not a complete checkpoint ({error!r})"
+        raise UserError(f"{directory}: {problem}; delete it and resume from the one before") from None
     if best and best[0] not in checkpoints(directory.parents[1]):
         raise UserError(f"{directory}: step {best[0]}, the best on validation, no longer has a checkpoint; restore it")
     return state
@@ -313,8 +240,7 @@ def evaluate(
         logger.event("eval", state["step"], split=name, **scores)
         logger.print(f"step {state['step']} {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
         best = state[f"best_on_{name}"]
-        better = best is None or scores["f1"] > best[1]
-        if better:
+        if better := best is None or scores["f1"] > best[1]:
             state[f"best_on_{name}"] = [state["step"], scores["f1"]]
         if name == "validation":
             state["evaluations_since_best"] = 0 if better else state["evaluations_since_best"] + 1
@@ -353,14 +279,10 @@ class TrainingRun:
         """Raises UserError if the data differs from that of the resumed run, or lacks rows that a flag needs."""
         s = self.settings
         if s.patience and "validation" not in splits:
-            raise UserError(
-                f"--patience: {s.patience} needs validation rows to watch; hold some out with --validation-size"
-            )
+            raise UserError(f"--patience: {s.patience} needs validation rows; hold some out with --validation-size")
         if self.previous and not data.matches(self.previous.info["data_fingerprint"]):
-            raise UserError(
-                f"--data: {s.data} has other rows or classes than {s.resume} was started on; restore them or start "
-                "a new run"
-            )
+            problem = f"{s.data} has other rows or classes than {s.resume} was started on"
+            raise UserError(f"--data: {problem}; restore them or start a new run")
 
     def find_model(self) -> Path | None:
         """The model directory to start from: the newest checkpoint, else that of `--model`; None for `tiny`."""
@@ -399,11 +321,8 @@ class TrainingRun:
         if dist.is_first() and not self.previous:
             self.dir = new_run_dir(s.output_dir, self.script)
             self.lock = lock(self.dir)
-            labelled = int((data.train.rows >= 0).sum())  # without the texts that come with soft labels
-            details |= {"script": self.script, "total_steps": total_steps, "num_train_rows": labelled}
-            details |= {"revision": self.revision, "data_revision": data.revision}
-            details |= {"data_fingerprint": data.fingerprint()}
-            write_run_info(self.dir, dataclasses.asdict(s), device, details)
+            details |= {"total_steps": total_steps, "revision": self.revision}
+            write_run_info(self.dir, self.script, dataclasses.asdict(s), device, data, details)
         self.logger = Logger(self.dir, self.state["step"], total_steps)
         self.logged = dict(self.state)
 
@@ -414,10 +333,8 @@ class TrainingRun:
             yield self.state["step"]
             if self.interrupted and not self.over:
                 self.logger.close()
-                self.logger.print(
-                    f"stopped at step {self.state['step']} of {self.total_steps}; "
-                    f"continue with: python {self.script}.py --resume {self.dir}"
-                )
+                reached = f"stopped at step {self.state['step']} of {self.total_steps}"
+                self.logger.print(f"{reached}; continue with: python {self.script}.py --resume {self.dir}")
                 self.close()
                 raise SystemExit(130)
 
@@ -463,18 +380,52 @@ class TrainingRun:
         if step == self.total_steps or (self.eval_every and step % self.eval_every == 0):
             self.logits = evaluate(self.splits, logits_of, self.state, self.logger, self.remedy)
             if self.stopped_early and step < self.total_steps:
-                self.logger.print(
-                    f"stopped early: {self.settings.patience} evaluations without a better validation score"
-                )
+                patience = self.settings.patience
+                self.logger.print(f"stopped early: {patience} evaluations without a better validation score")
 
     def save_if_due(self, stop: threading.Event) -> None:
         """Saves a checkpoint every `--save-every` steps, at a best validation score, after a signal and at the end."""
         step, best_step = self.state["step"], (self.state["best_on_validation"] or [None])[0]
         self.interrupted = dist.any_rank(stop.is_set(), self.device)
-        due = self.over or self.interrupted or step == best_step
-        if (due or (self.save_every and step % self.save_every == 0)) and dist.is_first():
-            arguments = self.save_model, self.model, self.optimizer, self.state, self.settings.keep_checkpoints
-            save_checkpoint(self.dir, *arguments, best_step)
+        due = self.over or self.interrupted or step == best_step or (self.save_every and step % self.save_every == 0)
+        if due and dist.is_first():
+            self.save_checkpoint(best_step)
+
+    def save_checkpoint(self, best_step: int | None) -> None:
+        """Saves the current step, then deletes all checkpoints but the newest `--keep-checkpoints` and `best_step`.
+
+        Raises OSError, for example on a full disk, and then leaves the checkpoints as they were.
+        """
+        final = self.dir / "checkpoints" / f"step-{self.state['step']:06d}"
+        temporary = final.with_name(f".{final.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir(parents=True)
+            self.save_model(temporary)
+            moments = {
+                f"{key}.{name}": self.optimizer.state[parameter][key]
+                for name, parameter in self.model.named_parameters()
+                if parameter in self.optimizer.state  # a frozen parameter has no state
+                for key in ("exp_avg", "exp_avg_sq")
+            }
+            write_tensors(moments, temporary / "optimizer.safetensors")
+            write_json(temporary / "state.json", self.state)
+            # The checkpoint survives a crash of the machine only if its files are on the disk before the rename.
+            for path in (*temporary.iterdir(), temporary):
+                descriptor = os.open(path, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
+            temporary.rename(final)
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        saved = checkpoints(self.dir)
+        for step in [*saved][: -self.settings.keep_checkpoints]:
+            if step != best_step:
+                # Rename before deleting: a kill half-way must not leave a checkpoint that only looks complete.
+                saved[step].rename(saved[step].with_name(f".{saved[step].name}.old"))
+        for leftover in final.parent.glob(".step-*"):
+            shutil.rmtree(leftover)
 
     def save_headline_model(
         self, architecture: weights.Architecture, logits_of: Callable[[str], torch.Tensor]

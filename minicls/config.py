@@ -82,18 +82,10 @@ class DataSettings:
     text_column: str = setting("text", "column of the texts")
     label_column: str = setting("label", "column of the labels: class indices or class names")
     label_names: tuple[str, ...] | None = setting(None, "class names in the order of their indices")
-    validation_size: float = setting(
-        0.0, "training rows (below 1: a fraction of them) to hold out for choosing the step; 0: none", minimum=0
-    )
-    test_size: float = setting(
-        0.0, "training rows (below 1: a fraction of them) to test on if --data has no test split", minimum=0
-    )
-    max_train_rows: int | None = setting(
-        None, "use a stratified sample of the training rows, drawn by --seed", minimum=1
-    )
-    max_eval_rows: int | None = setting(
-        None, "use a stratified sample of the test and validation rows, the same for every seed", minimum=1
-    )
+    validation_size: float = setting(0.0, "training rows (below 1: a fraction) to hold out for validation", minimum=0)
+    test_size: float = setting(0.0, "training rows (below 1: a fraction) to test on without a test split", minimum=0)
+    max_train_rows: int | None = setting(None, "a stratified sample of the training rows, drawn by --seed", minimum=1)
+    max_eval_rows: int | None = setting(None, "a sample of test and validation rows, equal for every seed", minimum=1)
     seed: int = setting(42, "seed of --max-train-rows, the order of rows, dropout and fresh weights", minimum=0)
 
 
@@ -101,31 +93,16 @@ class DataSettings:
 class TrainingSettings(DataSettings):
     """The settings that have the same default and meaning in train_bert.py and train_qwen.py."""
 
-    init: str = setting(
-        "pretrained",
-        "random keeps the model's size and tokenizer but not its weights",
-        choices=("pretrained", "random"),
-        group="model",
-    )
+    init: str = setting("pretrained", "random: no weights are loaded", choices=("pretrained", "random"), group="model")
     max_length: int = setting(512, "tokens of a row, control tokens, question and answer included", minimum=3)
-    max_steps: int | None = setting(
-        None, "optimizer steps; overrides --epochs, and the data repeats", minimum=1, group="optimisation"
-    )
+    max_steps: int | None = setting(None, "optimizer steps; overrides --epochs", minimum=1, group="optimisation")
     max_grad_norm: float = setting(1.0, "clip the gradient norm to this value; 0 disables clipping", minimum=0)
-    class_weights: str = setting(
-        "none", "balanced: weight each row's loss inversely to its class's frequency", choices=("none", "balanced")
-    )
+    class_weights: str = setting("none", "balanced: classes weigh the same in the loss", choices=("none", "balanced"))
     label_smoothing: float = setting(0.0, "fraction of a target spread over all classes", minimum=0, maximum=1)
-    output_dir: str | None = setting(
-        None,
-        "run directory, new or empty; unset: runs/<script>-<time>",
-        group=EVALUATION,
-    )
+    output_dir: str | None = setting(None, "run directory, new or empty; unset: runs/<script>-<time>", group=EVALUATION)
     keep_checkpoints: int = setting(2, "newest checkpoints to keep, in addition to the best on validation", minimum=1)
     log_every: int = setting(10, "steps between lines of metrics.jsonl", minimum=1)
-    patience: int | None = setting(
-        None, "evaluations without a better validation score before training stops; unset: never", minimum=1
-    )
+    patience: int | None = setting(None, "evaluations without a better validation score before a stop", minimum=1)
     resume: str | None = setting(None, "run directory to continue, under its own settings")
     dtype: str = setting("bf16", "bf16 is autocast over fp32 weights", choices=("bf16", "fp32"), group="machine")
     device: str | None = setting(None, "cpu, cuda or cuda:N; unset: cuda if there is one")
@@ -145,24 +122,13 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: "):
             flag = message.removeprefix("unrecognized arguments: ").split(" ")[0].split("=")[0] or "''"
             name = flag.lstrip("-").replace("_", "-").lower()
-            known = [
-                option[2:] for option in self._option_string_actions if option.startswith("--") and option != "--help"
-            ]
+            known = [option[2:] for option in self._option_string_actions if option[:2] == "--" and option != "--help"]
             close = [o for o in known if name.replace("-", "_") in ALIASES.get(o.replace("-", "_"), "").split()]
             close = close or difflib.get_close_matches(name, known, n=1)
             message = f"unknown flag {flag}; " + (f"did you mean --{close[0]}?" if close else "see --help")
         elif message.startswith("argument "):
             message = message.removeprefix("argument ") + "; see --help"
         raise UserError(message)
-
-
-def _value_type(annotation) -> tuple[type, bool]:
-    """The type of one value, and whether the flag takes several: `tuple[str, ...] | None` -> (str, True)."""
-    if isinstance(annotation, types.UnionType):
-        (annotation,) = (t for t in typing.get_args(annotation) if t is not types.NoneType)
-    if typing.get_origin(annotation) is tuple:
-        return typing.get_args(annotation)[0], True
-    return annotation, False
 
 
 def flag_of(name: str) -> str:
@@ -181,15 +147,15 @@ def command_line(settings: dict) -> list[str]:
     return flags
 
 
-def _fields(cls: type) -> list[dataclasses.Field]:
-    """The settings in the order of `--help`: a script's own first, then those it shares with others."""
-    return sorted(dataclasses.fields(cls), key=lambda field: field.name not in cls.__annotations__)
-
-
 def _add_flags(parser: Parser, cls: type) -> None:
     hints, groups, title = typing.get_type_hints(cls), {}, None
-    for field in _fields(cls):
-        value_type, several = _value_type(hints[field.name])
+    # A script's own settings come first, then those it shares with others.
+    for field in sorted(dataclasses.fields(cls), key=lambda field: field.name not in cls.__annotations__):
+        value_type = hints[field.name]
+        if isinstance(value_type, types.UnionType):  # X | None
+            value_type = typing.get_args(value_type)[0]
+        if several := typing.get_origin(value_type) is tuple:
+            value_type = typing.get_args(value_type)[0]
         default = "unset" if field.default is None else field.default
         # SUPPRESS leaves out flags that were not given: `parse` must know which ones were given with --resume.
         options: dict = {"dest": field.name, "default": argparse.SUPPRESS}
@@ -236,36 +202,26 @@ def parse(cls: type, argv: list[str] | None = None, description: str | None = No
         _check_value(field.name, given.get(field.name), field.metadata["minimum"], field.metadata["maximum"])
     if given.get("resume") is None:
         return cls(**given)
-    settings, defaults = load(cls, Path(given["resume"]) / "run.json")
-    if defaults and os.environ.get("RANK", "0") == "0":
-        flags = ", ".join(f"{flag_of(name)} {value}" for name, value in defaults.items())
-        print(f"{given['resume']} is older than some settings, which take their defaults: {flags}")
+    settings = load(cls, Path(given["resume"]) / "run.json")
     for name in given.keys() - {"resume", "device"}:
-        raise UserError(
-            f"{flag_of(name)}: a resumed run keeps its settings ({getattr(settings, name)!r} in "
-            f"{given['resume']}/run.json); leave the flag out, or start a new run without --resume"
-        )
+        problem = f"a resumed run keeps its settings ({getattr(settings, name)!r} in {given['resume']}/run.json)"
+        raise UserError(f"{flag_of(name)}: {problem}; leave the flag out, or start a new run without --resume")
     return dataclasses.replace(settings, **given)
 
 
-def load(cls: type, path: Path) -> tuple:
-    """Reads the settings saved in a `run.json`. Returns them, and those that it lacked with their defaults.
-
-    Raises UserError if the file is absent, broken or written by another script.
-    """
+def load(cls: type, path: Path):
+    """The settings saved in a `run.json`. Raises UserError if it is absent, broken or written by another script."""
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such run directory; check the path")
     try:
         values = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a readable run.json ({error}); is {path.parent} a run directory?") from None
-    fields = {field.name: field.default for field in dataclasses.fields(cls)}
-    missing = {name: default for name, default in fields.items() if name not in values}
-    unknown = ", ".join(sorted(values.keys() - fields.keys()))
-    if unknown or len(missing) * 2 > len(fields):  # a new version adds only a few
-        fault = f"has {unknown}, which this script lacks" if unknown else f"lacks {', '.join([*missing][:5])} and more"
-        raise UserError(f"{path}: its settings are not this script's (it {fault}); was it another script or version?")
-    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}), missing
+    fields = {field.name for field in dataclasses.fields(cls)}
+    if different := sorted(values.keys() - fields) + sorted(fields - values.keys()):
+        problem = f"its settings are not this script's, they differ in {', '.join(different[:5])}"
+        raise UserError(f"{path}: {problem}; was it another script or version?")
+    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
 def run_main(main: Callable[[list[str] | None], int | None]) -> None:

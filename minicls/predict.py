@@ -377,11 +377,10 @@ def evaluate_model(directory: Path, revision: str | None, s: EvaluateSettings) -
     if run_dir:
         head = "options" if classifier.architecture is weights.DECODER else "linear"
         settings = {"head": head, "max_length": classifier.max_length, "dtype": inference.get("dtype", "fp32")}
-        details = {"script": "evaluate", "model_type": classifier.config["model_type"], "total_steps": 0}
-        details |= {"revision": revision, "data_revision": data.revision, "data_fingerprint": data.fingerprint()}
+        details = {"model_type": classifier.config["model_type"], "total_steps": 0, "revision": revision}
         details |= {"num_train_rows": trained.get("num_train_rows", 0)}
         details |= classifier.chat.to_dict() if classifier.chat else {}
-        checkpoint.write_run_info(run_dir, dataclasses.asdict(s) | settings, device, details)
+        checkpoint.write_run_info(run_dir, "evaluate", dataclasses.asdict(s) | settings, device, data, details)
     logger, state = Logger(run_dir, 0, 0), checkpoint.new_state()
     logger.print(*describe(data, splits.get("validation")))
     logits = checkpoint.evaluate(*test, state, logger)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -18,6 +19,7 @@ from conftest import ROOT
 import train_bert
 from minicls.checkpoint import write_run_info
 from minicls.config import UserError, load, parse, run_main, setting
+from minicls.data import Data, Split
 
 
 @dataclass(frozen=True)
@@ -171,8 +173,10 @@ def test_a_guess_is_a_flag_that_there_is(flag):
 # run.json
 
 
-def save(cls, settings, directory) -> None:
-    write_run_info(directory, dataclasses.asdict(settings), torch.device("cpu"), {"total_steps": 3})
+def save(settings, directory) -> None:
+    split = Split(["text"], np.array([0]), np.array([0]))
+    data, device = Data(split, split, ("a", "b")), torch.device("cpu")
+    write_run_info(directory, "train_bert", dataclasses.asdict(settings), device, data, {"total_steps": 3})
 
 
 @pytest.mark.parametrize(
@@ -180,15 +184,15 @@ def save(cls, settings, directory) -> None:
 )
 def test_run_json_gives_the_settings_back(argv, tmp_path):
     settings = parse(Settings, argv.split(" ") if argv else [])
-    save(Settings, settings, tmp_path)
-    assert load(Settings, tmp_path / "run.json") == (settings, {})
+    save(settings, tmp_path)
+    assert load(Settings, tmp_path / "run.json") == settings
     info = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     assert info["total_steps"] == 3 and {"python", "torch", "minicls"} <= info["versions"].keys()
 
 
 def test_a_resumed_run_has_its_own_settings(tmp_path):
     settings = parse(Settings, ["--names", "x", "y", "--share", "0.25"])
-    save(Settings, settings, tmp_path)
+    save(settings, tmp_path)
     run_dir = str(tmp_path)
     assert parse(Settings, ["--resume", run_dir]) == dataclasses.replace(settings, resume=run_dir)
     resumed = parse(Settings, ["--resume", run_dir, "--device", "cpu"])
@@ -197,7 +201,7 @@ def test_a_resumed_run_has_its_own_settings(tmp_path):
 
 @pytest.mark.parametrize("flag", ["--share 0.5", "--share 0.25", "--names x", "--fast", "--no-fast"])
 def test_a_resumed_run_takes_no_other_settings(flag, tmp_path):
-    save(Settings, parse(Settings, ["--share", "0.25"]), tmp_path)
+    save(parse(Settings, ["--share", "0.25"]), tmp_path)
     with pytest.raises(UserError, match=rf"{flag.split()[0].replace('--no-', '--')}: .*leave the flag out"):
         parse(Settings, ["--resume", str(tmp_path), *flag.split()])
 
@@ -221,29 +225,17 @@ def edit_settings(run_dir, **changes) -> None:
     (run_dir / "run.json").write_text(json.dumps(info | {"settings": values}))
 
 
-def test_a_run_older_than_a_setting_resumes_with_its_default(tmp_path, capsys):
-    save(Settings, parse(Settings, ["--share", "0.25"]), tmp_path)
-    edit_settings(tmp_path, batch_size="drop", limit="drop")
-    assert parse(Settings, ["--resume", str(tmp_path)]) == Settings(share=0.25, resume=str(tmp_path))
-    line = f"{tmp_path} is older than some settings, which take their defaults: --batch-size 8, --limit None\n"
-    assert capsys.readouterr().out == line
-    edit_settings(tmp_path, batch_size=4, limit=3)
-    parse(Settings, ["--resume", str(tmp_path)])
-    assert capsys.readouterr().out == ""
-
-
-def test_a_setting_that_is_gone_is_an_error(tmp_path):
-    save(Settings, Settings(), tmp_path)
-    edit_settings(tmp_path, language="zh")
-    with pytest.raises(
-        UserError, match=r"run\.json: .*has language, which this script lacks.*another script or version"
-    ):
+@pytest.mark.parametrize("changes", [{"language": "zh"}, {"limit": "drop"}], ids=str)
+def test_a_setting_too_many_or_too_few_is_an_error(changes, tmp_path):
+    save(Settings(), tmp_path)
+    edit_settings(tmp_path, **changes)
+    with pytest.raises(UserError, match=rf"run\.json: .*differ in {next(iter(changes))}; was it another script or version"):
         parse(Settings, ["--resume", str(tmp_path)])
 
 
 def test_settings_of_another_script_are_named(tmp_path):
-    save(Settings, Settings(), tmp_path)
-    with pytest.raises(UserError, match=r"run\.json: .*has batch_size, fast.*another script or version"):
+    save(Settings(), tmp_path)
+    with pytest.raises(UserError, match=r"run\.json: .*differ in batch_size, fast, .*another script or version"):
         load(train_bert.Settings, tmp_path / "run.json")
     with pytest.raises(UserError, match="no such run directory"):
         load(train_bert.Settings, tmp_path / "nowhere" / "run.json")

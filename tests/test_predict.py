@@ -179,23 +179,6 @@ def test_a_checkpoint_copied_alone_is_asked_as_its_run(name, asked_runs, tmp_pat
     assert_predicts_as_the_run(shutil.copytree(newest, tmp_path / "elsewhere"), asked_runs[name])
 
 
-@pytest.mark.parametrize("name", ASKED)
-def test_a_run_from_before_minicls_json_is_asked_as_then(name, asked_runs, tmp_path):
-    """Its run.json has the settings and the question, with the flags of that time, and no chat format."""
-    run = shutil.copytree(asked_runs[name], tmp_path / "run")
-    for file in (run / "minicls.json", *run.glob("checkpoints/*/minicls.json")):
-        file.unlink()
-    info = json.loads((run / "run.json").read_text())
-    info.pop("chat", None)
-    if "prompt" in info["settings"]:
-        info["settings"] |= {"options": "last", "language": "en", "prompt": None}
-    for new in ("class_weights", "label_smoothing", "patience", "test_size"):
-        del info["settings"][new]
-    (run / "run.json").write_text(json.dumps(info))
-    assert_predicts_as_the_run(run, asked_runs[name])
-    assert_predicts_as_the_run(run / "checkpoints" / "step-000002", asked_runs[name])
-
-
 @pytest.mark.parametrize("content", ["{", "[]", '"text"', "\ufffd{"])
 def test_a_broken_minicls_json(content, bert_run, tmp_path):
     copy = shutil.copytree(bert_run, tmp_path / "run")

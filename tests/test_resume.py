@@ -288,16 +288,16 @@ def test_a_run_is_taken_while_it_trains_and_free_when_it_ends(one_step, tmp_path
         done = subprocess.run([sys.executable, "-c", ask, str(copy)], capture_output=True, text=True, cwd=ROOT)
         return f"process {os.getpid()} is training" in done.stderr if done.returncode else None
 
-    save_checkpoint = train_bert.checkpoint.save_checkpoint
+    run, save_checkpoint = train_bert.checkpoint.TrainingRun, train_bert.checkpoint.TrainingRun.save_checkpoint
 
     def spoiled(*arguments):
         answers.append(other_process())
         raise UserError("spoiled")
 
-    monkeypatch.setattr(train_bert.checkpoint, "save_checkpoint", spoiled)
+    monkeypatch.setattr(run, "save_checkpoint", spoiled)
     with pytest.raises(UserError, match="spoiled") as kept:
         resume(copy)
-    monkeypatch.setattr(train_bert.checkpoint, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(run, "save_checkpoint", save_checkpoint)
     assert results(resume(copy))["final_step"] == 3 and kept.value
     assert answers == [True] and other_process() is None
 

@@ -436,9 +436,7 @@ def test_patience(name, news, scripted_f1, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_patience_without_validation_rows_is_refused(name, tmp_path):
-    with pytest.raises(
-        UserError, match=r"--patience: 2 needs validation rows to watch; hold some out with --validation-size"
-    ):
+    with pytest.raises(UserError, match=r"--patience: 2 needs validation rows; hold some out with --validation-size"):
         train(tmp_path / "run", "--patience", "2", script=SCRIPTS[name])
     assert not (tmp_path / "run").exists()
 
