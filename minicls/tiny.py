@@ -9,6 +9,14 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from minicls.tokenizer import BERT_TOKENS, Tokenizer
 
+SMALL_QWEN3 = {
+    "model_type": "qwen3",
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": True,
+}
 # config.json of the models that can be made without files. The tiny ones are large enough to learn the synthetic texts,
 # and small enough to do so in a minute on a CPU. vLLM serves no attention head below 32 dimensions.
 SIZES = {
@@ -20,31 +28,9 @@ SIZES = {
         "intermediate_size": 256,
         "max_position_embeddings": 512,
     },
-    "tiny-qwen3": {
-        "model_type": "qwen3",
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "intermediate_size": 192,
-        "max_position_embeddings": 4096,
-        "rope_theta": 10_000.0,
-        "tie_word_embeddings": True,
-    },
+    "tiny-qwen3": SMALL_QWEN3 | {"hidden_size": 64, "num_hidden_layers": 2, "head_dim": 32, "intermediate_size": 192},
     # 3.1M parameters in four layers, trained from random weights in results/; the vocabulary is that of its tokenizer.
-    "qwen3-small": {
-        "model_type": "qwen3",
-        "hidden_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "intermediate_size": 768,
-        "max_position_embeddings": 4096,
-        "rope_theta": 10_000.0,
-        "tie_word_embeddings": True,
-    },
+    "qwen3-small": SMALL_QWEN3 | {"hidden_size": 256, "num_hidden_layers": 4, "head_dim": 64, "intermediate_size": 768},
     "bert-base-cased": {"model_type": "bert", "vocab_size": 28_996},  # the rest are BertConfig's defaults
     "Qwen3-0.6B": {
         "model_type": "qwen3",
