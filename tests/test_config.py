@@ -229,7 +229,9 @@ def edit_settings(run_dir, **changes) -> None:
 def test_a_setting_too_many_or_too_few_is_an_error(changes, tmp_path):
     save(Settings(), tmp_path)
     edit_settings(tmp_path, **changes)
-    with pytest.raises(UserError, match=rf"run\.json: .*differ in {next(iter(changes))}; was it another script or version"):
+    with pytest.raises(
+        UserError, match=rf"run\.json: .*differ in {next(iter(changes))}; was it another script or version"
+    ):
         parse(Settings, ["--resume", str(tmp_path)])
 
 
