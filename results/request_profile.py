@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-os.environ["TORCHINDUCTOR_FREEZING"] = "1"  # as in bench.py
+if "--int8" not in sys.argv:
+    os.environ["TORCHINDUCTOR_FREEZING"] = "1"  # as in bench.py
 
 import numpy as np
 import torch
