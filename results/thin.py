@@ -58,7 +58,7 @@ def thin_metrics(source: Path, target: Path) -> None:
                 thin.append({"event": "train", "step": part[-1]["step"]} | means)
             train = []
         thin += [event] if event else []
-    target.write_text("".join(f"{json.dumps(event)}\n" for event in thin), encoding="utf-8")
+    target.write_text("".join(json.dumps(event, separators=(",", ":")) + "\n" for event in thin), encoding="utf-8")
 
 
 def write_object(file: Path, values: dict) -> None:
