@@ -219,8 +219,8 @@ def load(cls: type, path: Path):
         raise UserError(f"{path}: not a readable run.json ({error}); is {path.parent} a run directory?") from None
     fields = {field.name for field in dataclasses.fields(cls)}
     if different := sorted(values.keys() - fields) + sorted(fields - values.keys()):
-        problem = f"its settings are not this script's, they differ in {', '.join(different[:5])}"
-        raise UserError(f"{path}: {problem}; was it another script or version?")
+        problem = f"its settings differ from this script's in {', '.join(different[:5])}"
+        raise UserError(f"{path}: {problem}; resume it with the script and the version that wrote it")
     return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 

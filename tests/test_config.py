@@ -230,14 +230,16 @@ def test_a_setting_too_many_or_too_few_is_an_error(changes, tmp_path):
     save(Settings(), tmp_path)
     edit_settings(tmp_path, **changes)
     with pytest.raises(
-        UserError, match=rf"run\.json: .*differ in {next(iter(changes))}; was it another script or version"
+        UserError, match=rf"run\.json: .*differ from .* in {next(iter(changes))}; resume it with the script"
     ):
         parse(Settings, ["--resume", str(tmp_path)])
 
 
 def test_settings_of_another_script_are_named(tmp_path):
     save(Settings(), tmp_path)
-    with pytest.raises(UserError, match=r"run\.json: .*differ in batch_size, fast, .*another script or version"):
+    with pytest.raises(
+        UserError, match=r"run\.json: .*differ from .* in batch_size, fast, .*resume it with the script"
+    ):
         load(train_bert.Settings, tmp_path / "run.json")
     with pytest.raises(UserError, match="no such run directory"):
         load(train_bert.Settings, tmp_path / "nowhere" / "run.json")
