@@ -538,7 +538,7 @@ CHECKPOINT = "run/checkpoints/step-000001"
 RUN = {
     "no run.json": (remove("run/run.json"), ["run/run.json", "run directory"]),
     "broken run.json": (cut("run/run.json", 100), ["run/run.json", "not a readable run.json"]),
-    "settings of another script": (change("run/run.json", settings={"head": "options"}), ["run/run.json", "head", "another script"]),
+    "settings of another script": (change("run/run.json", settings={"head": "options"}), ["run/run.json", "head", "resume it with the script"]),
     "other rows": (write("data/train.csv", CSV.replace("text 3", "text three").encode()), ["--data", "data", "run", "new run"]),
     "a validation split more": (write("data/dev.csv", CSV.encode()), ["--data", "data", "run", "rows or classes", "new run"]),
     "no data": (lambda: shutil.rmtree("data"), ["--data", "data"]),

@@ -129,7 +129,7 @@ FLAGS = {  # flags -> parts of the message
     "--output-dir model": ["--output-dir", "model", "not empty", "new directory", "--resume"],
     "--output-dir data/train.csv": ["--output-dir", "data/train.csv", "another directory"],
     "--data classes --head linear --model linear": ["linear/model.safetensors", "score.weight", "(2, 8)", "(27, 8)"],
-    "--resume bert": ["bert/run.json", "another script"],
+    "--resume bert": ["bert/run.json", "resume it with the script"],
 }
 
 
