@@ -122,7 +122,7 @@ class KVCache:
             keys[:, : k.shape[1]], values[:, : v.shape[1]] = k, v
 
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values; a new layer gets `like`'s shape (Hkv, Dh), dtype and device."""
+        """A layer's keys and values; a new one gets the shape (Hkv, Dh) and dtype of `like`."""
         if index == len(self.layers):
             shape = (self.batch_size, self.max_length, *like.shape)
             # Zeros: a masked value has weight 0, but 0 * NaN is NaN, and fresh memory may hold NaN.

@@ -133,8 +133,8 @@ class Minicls(Engine):
                         setattr(module, name, Int8Linear(child))
             self.version += ", int8"
         if compile:
-            # Layers that share a graph compile in seconds, a whole model in minutes. Only that may have constant weights
-            # (`bench.side_process`), which pay off for BERT unless they are in int8.
+            # Layers that share a graph compile in seconds, a whole model in minutes. But only a whole model can have
+            # constant weights (`bench.side_process`), which pay off for BERT unless it is in int8.
             bert = architecture is weights.BERT
             layers = self.model.bert.encoder.layer if bert else self.model.model.layers
             torch._dynamo.config.recompile_limit = 64  # one for each kind of batch: single, padded, cached, last layer

@@ -172,7 +172,6 @@ def test_the_layers_of_a_compiled_decoder_share_graphs(qwen_run, texts, tmp_path
     compile, graphs = torch.nn.Module.compile, []
     # This backend traces as any other would, and needs no C++ compiler.
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **flags: compile(self, backend="aot_eager", **flags))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
     for num_hidden_layers in (3, 6):
         source = shutil.copytree(qwen_run, tmp_path / f"{num_hidden_layers}-source")
         config = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": num_hidden_layers}

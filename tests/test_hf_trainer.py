@@ -107,8 +107,8 @@ def test_training_asks_the_default_question_whatever_the_run_was_asked(qwen_run,
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((qwen_run / name).read_bytes())
     template = ("Say what this is: ", " Answer:")
-    (tmp_path / "run.json").write_text(json.dumps({"template": template}))
-    assert Reader(tmp_path).settings == {"template": [*template]}  # a run.json that says no more than that is no error
+    (tmp_path / "minicls.json").write_text(json.dumps({"template": template}))
+    assert Reader(tmp_path).settings == {"template": [*template]}  # a file that says no more than that is no error
     assert Reader(tmp_path).chat.template == template
     data, rows = load_data("synthetic"), np.array([3, 1])
     ours, default = (
