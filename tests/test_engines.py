@@ -167,6 +167,7 @@ def test_compiled(int8, bert_run, texts):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] < 10  # not one a layer, nor one a request
 
 
+@pytest.mark.slow
 def test_the_layers_of_a_compiled_decoder_share_graphs(qwen_run, texts, tmp_path, monkeypatch):
     """As many graphs for six layers as for three, and the answers of the model that is not compiled."""
     compile, graphs = torch.nn.Module.compile, []
@@ -182,7 +183,7 @@ def test_the_layers_of_a_compiled_decoder_share_graphs(qwen_run, texts, tmp_path
         torch._dynamo.utils.counters.clear()
         compiled, plain = (engines.Minicls(directory, torch.float32, CPU, compile) for compile in (True, False))
         rows, options = Reader(qwen_run).rows(texts), [[5], [6]]
-        for asked in (rows[:1], rows[:5], rows[5:9]):
+        for asked in (rows[:1], rows[:5]):
             torch.testing.assert_close(compiled.score(asked, options), plain.score(asked, options), rtol=0, atol=1e-4)
             assert compiled.generate(asked, 4, []) == plain.generate(asked, 4, [])
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
