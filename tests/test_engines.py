@@ -157,6 +157,7 @@ def test_onnxruntime_that_is_not_installed(name, bert_run, monkeypatch):
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled(int8, bert_run, texts):
     """One row alone and several together are two graphs, and the second is asked twice: neither falls back to eager."""
+    torch._dynamo.utils.counters.clear()
     rows = Reader(bert_run).rows(texts)
     compiled, plain = (
         engines.Minicls(bert_run, torch.float32, CPU, compile=compile, int8=int8) for compile in (True, False)
