@@ -79,8 +79,8 @@ def int8_linear(x: torch.Tensor, layer: torch.Tensor, out_features: int) -> torc
     """PyTorch's product with int8 weights, as an operator that torch.compile need not look into.
 
     x: (N, in_features) fp32; layer: index into PACKED_WEIGHTS, int64, a tensor so that all layers share a compiled
-    graph. x is rounded to 7 bits with one scale for all of it, so that the 16 bits in which CPUs
-    without VNNI add pairs of products suffice. Returns (N, out_features) fp32.
+    graph. x is rounded to 7 bits with one scale for all of it, so that the 16 bits in which CPUs without VNNI add pairs
+    of products suffice. Returns (N, out_features) fp32.
     """
     return torch.ops.quantized.linear_dynamic(x, PACKED_WEIGHTS[layer.item()], reduce_range=True)
 
