@@ -133,20 +133,19 @@ def load_data(
     for split in ("train",) if test_size else ("train", "test"):
         if split not in files:
             names = f"a file such as {split}.csv, .tsv, .jsonl, .json or .parquet, here or in data/"
-            skipped = f", not counted: {_by_reason(unread)}" if unread else ""
+            skipped = f", not counted: {unread}" if unread else ""
             hint = ", or hold rows out of the training split with --test-size 0.2" if split == "test" else ""
             raise UserError(f"{directory}: no {split} split ({names}){skipped}; add one{hint}")
-    by_file = {split: _read_split(split, files[split], text_column, label_column) for split in SPLITS if split in files}
-    rows = {split: list(itertools.chain(*tables.values())) for split, tables in by_file.items()}
-    files_read = [file for tables in by_file.values() for file in tables]
-    names, class_of = _classes(card, files_read, rows, label_column, label_names)
+    rows = {split: _read_split(split, paths, text_column, label_column) for split, paths in files.items()}
+    names, class_of = _classes(card, [*itertools.chain(*files.values())], rows, label_column, label_names)
     splits, sources = {}, []
-    for split, tables in by_file.items():
-        splits[split] = _as_split(rows[split], names, class_of, is_train=split == "train")
-        counts = [f"{file.relative_to(directory)} ({len(table):,} rows)" for file, table in tables.items()]
-        sources.append(f"{split}: {', '.join(counts)}")
-    sources += [f"not read: {_by_reason(unread)}"] if unread else []
-    sources += [f"warning: {line}" for tables in by_file.values() for line in _repeated_between_files(tables)]
+    for split, paths in files.items():
+        splits[split] = _as_split(split, rows[split], names, class_of)
+        counts = Counter(row.file for row in rows[split])
+        read = [f"{file.relative_to(directory)} ({counts[file]:,} rows)" for file in paths]
+        sources.append(f"{split}: {', '.join(read)}")
+    sources += [f"not read: {unread}"] if unread else []
+    sources += [f"warning: {line}" for split_rows in rows.values() for line in _repeated_between_files(split_rows)]
     if test_size:
         splits["test"], splits["train"] = _hold_out("--test-size", splits["train"], test_size)
         sources.append(f"test: {len(splits['test']):,} of the training rows, held out by --test-size")
@@ -219,25 +218,17 @@ def _shortened(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _by_reason(unread: dict[str, str]) -> str:
-    names = defaultdict(list)
-    for name, reason in unread.items():
-        names[reason].append(name)
-    return ", ".join(f"{_shortened(group)} ({reason})" for reason, group in names.items())
-
-
-def _split_files(directory: Path, card: "_Card") -> tuple[dict[str, list[Path]], dict[str, str]]:
-    """The files of each split, by the card's data_files or else by name; and the reasons for not reading the others."""
-    root, files, unread = directory / card.folder, defaultdict(list), {}
+def _split_files(directory: Path, card: "_Card") -> tuple[dict[str, list[Path]], str]:
+    """The files of each split, by the card's data_files or else by name; and the others, with the reasons."""
+    root, files, unread = directory / card.folder, {split: [] for split in SPLITS}, defaultdict(list)
     for split, patterns in card.data_files.items():
-        matches = set()
-        for pattern in patterns:  # not by Path.glob, which takes "data/**" for folders only
-            matches |= {root / name for name in glob.glob(pattern, root_dir=root, recursive=True)}  # noqa: PTH207
-        files[split] = sorted(file for file in matches if file.is_file() and _format(file))
+        # Path.glob would take "data/**" for folders only.
+        names = itertools.chain(*(glob.glob(path, root_dir=root, recursive=True) for path in patterns))  # noqa: PTH207
+        files[split] = sorted(file for file in {root / name for name in names} if file.is_file() and _format(file))
         if not files[split]:
             problem = f"no readable file matches its data_files for the {split} split, {card.folder}{patterns[0]}"
             raise UserError(f"{card.file}: {problem}; restore the files, or remove data_files from README.md")
-    by_card = {file for paths in files.values() for file in paths}
+    by_card = {*itertools.chain(*files.values())}
     for file in [file for folder in (root, root / "data") if folder.is_dir() for file in sorted(folder.iterdir())]:
         if file.name.startswith(".") or file.name in ("README.md", "labels.txt") or file in by_card:
             continue
@@ -245,7 +236,7 @@ def _split_files(directory: Path, card: "_Card") -> tuple[dict[str, list[Path]],
             continue
         reason = "README.md's data_files do not name it" if card.data_files else _why_unread(file, needs_split=True)
         if reason:
-            unread[str(file.relative_to(directory))] = reason
+            unread[reason].append(str(file.relative_to(directory)))
         else:
             files[_split_of(file.name)].append(file)
     for split, paths in files.items():
@@ -254,7 +245,8 @@ def _split_files(directory: Path, card: "_Card") -> tuple[dict[str, list[Path]],
         if len(versions) > 1 and not card.data_files:
             problem = f"{paths[0].name} and {paths[-1].name} both hold {split} rows"
             raise UserError(f"{directory}: {problem}; keep one kind of file in one place")
-    return dict(files), unread
+    reasons = [f"{_shortened(names)} ({reason})" for reason, names in unread.items()]
+    return {split: paths for split, paths in files.items() if paths}, ", ".join(reasons)
 
 
 class _Card:
@@ -265,22 +257,19 @@ class _Card:
 
     def __init__(self, file: Path):
         """Finds the default config and its files, but not yet the class names: another source may have them."""
-        self.file, self.head = file, {}
-        text = _read_text(file) if file.is_file() else ""
-        if match := re.match(r"\s*---[ \t]*\r?\n(.*?)\n---[ \t]*\r?(\n|$)", text, re.DOTALL):
-            self._parse(match[1])
-        self.config = self._default_config()
-        self.folder, self.data_files = self._find_files()  # "" or a folder with a slash; the patterns of each split
-
-    def _parse(self, text: str) -> None:
         import yaml
 
+        text = _read_text(file) if file.is_file() else ""
+        match = re.match(r"\s*---[ \t]*\r?\n(.*?)\n---[ \t]*\r?(\n|$)", text, re.DOTALL)
         try:
-            head = yaml.load(text, yaml.BaseLoader)
-            self.head = head if isinstance(head, dict) else {}
+            head = yaml.load(match[1], yaml.BaseLoader) if match else {}
         except yaml.YAMLError as error:
-            if re.search("class_label|data_files", text):  # minicls reads nothing else of it
-                raise UserError(f"{self.file}: its head is not valid YAML ({error}); fix it") from None
+            head = {}
+            if re.search("class_label|data_files", match[1]):  # minicls reads nothing else of it
+                raise UserError(f"{file}: its head is not valid YAML ({error}); fix it") from None
+        self.file, self.head = file, head if isinstance(head, dict) else {}
+        self.config = self._default_config()
+        self.folder, self.data_files = self._find_files()
 
     def _mappings(self, parent: dict, key: str) -> list[dict]:
         """The list of mappings under `key`; dataset_info may be a single one."""
@@ -300,44 +289,45 @@ class _Card:
         return (configs if len(configs) == 1 else marked or [{}])[0]
 
     def _find_files(self) -> tuple[str, dict[str, list[str]]]:
+        """The folder of the default config, "" or with a slash at its end; and the patterns of each split's files."""
         folder, files = self.config.get("data_dir") or "", self.config.get("data_files") or {}
         if isinstance(files, str) or (isinstance(files, list) and all(isinstance(path, str) for path in files)):
             files = {"train": files}
-        patterns, names = {}, set()
+        patterns = {}
         try:
             for name, paths in files.items() if isinstance(files, dict) else [(x["split"], x["path"]) for x in files]:
-                split = _split_of(f"{name}.")
-                if (split or name) in names:
-                    raise UserError(f"{self.file}: its data_files name the {split or name} split twice; keep one entry")
-                names.add(split or name)
-                if split:
-                    paths = [paths] if isinstance(paths, str) else paths
-                    patterns[split] = [re.sub(r"^(\./)+", "", path) for path in paths]
+                split = _split_of(f"{name}.") or name
+                if split in patterns:
+                    raise UserError(f"{self.file}: its data_files name the {split} split twice; keep one entry")
+                paths = [paths] if isinstance(paths, str) else paths
+                patterns[split] = [re.sub(r"^(\./)+", "", path) for path in paths]
             folder = f"{folder.strip('/').removeprefix('./')}/" if folder.strip("./") else ""
         except (AttributeError, KeyError, TypeError):
             raise UserError(f"{self.file}: its data_files are not as `datasets` writes them; fix them") from None
+        patterns = {split: patterns[split] for split in SPLITS if split in patterns}
         for path in [folder, *itertools.chain(*patterns.values())]:
             if "://" in path or ".." in path or path.startswith("/"):
                 problem = f"its data_files name {path}, which is outside the data set"
                 raise UserError(f"{self.file}: {problem}; download it and fix README.md")
         return folder, patterns
 
-    def class_names(self, label_column: str) -> dict[str, tuple[str, ...] | None]:
-        """The class names that the default config states, or each config if none is the default; None: it has none."""
+    def class_names(self, label_column: str) -> dict[tuple[str, ...] | None, str]:
+        """The class names, or None, of the default config, or of each config if none is the default -> the place."""
         infos = self._mappings(self.head, "dataset_info")
-        if self.config or any(info.get("config_name") == "default" for info in infos):
+        has_default = self.config or any(info.get("config_name") == "default" for info in infos)
+        if has_default and not (len(infos) == 1 and "config_name" not in infos[0]):
             name = self.config.get("config_name", "default")
-            sole = infos if len(infos) == 1 and "config_name" not in infos[0] else []
-            infos = [info for info in infos if info.get("config_name", "default") == name] or sole
-        names = {}
+            infos = [info for info in infos if info.get("config_name", "default") == name]
+        sources = {}
         for info in infos:
             place = f"{self.file}, config {info.get('config_name', 'default')}"
             types = {str(feature.get("name")): feature.get("dtype") for feature in self._mappings(info, "features")}
-            dtype, names[place] = types.get(label_column), None
+            dtype, names = types.get(label_column), None
             if isinstance(dtype, dict) and "class_label" in dtype:
                 label = dtype["class_label"]
-                names[place] = _checked_names(label.get("names") if isinstance(label, dict) else None, place)
-        return names
+                names = _checked_names(label.get("names") if isinstance(label, dict) else None, place)
+            sources[names] = place
+        return sources
 
 
 # Rows: read from files, their labels turned into class indices.
@@ -346,22 +336,23 @@ class _Card:
 class _Row(NamedTuple):
     text: str
     label: str
-    place: str  # for error messages
+    file: Path
+    place: str  # the file and the line, for error messages
 
 
-def _read_split(split: str, files: list[Path], text_column: str, label_column: str) -> dict[Path, list[_Row]]:
+def _read_split(split: str, files: list[Path], text_column: str, label_column: str) -> list[_Row]:
     # The flag ends the message about a missing column, so the advice for unlabelled files goes with it.
     label_flag = "--label-column" if split == "train" else f"--label-column; {FOR_PREDICT}"
-    rows = {file: [] for file in files}
-    for file in files:
-        for place, row in _read_file(file, {text_column: "--text-column", label_column: label_flag}):
-            rows[file].append(_Row(checked_text(row[text_column], place), _label_text(row[label_column], place), place))
-    every_row = [*itertools.chain(*rows.values())]
-    if not every_row:
+    rows = [
+        _Row(checked_text(row[text_column], place), _label_text(row[label_column], place), file, place)
+        for file in files
+        for place, row in _read_file(file, {text_column: "--text-column", label_column: label_flag})
+    ]
+    if not rows:
         raise UserError(f"{files[0]}: no rows; put at least one {split} row in it")
-    if split != "train" and not any(row.label for row in every_row):
-        raise UserError(f"{every_row[0].place}: no {split} row has a label; {FOR_PREDICT}")
-    if empty := next((row for row in every_row if not row.label), None):
+    if split != "train" and not any(row.label for row in rows):
+        raise UserError(f"{rows[0].place}: no {split} row has a label; {FOR_PREDICT}")
+    if empty := next((row for row in rows if not row.label), None):
         raise UserError(f"{empty.place}: the label is empty; give every row a label or drop the row")
     return rows
 
@@ -375,11 +366,11 @@ def _label_text(label, place: str) -> str:
     return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
 
 
-def _repeated_between_files(rows: dict[Path, list[_Row]]) -> list[str]:
+def _repeated_between_files(rows: list[_Row]) -> list[str]:
     """A line for each file of a split that repeats texts of an earlier one. Raises UserError if it must be a copy."""
     lines, first_file, distinct = [], {}, {}
-    for file in rows:
-        texts = {row.text for row in rows[file]}
+    for file, rows_of_file in itertools.groupby(rows, key=lambda row: row.file):
+        texts = {row.text for row in rows_of_file}
         distinct[file] = len(texts)
         for other, repeated in Counter(first_file[text] for text in texts if text in first_file).items():
             line = f"{repeated:,} of the {len(texts):,} texts in {file.name} are also in {other.name}"
@@ -396,17 +387,15 @@ def _classes(
     """The class names, from the first source that has them, and the class index of each label that has one."""
     labels_file = card.file.with_name("labels.txt")
     if label_names is not None:
-        sources = {"--label-names": tuple(label_names)}
+        sources = {tuple(label_names): "--label-names"}
     elif labels_file.is_file():
-        sources = {labels_file: tuple(line.rstrip() for line in lines_of(_read_text(labels_file).rstrip()))}
+        sources = {tuple(line.rstrip() for line in lines_of(_read_text(labels_file).rstrip())): labels_file}
     else:
         sources = _parquet_names(files, label_column) or card.class_names(label_column)
-    different = {names: source for source, names in sources.items()}
-    if len(different) > 1:
-        first, second, *_ = different.values()
-        problem = f"{first} and {second} do not have the same class names"
-        raise UserError(f"{problem}; choose them with --label-names or labels.txt")
-    names, source = next(iter(different.items()), (None, None))
+    if len(sources) > 1:
+        first, second, *_ = sources.values()
+        raise UserError(f"{first} and {second} do not have the same class names; pass --label-names or labels.txt")
+    names, source = next(iter(sources.items()), (None, None))
     if names is None:
         labels = {row.label for row in rows["train"]}
         numeric = all(_as_index(label) is not None for label in labels)
@@ -420,28 +409,27 @@ def _classes(
     return names, _class_index(names, {row.label for split_rows in rows.values() for row in split_rows})
 
 
-def _parquet_names(files: list[Path], label_column: str) -> dict[Path, tuple[str, ...]]:
-    """The class names in the metadata that `datasets` writes into its parquet files."""
+def _parquet_names(files: list[Path], label_column: str) -> dict[tuple[str, ...], Path]:
+    """The class names in the metadata that `datasets` writes into its parquet files, and a file that has them."""
     import pyarrow.parquet as pq
 
-    names = {}
-    for file in files:
-        metadata = (pq.read_schema(file).metadata or {}).get(b"huggingface") if _format(file) == "parquet" else None
+    sources = {}
+    for file in [file for file in files if _format(file) == "parquet"]:
         try:
-            feature = json.loads(metadata)["info"]["features"][label_column] if metadata else {}
+            feature = json.loads(pq.read_schema(file).metadata[b"huggingface"])["info"]["features"][label_column]
         except (ValueError, KeyError, TypeError):
-            continue  # metadata of another form, or without this column
+            continue  # no metadata, metadata of another form, or without this column
         if isinstance(feature, dict) and "names" in feature:
-            names[file] = _checked_names(feature["names"], file)
-    return names
+            sources[_checked_names(feature["names"], file)] = file
+    return sources
 
 
 def _checked_names(names, place: str | Path) -> tuple[str, ...]:
     """Class names from a list or a mapping of 0, 1, 2 ... to names: `datasets` writes either."""
     if isinstance(names, dict):
-        count, names = len(names), [names.get(str(i)) for i in range(len(names))]
+        names = [names.get(str(i)) for i in range(len(names))]
         if None in names:
-            problem = f"its class names have none for index {names.index(None)} of {count}"
+            problem = f"its class names have none for index {names.index(None)} of {len(names)}"
             raise UserError(f"{place}: {problem}; number them from 0 on")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         problem = "its class names are neither a list of names nor names by index"
@@ -452,31 +440,32 @@ def _checked_names(names, place: str | Path) -> tuple[str, ...]:
 def _class_index(names: Sequence[str], labels: set[str]) -> dict[str, int]:
     """The class index of each label that is the name or the index of a class.
 
-    Names come before indices, and the whole data set is read in one way: if the names are 1 2 3 4, label 1 is the first
-    class, unless a label 0 shows that the labels are indices.
+    Names come before indices. If a name could be an index, the whole data set is read in one way: if the names are
+    1 2 3 4, label 1 is the first class, unless a label 0 shows that the labels are indices.
     """
-    index = {name: i for i, name in enumerate(names)}
-    by_number = {str(i): i for i in range(len(names))}
-    numbers = {label: str(_as_index(label)) for label in labels if _as_index(label) is not None}
-    if by_number.keys().isdisjoint(index):
-        index |= by_number
-    elif not labels <= index.keys() and labels <= numbers.keys() and set(numbers.values()) <= by_number.keys():
-        index = by_number
-    keys = {label: label if label in index else numbers.get(label) for label in labels}
-    return {label: index[key] for label, key in keys.items() if key in index}
+    index, by_name, by_index = {name: i for i, name in enumerate(names)}, {}, {}
+    for label in labels:
+        number = _as_index(label)
+        name = label if label in index or number is None else str(number)  # 007 may be class 7
+        if name in index:
+            by_name[label] = index[name]
+        if number is not None and number < len(names):
+            by_index[label] = number
+    if index.keys().isdisjoint(map(str, range(len(names)))):
+        return by_index | by_name
+    return by_index if len(by_name) < len(by_index) == len(labels) else by_name
 
 
 def _as_index(label: str) -> int | None:
     return int(label) if re.fullmatch(r"\d+", label, re.ASCII) else None
 
 
-def _as_split(rows: list[_Row], names: tuple[str, ...], class_of: dict[str, int], is_train: bool) -> Split:
-    for row in rows:
-        if row.label not in class_of:
-            unlabelled = not is_train and all(row.label == "-1" for row in rows)  # as `datasets` writes it
-            remedy = FOR_PREDICT if unlabelled else "fix the row, labels.txt or --label-names"
-            problem = f"label {row.label!r} is none of the {len(names)} classes ({', '.join(names)[:80]})"
-            raise UserError(f"{row.place}: {problem}; {remedy}")
+def _as_split(split: str, rows: list[_Row], names: tuple[str, ...], class_of: dict[str, int]) -> Split:
+    if wrong := next((row for row in rows if row.label not in class_of), None):
+        unlabelled = split != "train" and all(row.label == "-1" for row in rows)  # as `datasets` writes it
+        remedy = FOR_PREDICT if unlabelled else "fix the row, labels.txt or --label-names"
+        problem = f"label {wrong.label!r} is none of the {len(names)} classes ({', '.join(names)[:80]})"
+        raise UserError(f"{wrong.place}: {problem}; {remedy}")
     labels = np.array([class_of[row.label] for row in rows], np.int64)
     return Split([row.text for row in rows], labels, np.arange(len(rows)))
 
@@ -564,29 +553,27 @@ def _read_parquet(file: Path, columns: dict[str, str], whole: bool) -> Iterator[
 def _read_csv(file: Path, text: str, columns: dict[str, str]) -> Iterator[tuple[str, dict]]:
     csv.field_size_limit(1 << 30)  # the default refuses articles above 128 KiB
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=_separator(file, text, columns), strict=True)
-    line = 1  # the first of the current row, which may take several
+    place = f"{file}, line 1"  # where the current row begins; it may take several lines
     try:
         header = next(reader, [])
         _check_columns(file, header, columns, "the first line must name the columns: write such a header, or ")
-        line = reader.line_num + 1
+        place = f"{file}, line {reader.line_num + 1}"
         for row in reader:
             if row and len(row) != len(header):  # an empty line is not a row
-                problem = f"{len(row)} fields, the header has {len(header)}"
-                raise UserError(f"{file}, line {line}: {problem}; fix or quote the row")
+                raise UserError(f"{place}: {len(row)} fields, the header has {len(header)}; fix or quote the row")
             if row:
-                yield f"{file}, line {line}", dict(zip(header, row, strict=True))
-            line = reader.line_num + 1
+                yield place, dict(zip(header, row, strict=True))
+            place = f"{file}, line {reader.line_num + 1}"
     except csv.Error as error:
-        raise UserError(f"{file}, line {line}: not valid CSV ({error}); fix or quote the row") from None
+        raise UserError(f"{place}: not valid CSV ({error}); fix or quote the row") from None
 
 
 def _separator(file: Path, text: str, columns: dict[str, str]) -> str:
     """The comma, semicolon or tab that separates the wanted columns in the header."""
-    headers = {}
-    for separator in "\t,;" if _format(file).startswith("tsv") else ",;\t":
-        headers[separator] = []
-        with contextlib.suppress(csv.Error):
-            headers[separator] = next(csv.reader(io.StringIO(text[:100_000], newline=""), delimiter=separator), [])
+    headers = {
+        separator: next(csv.reader(io.StringIO(text[:100_000], newline=""), delimiter=separator), [])
+        for separator in ("\t,;" if _format(file).startswith("tsv") else ",;\t")
+    }
     fitting = [separator for separator, header in headers.items() if columns.keys() <= {*header}]
     if len({tuple(headers[separator]) for separator in fitting}) > 1:
         problem = f"its columns may be separated by {' and '.join(map(repr, fitting))}"
@@ -596,22 +583,22 @@ def _separator(file: Path, text: str, columns: dict[str, str]) -> str:
 
 def _read_json(file: Path, text: str, columns: dict[str, str]) -> Iterator[tuple[str, dict]]:
     """JSON lines. A .json file may hold one array of objects instead, as pandas' `orient="records"` writes it."""
-    is_array, may_be_array = text.lstrip().startswith("["), not _format(file).startswith("jsonl")
-    if is_array and not may_be_array:
+    is_array, is_jsonl = text.lstrip().startswith("["), _format(file).startswith("jsonl")
+    if is_array and is_jsonl:
         raise UserError(f"{file}: a JSON array; name it .json, or write one object a line")
-    place, unit = str(file), "an item" if is_array else "a line"
+    place, unit = str(file), "item" if is_array else "line"
     try:
         items = json.loads(text) if is_array else text.split("\n")  # JSON allows U+2028 inside strings
         for number, item in enumerate(items, start=1):
-            place = f"{file}, {unit.split()[1]} {number}"
+            place = f"{file}, {unit} {number}"
             if is_array or item.strip():
                 row = item if is_array else json.loads(item)
                 if not isinstance(row, dict):
-                    raise UserError(f"{place}: not a JSON object; write one object {unit}")
+                    raise UserError(f"{place}: not a JSON object; write one object per {unit}")
                 _check_columns(place, list(row), columns)
                 yield place, row
     except ValueError as error:
-        remedy = "fix the row" + (", or write an array of objects" if may_be_array and not is_array else "")
+        remedy = "fix the row" if is_array or is_jsonl else "fix the row, or write an array of objects"
         raise UserError(f"{place}: not valid JSON ({error}); {remedy}") from None
 
 
@@ -728,8 +715,7 @@ def split_data(
         return split.select(stratified_rows(split, max_rows, seed)) if too_long else split
 
     if data.validation and validation_size:
-        problem = "the data has a validation split; leave the flag out, or move its files away"
-        raise UserError(f"--validation-size: {problem}")
+        raise UserError("--validation-size: the data has a validation split; leave the flag out, or move it away")
     from_files = data.validation and cut(data.validation, max_eval_rows)
     train, validation = data.train, from_files
     if validation_size:
@@ -752,10 +738,11 @@ def describe(data: Data, validation: Split | None = None) -> list[str]:
     """Lines for the start of a run: its files, its classes with their training rows, and warnings."""
     counts = np.bincount(data.train.labels, minlength=len(data.label_names))
     by_class = [f"{' '.join(name.split())} {count:,}" for name, count in zip(data.label_names, counts, strict=True)]
-    fewest = ", ".join(by_class[i] for i in np.argsort(counts, kind="stable")[:5])
-    many = f"{counts.min():,} to {counts.max():,}, the fewest {fewest}"
-    lines = [*data.sources]
-    lines.append(f"{len(counts)} classes, training rows of each: {', '.join(by_class) if len(counts) <= 10 else many}")
+    shown = ", ".join(by_class)
+    if len(counts) > 10:
+        fewest = ", ".join(by_class[i] for i in np.argsort(counts, kind="stable")[:5])
+        shown = f"{counts.min():,} to {counts.max():,}, the fewest {fewest}"
+    lines = [*data.sources, f"{len(counts)} classes, training rows of each: {shown}"]
     rare = [repr(data.label_names[i]) for i in np.flatnonzero(counts <= 2)]
     if 2 * len(counts) > len(data.train):
         rows = f"{len(data.train):,} training rows"
@@ -769,11 +756,11 @@ def describe(data: Data, validation: Split | None = None) -> list[str]:
         lines.append(f"warning: the classes {', '.join(names)} differ only in case or spaces; are they the same?")
     if broken := [repr(name) for name in data.label_names if len(name.splitlines()) > 1]:
         lines.append(f"warning: class names with line breaks: {', '.join(broken[:5])}")
-    splits = {"train": data.train, "validation": validation, "test": data.test}
+    texts = {"train": data.train.texts, "validation": validation.texts if validation else [], "test": data.test.texts}
     for name, other in (("test", "train"), ("validation", "train"), ("test", "validation")):
-        texts = set(splits[other].texts) if splits[name] and splits[other] else set()
-        if repeated := sum(text in texts for text in splits[name].texts) if texts else 0:
-            share = f"{repeated:,} of the {len(splits[name]):,} {name} texts also occur in {other}"
+        others = {*texts[other]}
+        if repeated := sum(text in others for text in texts[name]):
+            share = f"{repeated:,} of the {len(texts[name]):,} {name} texts also occur in {other}"
             lines.append(f"warning: {share}; a score on them says nothing about new texts")
     return lines
 

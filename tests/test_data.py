@@ -454,6 +454,7 @@ def test_a_card_may_name_a_folder(tmp_path):
         ([5, 3, 5], None, ("3", "5"), [1, 0, 1]),
         ([1, 2], ("2", "1"), ("2", "1"), [1, 0]),  # names come before indices
         ([0, 1], ("1", "2"), ("1", "2"), [0, 1]),  # but 0 is no name here, so these are indices
+        (["02", "01"], ("1", "2"), ("1", "2"), [1, 0]),
         ([1, 0], ("no", "yes"), ("no", "yes"), [1, 0]),
         (["yes", "no"], ("no", "yes"), ("no", "yes"), [1, 0]),
         (["yes", 0], ("no", "yes"), ("no", "yes"), [1, 0]),
