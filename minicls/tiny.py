@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from minicls.tokenizer import BERT_TOKENS, Tokenizer
 
@@ -47,8 +47,6 @@ SIZES = {
     },
 }
 
-CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast"}  # for both tokenizers
-
 
 def train_bert_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     """A small uncased WordPiece tokenizer in BERT's format: every character, then the most common words.
@@ -70,9 +68,7 @@ def train_bert_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces[: max(vocab_size, len(special))]))}
     tokenizer.model = models.WordPiece(vocab, unk_token="[UNK]")
     tokenizer.add_special_tokens(special)
-    # For users who open the saved file with transformers; minicls inserts [CLS] and [SEP] by id.
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"]))
-    return Tokenizer(tokenizer.to_str(), CONFIG | {"model_max_length": 512} | BERT_TOKENS)
+    return Tokenizer(tokenizer.to_str(), {"model_max_length": 512} | BERT_TOKENS)
 
 
 QWEN_CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
@@ -110,8 +106,8 @@ def train_qwen_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     # As in Qwen's own file, control tokens come after the merges, and some are not marked special.
     for token in QWEN_CONTROL_TOKENS:
         tokenizer.add_tokens([AddedToken(token, special=token.startswith("<|"), normalized=False)])
-    names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": QWEN_CHAT_TEMPLATE}
-    return Tokenizer(tokenizer.to_str(), CONFIG | {"model_max_length": 4096} | names)
+    config = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": QWEN_CHAT_TEMPLATE}
+    return Tokenizer(tokenizer.to_str(), config | {"model_max_length": 4096})
 
 
 def new_model(size: str, texts: Sequence[str], vocab_size: int) -> tuple[dict, Tokenizer]:
