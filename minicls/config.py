@@ -148,7 +148,7 @@ def command_line(settings: dict) -> list[str]:
 
 
 def _add_flags(parser: Parser, cls: type) -> None:
-    hints, groups, title = typing.get_type_hints(cls), {}, None
+    hints, groups, title = typing.get_type_hints(cls), {None: parser}, None
     # A script's own settings come first, then those it shares with others.
     for field in sorted(dataclasses.fields(cls), key=lambda field: field.name not in cls.__annotations__):
         value_type = hints[field.name]
@@ -157,20 +157,19 @@ def _add_flags(parser: Parser, cls: type) -> None:
         if several := typing.get_origin(value_type) is tuple:
             value_type = typing.get_args(value_type)[0]
         default = "unset" if field.default is None else field.default
-        # SUPPRESS leaves out flags that were not given: `parse` must know which ones were given with --resume.
-        options: dict = {"dest": field.name, "default": argparse.SUPPRESS}
         if value_type is bool:
-            options |= {"action": argparse.BooleanOptionalAction}
-            shown = f"default: {default}"
+            options, shown = {"action": argparse.BooleanOptionalAction}, f"default: {default}"
         else:
+            options, shown = {"type": value_type}, f"{value_type.__name__}, default: {default}"
+            options |= {"nargs": "+"} if several else {}
             choices = field.metadata["choices"]
-            options |= {"type": value_type, "choices": choices} | ({"nargs": "+"} if several else {})
-            options |= {} if choices else {"metavar": value_type.__name__.upper()}
-            shown = f"{value_type.__name__}, default: {default}"
+            options |= {"choices": choices} if choices else {"metavar": value_type.__name__.upper()}
         options["help"] = f"{field.metadata['help']} ({shown})".replace("%", "%%")
         title = field.metadata["group"] or title
-        group = groups.setdefault(title, parser.add_argument_group(title) if title and title not in groups else parser)
-        group.add_argument(flag_of(field.name), **options)
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        # SUPPRESS leaves out flags that were not given: `parse` must know which ones were given with --resume.
+        groups[title].add_argument(flag_of(field.name), default=argparse.SUPPRESS, **options)
 
 
 def _check_value(name: str, value, minimum: float | None, maximum: float | None) -> None:

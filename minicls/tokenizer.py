@@ -221,8 +221,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     path, config_path = directory / "tokenizer.json", directory / "tokenizer_config.json"
     template = directory / "chat_template.jinja"  # newer directories keep the template here, not in the config
     if not path.is_file():
-        remedy = "save it with transformers' fast tokenizer (save_pretrained) first"
-        raise UserError(f"{directory}: no tokenizer.json; {remedy}")
+        raise UserError(f"{directory}: no tokenizer.json; save it with transformers' fast tokenizer (save_pretrained)")
     try:
         config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
         if template.is_file():
