@@ -163,8 +163,8 @@ def requests(s: Settings, data: Data) -> Split:
 def side_process(s: Settings, side: str) -> tuple[list[str], dict[str, str]]:
     """The command line and the environment of a side's process."""
     env, device = engines.process_environment(side, s.device, s.threads)
-    if side == "minicls" and s.compile and s.bert and not (s.then or engines.uses_gpu(device)):
-        # Constant weights: a CPU packs them for its matrix products. But layers cannot share a graph then.
+    if side.startswith("minicls") and s.compile and s.bert and not (s.then or engines.uses_gpu(device)):
+        # Constant weights: a CPU packs them for its matrix products.
         env["TORCHINDUCTOR_FREEZING"] = "1"
     python = s.vllm_python if side == "vllm" and s.vllm_python else sys.executable
     side_settings = replace(s, side=side, device=device, output_dir=None, vllm_python=None)

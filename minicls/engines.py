@@ -24,6 +24,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 import minicls
 from minicls import cascade, dist, scorer, weights
+from minicls.attention import Layout, attention
+from minicls.bert import BertSelfAttention
 from minicls.config import UserError, flag_of
 from minicls.generate import generate
 from minicls.predict import Reader, classify_rows
@@ -74,36 +76,56 @@ def before_stop(ids: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
 PACKED_WEIGHTS: list[torch.ScriptObject] = []  # of every Int8Linear
 
 
-@torch.library.custom_op("minicls::int8_linear", mutates_args=())
-def int8_linear(x: torch.Tensor, layer: torch.Tensor, out_features: int) -> torch.Tensor:
+def int8_linear(x: torch.Tensor, layer: int, out_features: int) -> torch.Tensor:
     """PyTorch's product with int8 weights, as an operator that torch.compile need not look into.
 
-    x: (N, in_features) fp32; layer: index into PACKED_WEIGHTS, int64, a tensor so that all layers share a compiled
-    graph. x is rounded to 7 bits with one scale for all of it, so that the 16 bits in which CPUs without VNNI add pairs
-    of products suffice. Returns (N, out_features) fp32.
+    x: (N, in_features) fp32; layer: index into PACKED_WEIGHTS. x is rounded to 8 bits with one scale for all of it.
+    Returns (N, out_features) fp32.
     """
-    return torch.ops.quantized.linear_dynamic(x, PACKED_WEIGHTS[layer.item()], reduce_range=True)
+    return torch.ops.quantized.linear_dynamic(x, PACKED_WEIGHTS[layer])
 
 
-@int8_linear.register_fake
+# torch.library.custom_op is shorter, but its checks at each call cost as much as a small product.
+LIBRARY = torch.library.Library("minicls", "DEF")
+LIBRARY.define("int8_linear(Tensor x, int layer, int out_features) -> Tensor")
+LIBRARY.impl("int8_linear", int8_linear, "CPU")
+
+
+@torch.library.register_fake("minicls::int8_linear")
 def _(x, layer, out_features):
     return x.new_empty(*x.shape[:-1], out_features)
 
 
 class Int8Linear(torch.nn.Module):
-    """A linear layer on the CPU whose weights are int8, with one scale for each output column."""
+    """Linear layers of the same input on the CPU as one product in int8, with a scale for each output column."""
 
-    def __init__(self, linear: torch.nn.Linear):
+    def __init__(self, *linears: torch.nn.Linear):
         super().__init__()
-        weight = linear.weight.detach().float()  # (out, in)
-        scales = weight.abs().amax(1).clamp(min=1e-12).double() / 127  # (out,)
+        weight = torch.cat([linear.weight.detach().float() for linear in linears])  # (out, in)
+        bias = torch.cat([linear.bias.float() for linear in linears])  # (out,)
+        # CPUs without VNNI add pairs of products in 16 bits, which overflow if both factors have 8 bits. The weights
+        # get 7: a scale for each column makes up for the lost bit.
+        scales = weight.abs().amax(1).clamp(min=1e-12).double() / 63  # (out,)
         zeros = torch.zeros(len(scales), dtype=torch.int64)
         quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-        self.layer, self.out_features = torch.tensor(len(PACKED_WEIGHTS)), linear.out_features
-        PACKED_WEIGHTS.append(torch.ops.quantized.linear_prepack(quantized, linear.bias.float()))
+        self.layer, self.out_features = len(PACKED_WEIGHTS), len(bias)
+        PACKED_WEIGHTS.append(torch.ops.quantized.linear_prepack(quantized, bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return int8_linear(x, self.layer, self.out_features)
+        return torch.ops.minicls.int8_linear(x, self.layer, self.out_features)
+
+
+class Int8SelfAttention(torch.nn.Module):
+    """BERT's self-attention with one int8 product for queries, keys and values."""
+
+    def __init__(self, layer: BertSelfAttention):
+        super().__init__()
+        self.num_attention_heads = layer.num_attention_heads
+        self.query_key_value = Int8Linear(layer.query, layer.key, layer.value)
+
+    def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        q, k, v = self.query_key_value(x).unflatten(1, (3, self.num_attention_heads, -1)).unbind(1)  # (N, H, Dh)
+        return attention(q, k, v, layout).flatten(1)  # (N, D)
 
 
 class Minicls(Engine):
@@ -127,18 +149,16 @@ class Minicls(Engine):
             model.bert.pooler.float(), model.classifier.float()
         self.model, self.device = model.eval().requires_grad_(False), device
         if int8:
-            for module in [*self.model.bert.encoder.modules()]:
-                for name, child in module.named_children():
-                    if isinstance(child, torch.nn.Linear):
-                        setattr(module, name, Int8Linear(child))
+            for layer in self.model.bert.encoder.layer:
+                layer.attention.self = Int8SelfAttention(layer.attention.self)
+                for part in (layer.attention.output, layer.intermediate, layer.output):
+                    part.dense = Int8Linear(part.dense)
             self.version += ", int8"
         if compile:
-            # Layers that share a graph compile in seconds, a whole model in minutes. But only a whole model can have
-            # constant weights (`bench.side_process`), which pay off for BERT unless it is in int8.
-            bert = architecture is weights.BERT
-            layers = self.model.bert.encoder.layer if bert else self.model.model.layers
+            # The layers of a decoder share a graph, which compiles in seconds. BERT is one graph with constant weights
+            # (`bench.side_process`): it takes a minute or more, but a CPU packs such weights for its products.
             torch._dynamo.config.recompile_limit = 64  # one for each kind of batch: single, padded, cached, last layer
-            for module in [self.model] if bert and not int8 else layers:
+            for module in [self.model] if architecture is weights.BERT else self.model.model.layers:
                 module.compile(dynamic=True)
             self.version += ", compiled"
         self.forget()

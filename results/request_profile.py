@@ -14,8 +14,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-if "--int8" not in sys.argv:
-    os.environ["TORCHINDUCTOR_FREEZING"] = "1"  # as in bench.py
+os.environ["TORCHINDUCTOR_FREEZING"] = "1"  # as in bench.py
 
 import numpy as np
 import torch

@@ -107,8 +107,8 @@ def test_a_product_in_int8(level):
     if level:
         x.fill_(level), linear.weight.fill_(level)
     answers, expected = engines.Int8Linear(linear)(x), linear(x)
-    x_step = (x.max().clamp(min=0) - x.min().clamp(max=0)) / 127
-    weight_step = linear.weight.abs().amax(1) / 127  # (33,)
+    x_step = (x.max().clamp(min=0) - x.min().clamp(max=0)) / 255
+    weight_step = linear.weight.abs().amax(1) / 63  # (33,)
     weight = linear.weight.abs() + weight_step[:, None] / 2
     # The zero point of x is rounded as well, which can shift the ends of its range by half a step.
     bound = x_step * weight.sum(1) + weight_step / 2 * x.abs().sum(1, keepdim=True)  # (7, 33)
