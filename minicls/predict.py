@@ -304,22 +304,16 @@ def predict_texts(args: argparse.Namespace) -> None:
     top_k = args.top_k and min(args.top_k, len(names))
     found = results(classifier, rows, top_k, progress=bool(args.out) or not sys.stdout.isatty())
     flat = flat_rows(rows, found, top_k)
-    # Written under a temporary name and renamed, so that a file with the final name is complete.
-    temporary = args.out and args.out.with_name(f".{args.out.name}.tmp")
-    try:
+    with weights.written_aside(args.out) if args.out else contextlib.nullcontext() as aside:
         if output_format == "parquet":
-            write_parquet(flat, temporary)
+            write_parquet(flat, aside)
         else:
             lines = {"table": table_lines(found, names, top_k), "jsonl": json_lines(found), "csv": csv_lines(flat)}
-            with temporary.open("w", encoding="utf-8") if temporary else contextlib.nullcontext() as file:
+            with aside.open("w", encoding="utf-8") if aside else contextlib.nullcontext() as file:
                 for line in lines[output_format]:
                     print(line, file=file)
-        if temporary:
-            temporary.replace(args.out)
-            print(f"predictions: {args.out}")
-    finally:
-        if temporary:
-            temporary.unlink(missing_ok=True)
+    if args.out:
+        print(f"predictions: {args.out}")
     if args.then:
         deferred = f"{classifier.num_deferred:,} of {len(rows):,} texts were deferred to {args.then}"
         print(f"{deferred}, with a confidence of at most {threshold:.3f}", file=sys.stderr)
@@ -401,18 +395,15 @@ def evaluate_checkpoints(run_dir: Path, s: EvaluateSettings) -> None:
         raise UserError(f"{run_dir}: this run has no complete checkpoint; continue it first, with --resume {run_dir}")
     device = dist.start(s.device, s.threads)
     with checkpoint.lock(run_dir) if dist.is_first() else contextlib.nullcontext():
-        names = {field.name for field in dataclasses.fields(DataSettings)} & run.info["settings"].keys()
-        data_settings = DataSettings(**{name: run.info["settings"][name] for name in names})
-        data, splits = load_splits(data_settings, run.info["data_revision"])
-        if not data.matches(run.info["data_fingerprint"]):
-            fault = f"has other rows or classes than {run_dir} was started on"
-            raise UserError(f"--data: {data_settings.data} {fault}; restore them")
+        settings = SimpleNamespace(**run.info["settings"])  # among them those of the data
+        data, splits = load_splits(settings, run.info["data_revision"])
+        run.check_data(data)
         classifier, saved, logits = Classifier(run.newest, device), checkpoint.checkpoints(run_dir), {}
         test = _test_of(classifier, splits)
-        state = json.loads((run.newest / "state.json").read_text(encoding="utf-8"))
+        state = weights.read_json(run.newest / "state.json", "delete this checkpoint", step=int)
         state |= {"eval_seconds": 0.0, "evaluations": 0}
-        log_dir = run_dir if dist.is_first() else None
-        logger = Logger(log_dir, state["step"], run.info["total_steps"], drop_later=False)
+        total_steps = run.info["total_steps"]
+        logger = Logger(run_dir if dist.is_first() else None, total_steps, total_steps)  # all events stay in the log
         for state["step"], directory in saved.items():
             weights.load_weights(classifier.model, directory, classifier.architecture)
             logits[state["step"]] = checkpoint.evaluate(*test, state, logger)
@@ -421,8 +412,8 @@ def evaluate_checkpoints(run_dir: Path, s: EvaluateSettings) -> None:
             step = checkpoint.headline_step(state)
             for file in saved[step].iterdir():
                 if file.name not in ("optimizer.safetensors", "state.json"):
-                    temporary = shutil.copyfile(file, run_dir / f".{file.name}.tmp")
-                    temporary.replace(run_dir / file.name)
+                    with weights.written_aside(run_dir / file.name) as aside:
+                        shutil.copyfile(file, aside)
             outcome = data, splits.get("validation"), classifier.tokenizer, logits[step], state, device
             print(plots.finish(run_dir, *outcome))
 
