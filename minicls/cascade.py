@@ -96,7 +96,7 @@ class Cascade:
         if small.label_names != large.label_names:
             raise UserError("--then: its classes are not those of RUN; pass a run that was trained on the same classes")
         self.small, self.large, self.threshold = small, large, threshold
-        self.label_names, self.prediction = small.label_names, small.prediction
+        self.label_names, self.predictions = small.label_names, small.predictions
         self.num_deferred = 0
 
     def scores(self, texts: Sequence[str]) -> torch.Tensor:
@@ -108,5 +108,6 @@ class Cascade:
         self.num_deferred += len(deferred)
         return scores
 
-    def perplexities(self, scores: torch.Tensor) -> None:
-        """None: those of two models are not comparable."""
+    def perplexities(self, scores: torch.Tensor) -> list[None]:
+        """None for each text: those of two models are not comparable."""
+        return [None] * len(scores)

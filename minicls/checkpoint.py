@@ -34,7 +34,7 @@ from minicls.config import TrainingSettings, UserError
 from minicls.data import Data, Split, derived_seed
 from minicls.logger import Logger
 from minicls.optim import every_steps
-from minicls.weights import read_tensor, write_tensors
+from minicls.weights import read_json, read_tensor, write_json, write_tensors, written_aside
 
 
 def check_output_dir(output_dir: str | None) -> None:
@@ -84,39 +84,32 @@ def lock(run_dir: Path) -> TextIO:
     return file
 
 
-def _read_json(file: Path, remedy: str, keys: tuple[str, ...] = ()) -> dict:
-    """Reads a JSON object with these keys. Raises UserError with the remedy if it is none, OSError without the file."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if missing := {*keys} - values.keys():
-            raise ValueError(f"no {' and no '.join(missing)} in it")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{file}: not readable ({error}); {remedy}") from None
-    return values
-
-
 @dataclass(frozen=True)
 class Run:
     """A run directory on disk: its run.json, its results if it has any, and the checkpoint to continue from."""
 
     dir: Path
     info: dict
-    results: dict | None
+    results: dict  # empty: not tested yet
     newest: Path | None  # None: no complete checkpoint
 
     @property
     def finished(self) -> bool:
-        results = self.results or {}
-        return results.get("final_step") == self.info["total_steps"] or bool(results.get("stopped_early"))
+        return self.results.get("final_step") == self.info["total_steps"] or bool(self.results.get("stopped_early"))
+
+    def check_data(self, data: Data) -> None:
+        """Raises UserError if this is not the data that the run was started on."""
+        if not data.matches(self.info["data_fingerprint"]):
+            problem = f"{self.info['settings']['data']} has other rows or classes than {self.dir} was started on"
+            raise UserError(f"--data: {problem}; restore them or start a new run")
 
 
 def open_run(run_dir: Path) -> Run:
-    """Raises OSError without a run.json, and UserError if it or results.json is broken."""
-    keys = ("settings", "data_fingerprint", "total_steps")
-    info = _read_json(run_dir / "run.json", "restore it or start a new run", keys)
-    file, results = run_dir / "results.json", None
-    if file.is_file():
-        results = _read_json(file, "restore it, or delete it so that --resume writes it again", ("final_step",))
+    """Raises UserError if run.json is absent, or if it or results.json is broken."""
+    kinds = {"settings": dict, "data_fingerprint": dict, "total_steps": int}
+    info = read_json(run_dir / "run.json", "restore it or start a new run", **kinds)
+    file, remedy = run_dir / "results.json", "restore it, or delete it so that --resume writes it again"
+    results = read_json(file, remedy, final_step=int) if file.is_file() else {}
     saved = checkpoints(run_dir)
     return Run(run_dir, info, results, saved[max(saved)] if saved else None)
 
@@ -124,22 +117,15 @@ def open_run(run_dir: Path) -> Run:
 def inference_settings(directory: Path) -> dict:
     """A model directory's minicls.json: its head and its input. Empty if there is none; UserError if it is broken."""
     file = directory / "minicls.json"
-    return _read_json(file, "restore it, or copy the whole model directory again") if file.is_file() else {}
+    return read_json(file, "restore it, or copy the whole model directory again") if file.is_file() else {}
 
 
 def info_of_model(directory: Path) -> dict:
     """The run.json of a run directory or of a checkpoint's run. Without one, no settings; UserError if it is broken."""
     places = [directory, *directory.resolve().parents[1:2]]  # a run, or its checkpoints/step-…
     file = next((place / "run.json" for place in places if (place / "run.json").is_file()), None)
-    info = _read_json(file, "restore it, or delete it to lose the run's settings") if file else {}
-    return {"settings": {}} | info
-
-
-def write_json(path: Path, values: dict | list) -> None:
-    """Writes under a temporary name and renames, so the file is always complete: the new one or the previous one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    remedy = "restore it, or delete it to lose the run's settings"
+    return read_json(file, remedy, settings=dict) if file else {"settings": {}}
 
 
 def write_run_info(run_dir: Path, script: str, settings: dict, device: torch.device, data: Data, details: dict) -> None:
@@ -277,12 +263,11 @@ class TrainingRun:
 
     def check_data(self, data: Data, splits: dict[str, Split]) -> None:
         """Raises UserError if the data differs from that of the resumed run, or lacks rows that a flag needs."""
-        s = self.settings
-        if s.patience and "validation" not in splits:
-            raise UserError(f"--patience: {s.patience} needs validation rows; hold some out with --validation-size")
-        if self.previous and not data.matches(self.previous.info["data_fingerprint"]):
-            problem = f"{s.data} has other rows or classes than {s.resume} was started on"
-            raise UserError(f"--data: {problem}; restore them or start a new run")
+        patience = self.settings.patience
+        if patience and "validation" not in splits:
+            raise UserError(f"--patience: {patience} needs validation rows; hold some out with --validation-size")
+        if self.previous:
+            self.previous.check_data(data)
 
     def find_model(self) -> Path | None:
         """The model directory to start from: the newest checkpoint, else that of `--model`; None for `tiny`."""
@@ -397,28 +382,21 @@ class TrainingRun:
         Raises OSError, for example on a full disk, and then leaves the checkpoints as they were.
         """
         final = self.dir / "checkpoints" / f"step-{self.state['step']:06d}"
-        temporary = final.with_name(f".{final.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            temporary.mkdir(parents=True)
-            self.save_model(temporary)
+        with written_aside(final) as aside:
+            self.save_model(aside)
             moments = {
                 f"{key}.{name}": self.optimizer.state[parameter][key]
                 for name, parameter in self.model.named_parameters()
                 if parameter in self.optimizer.state  # a frozen parameter has no state
                 for key in ("exp_avg", "exp_avg_sq")
             }
-            write_tensors(moments, temporary / "optimizer.safetensors")
-            write_json(temporary / "state.json", self.state)
+            write_tensors(moments, aside / "optimizer.safetensors")
+            write_json(aside / "state.json", self.state)
             # The checkpoint survives a crash of the machine only if its files are on the disk before the rename.
-            for path in (*temporary.iterdir(), temporary):
+            for path in (*aside.iterdir(), aside):
                 descriptor = os.open(path, os.O_RDONLY)
                 os.fsync(descriptor)
                 os.close(descriptor)
-            temporary.rename(final)
-        except OSError:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
         saved = checkpoints(self.dir)
         for step in [*saved][: -self.settings.keep_checkpoints]:
             if step != best_step:

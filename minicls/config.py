@@ -172,7 +172,7 @@ def _add_flags(parser: Parser, cls: type) -> None:
         groups[title].add_argument(flag_of(field.name), default=argparse.SUPPRESS, **options)
 
 
-def _check_value(name: str, value, minimum: float | None, maximum: float | None) -> None:
+def check_value(name: str, value, minimum: float | None, maximum: float | None) -> None:
     """Raises UserError for a number outside its bounds and for a value that is given twice."""
     flag = flag_of(name)
     twice = [item for item in value if value.count(item) > 1] if isinstance(value, tuple) else []
@@ -198,7 +198,7 @@ def parse(cls: type, argv: list[str] | None = None, description: str | None = No
     _add_flags(parser, cls)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
     for field in dataclasses.fields(cls):
-        _check_value(field.name, given.get(field.name), field.metadata["minimum"], field.metadata["maximum"])
+        check_value(field.name, given.get(field.name), field.metadata["minimum"], field.metadata["maximum"])
     if given.get("resume") is None:
         return cls(**given)
     settings = load(cls, Path(given["resume"]) / "run.json")

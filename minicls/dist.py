@@ -26,7 +26,7 @@ def start(device: str | None, threads: int | None = None, dtype: str | None = No
         torch.set_num_threads(threads)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cpu" and (reason := why_no_cuda()):
+        if reason := why_no_cuda():
             _note(f"THIS RUNS ON THE CPU, though the machine has an NVIDIA driver: {reason}")
     if not re.fullmatch(r"cpu|cuda(:[1-9]?\d)?", device):
         raise UserError(f"--device: {device!r} is not supported; pass cpu, cuda or cuda:N")

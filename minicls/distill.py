@@ -63,21 +63,19 @@ def add_soft_labels(s, data: Data, splits: dict[str, Split]) -> tuple[Data, dict
                 raise UserError(f"{flag_of(name)}: used only with --soft-labels FILE; add that or leave the flag out")
         return data, splits
     soft_labels = read_soft_labels(Path(s.soft_labels), s.text_column, data.label_names)
-    known = data.held_out_texts | {*data.train.texts}
-    added = [text for text in soft_labels if text not in known]
-    missing = np.full(len(data.label_names), np.nan)
-    targets = np.array([soft_labels.get(text, missing) for text in data.train.texts + added])  # (n, C)
-    counts = [len(data.train), int((~np.isnan(targets[: len(data.train), 0])).sum()), len(added)]
-    counts.append(len(soft_labels.keys() & (data.held_out_texts - {*data.train.texts})))
-    line = "soft labels: for {1:,} of the {0:,} labelled rows, and {2:,} texts without a label; {3:,} texts left out, "
-    train = Split(
-        data.train.texts + added,
-        np.concatenate([data.train.labels, targets[len(data.train) :].argmax(1)]),
-        np.concatenate([data.train.rows, np.full(len(added), -1)]),
-        targets,
-    )
-    sources = (*data.sources, line.format(*counts) + "which are validation or test rows")
-    return dataclasses.replace(data, train=train, sources=sources), splits | {"train": train}
+    train_texts = {*data.train.texts}
+    other_texts = [text for text in soft_labels if text not in train_texts]
+    added = [text for text in other_texts if text not in data.held_out_texts]
+    missing, num_labelled = np.full(len(data.label_names), np.nan), len(data.train)
+    texts = data.train.texts + added
+    targets = np.array([soft_labels.get(text, missing) for text in texts])  # (n, C)
+    labels = np.concatenate([data.train.labels, targets[num_labelled:].argmax(1)])
+    train = Split(texts, labels, np.concatenate([data.train.rows, np.full(len(added), -1)]), targets)
+    known = sum(text in soft_labels for text in data.train.texts)
+    line = f"soft labels: for {known:,} of the {num_labelled:,} labelled rows, and {len(added):,} texts without a label"
+    line += f"; {len(other_texts) - len(added):,} texts left out, which are validation or test rows"
+    data = dataclasses.replace(data, train=train, sources=(*data.sources, line))
+    return data, splits | {"train": train}
 
 
 class SoftTargets:

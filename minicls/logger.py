@@ -6,24 +6,25 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from minicls.weights import written_aside
+
 SECONDS_BETWEEN_LINES = 15.0  # between progress lines when the output is not a terminal
 
 
 class Logger:
     """Writes into a run directory. With None, which all ranks but the first pass, it does nothing.
 
-    A run resumed at `step` drops the events of later steps from its metrics.jsonl, unless `drop_later` is False.
+    A run that goes on after `step` drops the events of later steps from its metrics.jsonl.
     """
 
-    def __init__(self, run_dir: Path | None, step: int, total_steps: int, drop_later: bool = True):
+    def __init__(self, run_dir: Path | None, step: int, total_steps: int):
         self.file = None
         if run_dir is None:
             return
         path = run_dir / "metrics.jsonl"
-        kept = [event for event in read_metrics(run_dir) if event["step"] <= step or not drop_later]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(event) + "\n" for event in kept))
-        temporary.replace(path)
+        kept = [event for event in read_metrics(run_dir) if event["step"] <= step]
+        with written_aside(path) as aside:
+            aside.write_text("".join(json.dumps(event) + "\n" for event in kept))
         self.file = path.open("a")
         from torch.utils.tensorboard import SummaryWriter
 

@@ -21,10 +21,11 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from minicls import cascade, checkpoint, dist, plots, weights
 from minicls.batch import length_batches, pack, to_device
-from minicls.config import DataSettings, UserError, flag_of, parse, setting
+from minicls.config import DataSettings, UserError, check_value, flag_of, parse, setting
 from minicls.data import Split, checked_text, describe, lines_of, load_splits, read_rows
 from minicls.kernels import on_gpu
 from minicls.logger import Logger
@@ -44,6 +45,16 @@ def classify_rows(model: nn.Module, rows: Sequence[Sequence[int]], device: torch
     return dist.all_sum(logits).cpu()  # a row is zero on all ranks but one, so the sum is exact
 
 
+def check_trained(directory: Path) -> None:
+    """Raises UserError if there is no such directory, or if it is a run that has not been trained to its end."""
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such run directory; check the path")
+    if (directory / "run.json").is_file() and not (directory / "config.json").is_file():
+        saved = checkpoint.checkpoints(directory)
+        newest = f"pass its newest checkpoint, {saved[max(saved)]}, or" if saved else "it has no checkpoint yet:"
+        raise UserError(f"{directory}: this run is not finished; {newest} finish it, with --resume {directory}")
+
+
 class Reader:
     """Turns texts into the rows that a model directory was trained on. The weights are not needed for that."""
 
@@ -55,12 +66,7 @@ class Reader:
         `classes`: ask a language model about these, even if it was not trained on them (zero-shot). The question is the
         one that it was trained on or, with `prompt` or other classes, a new one.
         """
-        if not directory.is_dir():
-            raise UserError(f"{directory}: no such run directory; check the path")
-        if (directory / "run.json").is_file() and not (directory / "config.json").is_file():
-            saved = checkpoint.checkpoints(directory)
-            newest = f"pass its newest checkpoint, {saved[max(saved)]}, or" if saved else "it has no checkpoint yet:"
-            raise UserError(f"{directory}: this run is not finished; {newest} finish it, with --resume {directory}")
+        check_trained(directory)
         self.config, self.tokenizer = weights.read_config(directory), load_tokenizer(directory)
         self.architecture = weights.ARCHITECTURES.get((self.config.get("architectures") or [None])[0])
         fault = "holds no trained classifier; pass a finished run of train_bert.py or train_qwen.py"
@@ -117,13 +123,7 @@ class Classifier(Reader):
 
     def predict(self, texts: Iterable[str]) -> list[Prediction]:
         """The label and the probabilities of each text."""
-        return [self.prediction(p) for p in self.scores(texts).softmax(1).tolist()]
-
-    def prediction(self, probabilities: Sequence[float]) -> Prediction:
-        """The most probable label of one row of probabilities."""
-        by_label = dict(zip(self.label_names, probabilities, strict=True))
-        best = max(by_label, key=by_label.get)
-        return Prediction(best, by_label[best], by_label)
+        return self.predictions(self.scores(texts))
 
     def scores(self, texts: Sequence[str]) -> torch.Tensor:
         """The head's logits, or the options' scores, (n, C) float64: a softmax over them gives the probabilities."""
@@ -138,13 +138,20 @@ class Classifier(Reader):
                 scores = classify_rows(self.model, rows, self.device)
         return scores.double()
 
-    def perplexities(self, scores: torch.Tensor) -> torch.Tensor | None:
-        """The perplexity of each option, (n, C), from its scores; None where there are no options."""
+    def predictions(self, scores: torch.Tensor) -> list[Prediction]:
+        """The most probable label of n texts, from their scores (n, C)."""
+        return [Prediction(max(p, key=p.get), max(p.values()), p) for p in self._by_label(scores.softmax(1))]
+
+    def perplexities(self, scores: torch.Tensor) -> list[dict[str, float]] | list[None]:
+        """The perplexities of n texts' options, from their scores (n, C); None where there are no options."""
         if self.architecture is not weights.DECODER:
-            return None
+            return [None] * len(scores)
         summed = self.settings.get("normalize") == "sum"
         lengths = torch.tensor([len(option) if summed else 1 for option in self.chat.options])
-        return (-scores / lengths).exp()
+        return self._by_label((-scores / lengths).exp())
+
+    def _by_label(self, values: torch.Tensor) -> list[dict[str, float]]:
+        return [dict(zip(self.label_names, row, strict=True)) for row in values.tolist()]
 
 
 # `python -m minicls predict`: reading texts, and writing predictions.
@@ -195,21 +202,16 @@ def results(
     classifier: Classifier, rows: Sequence[tuple[str, dict]], top_k: int | None, progress: bool
 ) -> Iterator[Result]:
     """Classifies chunk by chunk, with a progress bar on standard error if that is a terminal."""
-    from tqdm import tqdm
-
     with tqdm(total=len(rows), unit=" texts", disable=None if progress else True) as bar:
         for start in range(0, len(rows), CHUNK):
             chunk = rows[start : start + CHUNK]
             scores = classifier.scores([text for text, _ in chunk])
-            perplexities = classifier.perplexities(scores)
-            for i, ((text, row), probabilities) in enumerate(zip(chunk, scores.softmax(1).tolist(), strict=True)):
-                prediction, by_option = classifier.prediction(probabilities), None
+            of_texts = classifier.predictions(scores), classifier.perplexities(scores)
+            for (text, row), prediction, perplexities in zip(chunk, *of_texts, strict=True):
                 shown = prediction.probabilities
                 if top_k:
                     shown = dict(sorted(shown.items(), key=lambda item: -item[1])[:top_k])
-                if perplexities is not None:
-                    by_option = dict(zip(classifier.label_names, perplexities[i].tolist(), strict=True))
-                yield Result(text, row, prediction, shown, by_option)
+                yield Result(text, row, prediction, shown, perplexities)
             bar.update(len(chunk))
 
 
@@ -275,7 +277,7 @@ def write_parquet(rows: Iterable[dict], file: Path) -> None:
 
 
 def predict_texts(args: argparse.Namespace) -> None:
-    """The command. It checks the flags and the texts before it loads the model."""
+    """The command. It checks the flags, the runs and the texts before it loads a model, which can take long."""
     output_format = args.format or (args.out.suffix[1:].lower() if args.out else "table")
     if output_format not in FORMATS:
         raise UserError(f"--out: {args.out} is not .jsonl, .csv or .parquet; name it so, or pass --format")
@@ -283,14 +285,13 @@ def predict_texts(args: argparse.Namespace) -> None:
         raise UserError("--format: parquet is not for the terminal; name a file with --out")
     if args.out and (args.out.exists() or not args.out.parent.is_dir()):
         raise UserError(f"--out: {args.out} {'exists' if args.out.exists() else 'is in no directory'}; name a new file")
-    for flag, value in (("--top-k", args.top_k), ("--threads", args.threads)):
-        if value is not None and value < 1:
-            raise UserError(f"{flag}: {value} is too small; pass at least 1")
+    for name, minimum, maximum in (("top_k", 1, None), ("threads", 1, None), ("threshold", 0, 1)):
+        check_value(name, getattr(args, name), minimum, maximum)
     if args.threshold is not None and not args.then:
         raise UserError(f"--threshold: {args.threshold} is for --then RUN; name one or leave the flag out")
-    if args.threshold is not None and not 0 <= args.threshold <= 1:
-        raise UserError(f"--threshold: {args.threshold} is no probability; pass a number from 0 to 1")
     device = dist.start(args.device, args.threads)
+    for run in filter(None, (args.run, args.then)):
+        check_trained(run)
     rows = gather(args.inputs or ([] if sys.stdin.isatty() else ["-"]), args.text_column)
     if not rows:
         raise UserError("FILE|TEXT: nothing to classify; pass texts or files, or write texts to standard input")
@@ -304,22 +305,16 @@ def predict_texts(args: argparse.Namespace) -> None:
     top_k = args.top_k and min(args.top_k, len(names))
     found = results(classifier, rows, top_k, progress=bool(args.out) or not sys.stdout.isatty())
     flat = flat_rows(rows, found, top_k)
-    # Written under a temporary name and renamed, so that a file with the final name is complete.
-    temporary = args.out and args.out.with_name(f".{args.out.name}.tmp")
-    try:
+    with weights.written_aside(args.out) if args.out else contextlib.nullcontext() as aside:
         if output_format == "parquet":
-            write_parquet(flat, temporary)
+            write_parquet(flat, aside)
         else:
             lines = {"table": table_lines(found, names, top_k), "jsonl": json_lines(found), "csv": csv_lines(flat)}
-            with temporary.open("w", encoding="utf-8") if temporary else contextlib.nullcontext() as file:
+            with aside.open("w", encoding="utf-8") if aside else contextlib.nullcontext() as file:
                 for line in lines[output_format]:
                     print(line, file=file)
-        if temporary:
-            temporary.replace(args.out)
-            print(f"predictions: {args.out}")
-    finally:
-        if temporary:
-            temporary.unlink(missing_ok=True)
+    if args.out:
+        print(f"predictions: {args.out}")
     if args.then:
         deferred = f"{classifier.num_deferred:,} of {len(rows):,} texts were deferred to {args.then}"
         print(f"{deferred}, with a confidence of at most {threshold:.3f}", file=sys.stderr)
@@ -401,18 +396,15 @@ def evaluate_checkpoints(run_dir: Path, s: EvaluateSettings) -> None:
         raise UserError(f"{run_dir}: this run has no complete checkpoint; continue it first, with --resume {run_dir}")
     device = dist.start(s.device, s.threads)
     with checkpoint.lock(run_dir) if dist.is_first() else contextlib.nullcontext():
-        names = {field.name for field in dataclasses.fields(DataSettings)} & run.info["settings"].keys()
-        data_settings = DataSettings(**{name: run.info["settings"][name] for name in names})
-        data, splits = load_splits(data_settings, run.info["data_revision"])
-        if not data.matches(run.info["data_fingerprint"]):
-            fault = f"has other rows or classes than {run_dir} was started on"
-            raise UserError(f"--data: {data_settings.data} {fault}; restore them")
+        settings = SimpleNamespace(**run.info["settings"])  # among them those of the data
+        data, splits = load_splits(settings, run.info["data_revision"])
+        run.check_data(data)
         classifier, saved, logits = Classifier(run.newest, device), checkpoint.checkpoints(run_dir), {}
         test = _test_of(classifier, splits)
-        state = json.loads((run.newest / "state.json").read_text(encoding="utf-8"))
+        state = weights.read_json(run.newest / "state.json", "delete this checkpoint", step=int)
         state |= {"eval_seconds": 0.0, "evaluations": 0}
-        log_dir = run_dir if dist.is_first() else None
-        logger = Logger(log_dir, state["step"], run.info["total_steps"], drop_later=False)
+        total_steps = run.info["total_steps"]
+        logger = Logger(run_dir if dist.is_first() else None, total_steps, total_steps)  # all events stay in the log
         for state["step"], directory in saved.items():
             weights.load_weights(classifier.model, directory, classifier.architecture)
             logits[state["step"]] = checkpoint.evaluate(*test, state, logger)
@@ -421,8 +413,8 @@ def evaluate_checkpoints(run_dir: Path, s: EvaluateSettings) -> None:
             step = checkpoint.headline_step(state)
             for file in saved[step].iterdir():
                 if file.name not in ("optimizer.safetensors", "state.json"):
-                    temporary = shutil.copyfile(file, run_dir / f".{file.name}.tmp")
-                    temporary.replace(run_dir / file.name)
+                    with weights.written_aside(run_dir / file.name) as aside:
+                        shutil.copyfile(file, aside)
             outcome = data, splits.get("validation"), classifier.tokenizer, logits[step], state, device
             print(plots.finish(run_dir, *outcome))
 

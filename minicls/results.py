@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from minicls import dist, metrics
-from minicls.checkpoint import headline_step, write_json
+from minicls.checkpoint import headline_step
 from minicls.config import UserError
 from minicls.data import AG_NEWS_LABELS, Data, Split
 from minicls.logger import read_metrics
 from minicls.metrics import evaluate_logits
 from minicls.tokenizer import Tokenizer
+from minicls.weights import write_json, written_aside
 
 
 def text_hash(text: str) -> int:
@@ -45,9 +46,8 @@ def write_predictions(
     features = {name: {"dtype": dtype, "_type": "Value"} for name, dtype in dtypes.items()}
     features |= {name: {"names": [*names], "_type": "ClassLabel"} for name in ("label", "prediction")}
     table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    aside = file.with_name(f".{file.name}.tmp")
-    pq.write_table(table, aside)
-    aside.replace(file)
+    with written_aside(file) as aside:
+        pq.write_table(table, aside)
 
 
 def read_predictions(file: Path) -> dict[str, np.ndarray] | None:

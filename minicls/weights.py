@@ -5,10 +5,12 @@ parameters that are already allocated. So loading needs no second copy of the mo
 alignment: on a view of a mapped file kernels round differently, and a resumed run would drift.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -37,7 +39,6 @@ class Architecture:
     prefix: str  # name of the encoder, which files without a head leave out (sentence-transformers' layout)
     fresh: tuple[str, ...]  # prefixes of names that a file may lack: they start from random values
     ignored: tuple[str, ...]  # prefixes of names in a file that the model does not use
-    renamed: tuple[tuple[str, str], ...] = ()  # (pattern, replacement), for files older than today's names
 
 
 BERT = Architecture(
@@ -47,7 +48,6 @@ BERT = Architecture(
     prefix="bert.",
     fresh=("classifier.", "bert.pooler."),
     ignored=("cls.", "bert.embeddings.position_ids"),
-    renamed=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
 )
 DECODER = Architecture(
     model=DecoderForCausalLM,
@@ -111,11 +111,7 @@ def find_model(model: str, revision: str | None = None, flag: str = "--model") -
 
 def read_config(directory: Path, architecture: Architecture | None = None) -> dict:
     """The directory's config.json. Raises UserError if it is that of another architecture."""
-    file = directory / "config.json"
-    try:
-        config = {**json.loads(file.read_text(encoding="utf-8"))}
-    except (OSError, ValueError, TypeError) as error:  # TypeError: JSON, but not an object
-        raise UserError(f"{file}: not readable ({error}); pass a directory in Hugging Face layout") from None
+    config = read_json(directory / "config.json", "pass a directory in Hugging Face layout")
     if str(config.get("model_type")).startswith(OWN[1]):
         config["model_type"] = config["model_type"].removeprefix(OWN[1])
         config["architectures"] = [name.removeprefix(OWN[0]) for name in config.get("architectures") or []]
@@ -197,11 +193,8 @@ def weight_files(directory: Path) -> list[Path]:
     if not index.is_file():
         remedy = "pass a directory that holds it; pytorch_model.bin and its like, which can run code, are not read"
         raise UserError(f"{directory}: no model.safetensors; {remedy} (transformers' save_pretrained converts them)")
-    try:
-        names = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: not a readable index ({error!r}); download it again") from None
-    return [directory / name for name in sorted(names)]
+    weight_map = read_json(index, "download it again", weight_map=dict)["weight_map"]
+    return [directory / name for name in sorted({*weight_map.values()})]
 
 
 @torch.no_grad()
@@ -241,9 +234,8 @@ def load_weights(model: nn.Module, directory: Path, architecture: Architecture) 
                 stored |= dict.fromkeys(tensors.keys(), file)
         headless = not any(name.startswith(prefix) for name in stored)
         for stored_name, file in stored.items():
-            name = stored_name
-            for pattern, replacement in architecture.renamed:
-                name = re.sub(pattern, replacement, name)
+            name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", stored_name)  # names as old as BERT
+            name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
             candidates = [prefix + name, name] if headless else [name]
             name = next((candidate for candidate in candidates if candidate in parameters), None)
             if name:
@@ -293,9 +285,7 @@ def save_model(
 ) -> None:
     """Writes config.json, model.safetensors and the tokenizer; `text_length` is that of `Tokenizer.save`."""
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / ".model.tmp"  # so that model.safetensors is complete or absent
-    write_tensors(dict(model.named_parameters()), temporary)
-    temporary.replace(directory / "model.safetensors")
+    write_tensors(dict(model.named_parameters()), directory / "model.safetensors")
     tokenizer.save(directory, text_length, model.config.pad_token_id)
     # Fields that the model's own values replace, and fields that do not hold for plain weights.
     stale = "torch_dtype _name_or_path num_labels _num_labels auto_map quantization_config pruned_heads return_dict "
@@ -306,20 +296,58 @@ def save_model(
     config |= {"pad_token_id": model.config.pad_token_id}
     if is_own(model):
         config |= {"architectures": [OWN[0] + class_name(model)], "model_type": OWN[1] + config["model_type"]}
-    (directory / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(directory / "config.json", config)
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A hidden path at which to write a file or a directory; it takes the name when the block ends without an error.
+
+    So what has the name is complete, the new content or the previous one, even if the process is killed in the block.
+    """
+    aside = path.with_name(f".{path.name}.tmp")
+
+    def clear() -> None:
+        shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
+
+    clear()  # a killed process may have left something
+    try:
+        yield aside
+        aside.replace(path)
+    finally:
+        clear()
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
     """Writes a safetensors file. Raises OSError, also for the library's own error about a full disk."""
-    file.unlink(missing_ok=True)
-    file.touch()
-    mode = file.stat().st_mode  # set by the umask; the library would let only the owner read the file
+    contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with written_aside(file) as aside:
+        aside.touch()
+        mode = aside.stat().st_mode  # set by the umask; the library would let only the owner read the file
+        try:
+            save_file(contents, aside, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{file}: {error}") from None
+        aside.chmod(mode)
+
+
+def write_json(file: Path, values: dict | list) -> None:
+    """Writes indented UTF-8."""
+    with written_aside(file) as aside:
+        aside.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(file: Path, remedy: str, **kinds: type) -> dict:
+    """A JSON object that has values of these types. Raises UserError with the remedy if the file is anything else."""
     try:
-        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, file, metadata={"format": "pt"})
-        file.chmod(mode)
-    except SafetensorError as error:
-        file.unlink(missing_ok=True)
-        raise OSError(f"{file}: {error}") from None
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
+        if missing := [name for name, kind in kinds.items() if not isinstance(values.get(name), kind)]:
+            raise ValueError(f"no {' and no '.join(missing)} in it")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable ({error}); {remedy}") from None
+    return values
 
 
 def save_random_model(

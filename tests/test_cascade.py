@@ -182,8 +182,8 @@ def test_mistakes(pair_of_runs, bert_run, tmp_path):
     out = ["--out", str(tmp_path / "out")]
     for argv, part in (
         (["predict", small, "text", "--threshold", "0.5"], "--threshold: 0.5 is for --then"),
-        (["predict", small, "text", "--then", small, "--threshold", "60"], "--threshold: 60.0 is no probability"),
-        (["predict", small, "text", "--then", small, "--threshold", "nan"], "--threshold: nan is no probability"),
+        (["predict", small, "text", "--then", small, "--threshold", "60"], "--threshold: 60.0 is too large"),
+        (["predict", small, "text", "--then", small, "--threshold", "nan"], "--threshold: nan is not a finite number"),
         (["report", "--cascade", small, small, *out], "is given twice"),
         (["predict", small, "text", "--then", str(tmp_path / "no")], "no such run directory"),
         (["predict", small, "text", "--then", str(bert_run)], "no validation.parquet; train with --validation-size"),

@@ -469,8 +469,8 @@ MODEL = {  # the fault: (a function that causes it, parts of the message)
         shards(b'{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'),
         ["model/model-00002-of-00002.safetensors", "not a readable", "No such file", "again"],
     ),
-    "broken index": (shards(b"{"), [f"model/{weights.INDEX}", "not a readable index", "again"]),
-    "index without a map": (shards(b"{}"), [f"model/{weights.INDEX}", "not a readable index", "again"]),
+    "broken index": (shards(b"{"), [f"model/{weights.INDEX}", "not readable", "again"]),
+    "index without a map": (shards(b"{}"), [f"model/{weights.INDEX}", "not readable", "again"]),
     "a tensor missing": (tensors(lambda t: t.pop(QUERY)), ["model", QUERY, "missing", "complete weights"]),
     "a tensor of another shape": (
         tensors(lambda t: t.update({QUERY: torch.zeros(4, 8)})),
@@ -563,6 +563,12 @@ def test_resume(case, here):
     )()
     spoil()
     check(here, ["--resume", "run"], parts)
+
+
+def test_evaluating_a_run_whose_newest_checkpoint_is_torn(here):
+    cut(f"{CHECKPOINT}/state.json", 10)()
+    argv = ["evaluate", "run", "--device", "cpu", "--threads", "1"]
+    check(here, argv, [f"{CHECKPOINT}/state.json", "not readable", "delete this checkpoint"], minicls.__main__)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoints(here):

@@ -232,6 +232,8 @@ def test_a_reader_that_has_enough_is_no_error(bert_run):
     ("argv", "parts"),
     [
         (["nowhere", "a text"], ["nowhere", "no such run"]),
+        (["nowhere", "missing.csv"], ["nowhere: no such run"]),  # before the inputs are read
+        (["RUN", "missing.csv", "--then", "nowhere"], ["nowhere: no such run"]),
         (["RUN", "--format", "xml"], ["--format", "xml"]),
         (["RUN", "a text", "--threads", "0"], ["--threads", "0"]),
         (["RUN", "a text", "--device", "tpu"], ["--device", "tpu"]),

@@ -112,7 +112,7 @@ class TestStopped:
         copy = shutil.copytree(whole, tmp_path / "run")
         for name in ("results.json", "predictions.parquet", "model.safetensors"):
             (copy / name).unlink()
-        (copy / ".model.tmp").write_bytes(b"half")
+        (copy / ".model.safetensors.tmp").write_bytes(b"half")
         assert_same_run(resume(copy), whole)
 
     def test_evaluating_scores_the_checkpoints_and_leaves_the_run_resumable(self, stopped, whole):
