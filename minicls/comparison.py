@@ -29,7 +29,6 @@ from minicls.results import (
     spread,
     steps,
     table,
-    without_empty_columns,
 )
 
 # The published experiment on AG News, one RTX 3090: all steps, the columns of its table, the best on test (step, F1).
@@ -51,14 +50,13 @@ PUBLISHED_BEST = {"BERT": (3752, 0.945572), "Qwen3": (1000, 0.941)}
 # The fields of results.json that a report needs.
 REQUIRED = {
     "accuracy", "f1", "f1_low", "f1_high", "num_test_rows", "per_class", "confusion", "headline_step", "final_step",
-    "best_step_on_validation", "best_step_on_test", "best_f1_on_test", "train_seconds", "eval_seconds",
-    "samples_per_second", "peak_memory_bytes", "device",
+    "best_step_on_validation", "best_step_on_test", "best_f1_on_test", "train_seconds", "eval_seconds", "evaluations",
+    "calibration_error", "temperature", "calibration_error_scaled", "samples_per_second", "peak_memory_bytes", "device",
 }  # fmt: skip
 # Settings that do not tell models apart: where a run is written and computed, how often, and on which rows.
 BOOKKEEPING = {
-    "output_dir", "seed", "resume", "eval_only", "data", "max_train_rows", "max_eval_rows", "test_size", "device",
-    "micro_batch_size", "eval_every", "save_every", "keep_checkpoints", "log_every", "threads", "compile",
-    "activation_checkpointing",
+    "output_dir", "seed", "data", "max_train_rows", "max_eval_rows", "test_size", "device", "micro_batch_size",
+    "eval_every", "save_every", "keep_checkpoints", "log_every", "threads", "compile", "activation_checkpointing",
 }  # fmt: skip
 # Settings that may depend on the number of training rows, as less data needs more epochs.
 SCHEDULE = (
@@ -81,7 +79,7 @@ def open_runs(run_dirs: Sequence[Path]) -> dict[str, Run]:
         run = runs[name] = open_run(run_dir)
         results, classes = run.results, [*run.results.get("per_class", ())]
         # A reduced run has only the names of its classes: its predictions give the confusion matrix.
-        if classes and "confusion" not in results and (predicted := predictions(run)):
+        if classes and "confusion" not in results and (predicted := read_predictions(run_dir / "predictions.parquet")):
             confusion = metrics.confusion_matrix(predicted["label"], predicted["prediction"], len(classes))
             results["confusion"] = confusion.tolist()
         if missing := sorted(REQUIRED - results.keys()):
@@ -101,10 +99,6 @@ def short_names(run_dirs: Sequence[Path]) -> list[str]:
     return [path.relative_to(common).as_posix() for path in paths]
 
 
-def predictions(run: Run) -> dict[str, np.ndarray] | None:
-    return read_predictions(run.dir / "predictions.parquet")
-
-
 def same_test_rows(runs: dict[str, Run]) -> bool:
     return len({run.info["data_fingerprint"]["test"] for run in runs.values()}) == 1
 
@@ -115,7 +109,8 @@ def common_predictions(runs: dict[str, Run]) -> Predictions:
     Runs with the same test fingerprint have the same rows. Otherwise the rows of the smallest test set must occur in
     every run's, with the same number in the file, the same text (by its hash) and the same label; UserError if not.
     """
-    predicted = {name: columns for name, run in runs.items() if (columns := predictions(run))}
+    files = {name: read_predictions(run.dir / "predictions.parquet") for name, run in runs.items()}
+    predicted = {name: columns for name, columns in files.items() if columns}
     if same_test_rows(runs):
         return predicted
     for name, run in runs.items():
@@ -311,17 +306,11 @@ def compare_pairs(predicted: Predictions) -> list[dict]:
         differences = metrics.paired_bootstrap(labels, *both).values()
         signs = {np.sign(low) if low * high > 0 else 0 for _, low, high in differences}
         better = {1: a, -1: b}.get(*signs) if p < 0.05 and len(signs) == 1 else None
-        accuracy, f1 = (f"{value:+.4f} ({low:+.4f} to {high:+.4f})" for value, low, high in differences)
+        accuracy, f1 = (interval(*difference, sign="+") for difference in differences)
         pair = {"a": a, "b": b, "only a right": only_a, "only b right": only_b}
         pair |= {"McNemar's p": f"{p:.2g}" if p else "<1e-300", "accuracy, a - b": accuracy, "macro F1, a - b": f1}
         pairs.append(pair | {"better": better or "neither"})
     return pairs
-
-
-def comparison_table(pairs: list[dict], num_runs: int) -> str:
-    if num_runs == 1:
-        return "A single run. `python -m minicls baseline` with the same --data makes one to compare with in seconds."
-    return table(pairs) or "No two of these runs have a predictions.parquet to compare."
 
 
 def verdicts(pairs: list[dict]) -> str:
@@ -446,21 +435,19 @@ def learning_curves(runs: dict[str, Run]) -> dict[str, dict[int, list[str]]]:
         return describe_model(runs[name]), *values(name, sorted(settings))
 
     trained = [name for name, run in runs.items() if run.info["total_steps"] or run.info["script"] == "baseline"]
-    models: dict[tuple, dict[int, list[str]]] = {}
+    models = {}  # (model, *settings) -> its curve
     for key, names in group_by(trained, recipe).items():
         same_size = group_by(names, size).values()
         differs = [s for s in SCHEDULE if any(len({values(name, [s]) for name in group}) > 1 for group in same_size)]
         for schedule, members in group_by(names, lambda name, differs=differs: values(name, differs)).items():
             if len(sizes := group_by(members, size)) > 1:
                 models[*key, *schedule] = dict(sorted(sizes.items()))
-    labels = []
-    for model, *settings in models:
-        related = [{*other[1:]} for other in models if other[0] == model]
+    curves = {}
+    for (model, *settings), sizes in models.items():
+        related = [other[1:] for other in models if other[0] == model]
         differing = [" ".join(setting) for setting in settings if not all(setting in other for other in related)]
-        labels.append(", ".join([str(model), *differing]))
-    # Labels are equal if models differ only in a setting that one of them leaves unset: these get a number.
-    numbered = [f"{label} ({i})" if labels.count(label) > 1 else label for i, label in enumerate(labels, start=1)]
-    return dict(zip(numbered, models.values(), strict=True))
+        curves[", ".join([str(model), *differing])] = sizes
+    return curves
 
 
 def curve_section(runs: dict[str, Run], predicted: Predictions) -> tuple[str | None, dict[str, dict[int, tuple]]]:
@@ -472,22 +459,19 @@ def curve_section(runs: dict[str, Run], predicted: Predictions) -> tuple[str | N
     if not curves:
         return None, {}
     groups = {(label, size): names for label, sizes in curves.items() for size, names in sizes.items()}
-    places, names = [*groups], [*itertools.chain(*groups.values())]
-    right = np.stack([predicted[name]["label"] == predicted[name]["prediction"] for name in names])
-    indices = [[names.index(name) for name in group] for group in groups.values()]
-    means, replicates = metrics.resampled_accuracies(right, indices)
+    right = {name: columns["label"] == columns["prediction"] for name, columns in predicted.items()}
+    means, replicates = metrics.resampled_accuracies([[right[name] for name in names] for names in groups.values()])
     low, high = np.quantile(replicates, [0.025, 0.975], axis=0)
-    points: dict[str, dict[int, tuple]] = {label: {} for label in curves}
-    rows, crossings = [], []
-    for (label, size), *accuracy, group in zip(places, means, low, high, groups.values(), strict=True):
-        points[label][size] = *accuracy, len(group)
-        row = {"model": label, "training rows": f"{size:,}", "test rows": f"{right.shape[1]:,}", "seeds": len(group)}
-        row |= {"accuracy (95 % interval)": interval(*accuracy)}
-        rows.append(row | {"the interval covers": "test rows only" if len(group) == 1 else "seeds and test rows"})
+    points, rows, crossings = {label: {} for label in curves}, [], []
+    for (label, size), names, *accuracy in zip(groups, groups.values(), means, low, high, strict=True):
+        points[label][size] = *accuracy, len(names)
+        row = {"model": label, "training rows": f"{size:,}", "test rows": f"{len(right[names[0]]):,}"}
+        row |= {"seeds": len(names), "accuracy (95 % interval)": interval(*accuracy)}
+        rows.append(row | {"the interval covers": "test rows only" if len(names) == 1 else "seeds and test rows"})
     for a, b in itertools.combinations(curves, 2):
         shared = sorted(curves[a].keys() & curves[b].keys())
         if len(shared) > 1:
-            of_a, of_b = ([places.index((label, size)) for size in shared] for label in (a, b))
+            of_a, of_b = ([[*groups].index((label, size)) for size in shared] for label in (a, b))
             cross = metrics.crossing(shared, means[of_a] - means[of_b], replicates[:, of_a] - replicates[:, of_b])
             crossings.append(_crossing_row(cross, shared, a, b))
     return "\n\n".join(map(table, filter(None, [rows, crossings]))), points
@@ -518,6 +502,11 @@ class CascadeOfRuns(NamedTuple):
     test: cascade.Answers
     threshold: float
 
+    @property
+    def deferred(self) -> float:
+        """The share of the test rows that the large model answers."""
+        return self.test.share_deferred(self.threshold)
+
     def pairs(self) -> list[dict]:
         """Both against each alone."""
         answers = {"both": self.test.cascade(self.threshold), "small": self.test.small, "large": self.test.large}
@@ -545,10 +534,11 @@ def cascade_of_runs(small: Run, large: Run) -> CascadeOfRuns:
     return CascadeOfRuns(validation, cascade.pair(**predicted), cascade.choose_threshold(validation))
 
 
-def cascade_section(small: str, large: str, runs: dict[str, Run], both: CascadeOfRuns, bench: Sequence[dict]) -> str:
-    test, share = both.test, both.test.share_deferred(both.threshold)
-    seconds = [_seconds_per_text(runs[name], bench) for name in (small, large)]
-    seconds.append(None if None in seconds else seconds[0] + share * seconds[1])
+def cascade_section(pair: dict[str, Run], both: CascadeOfRuns, bench: Sequence[dict], out: Path) -> str:
+    """Tables of a cascade of the small and the large run; writes cascade.png into the directory `out`."""
+    (small, large), test, curve = pair, both.test, both.curve()
+    seconds = [_seconds_per_text(run, bench) for run in pair.values()]
+    seconds.append(None if None in seconds else seconds[0] + both.deferred * seconds[1])
     # A threshold of 0 defers nothing, and 1 everything: the models alone.
     answers = {f"small: {small}": 0, f"large: {large}": 1, f"both, threshold {both.threshold:.3f}": both.threshold}
     rows, points = [], []
@@ -558,12 +548,13 @@ def cascade_section(small: str, large: str, runs: dict[str, Run], both: CascadeO
         row |= {"test accuracy (95 % interval)": wilson(test.accuracy(threshold), len(test.labels))}
         rows.append(row | {"seconds per 1,000 texts": per_text and f"{1000 * per_text:.1f}"})
     rows.append(rows[-1] | {"answers": "both, as many deferred at random", "validation accuracy": None})
-    rows[-1]["test accuracy (95 % interval)"] = f"{test.at_random(share):.4f} (expected)"
+    rows[-1]["test accuracy (95 % interval)"] = f"{test.at_random(both.deferred):.4f} (expected)"
     stay, same = both.kept_errors()
     note = f"Of the {stay:,} wrong answers that stay with the small model, the large one gives the same in {same:,}"
-    for deferred, *accuracy in both.curve():
+    for deferred, *accuracy in curve:
         point = {"deferred": f"{deferred:.1%}", "test accuracy (95 % interval)": interval(*accuracy)}
         points.append(point | {"at random (expected)": test.at_random(deferred)})
+    plots.plot_deferral(curve, both.deferred, out / "cascade.png")
     picture = "![accuracy by share of texts deferred](cascade.png)"
     return "\n\n".join(
         [table(rows), table(both.pairs()), f"{note}: no threshold repairs these.", table(points), picture]
@@ -573,8 +564,7 @@ def cascade_section(small: str, large: str, runs: dict[str, Run], both: CascadeO
 def _seconds_per_text(run: Run, bench: Sequence[dict]) -> float | None:
     """By bench.py's fastest valid row of minicls for this run's model, all requests at once."""
     rows = [row for row in bench if (row["engine"], row["mode"], row["status"]) == ("minicls", "offline", "ok")]
-    rows = [row for row in rows if row["model"].split(": ")[-1] == run.dir.name and row["method"] != "cascade"]
-    rates = [row["requests_per_second"] for row in rows]
+    rates = [row["requests_per_second"] for row in rows if row["model"].split(": ")[-1] == run.dir.name]
     return 1 / max(rates) if rates else None
 
 
@@ -610,7 +600,7 @@ def bench_table(rows: Sequence[dict]) -> str:
         line |= {"changed answers": row.get("changed_answers")}
         status = f"{row['status']}: {row['reason']}" if row.get("reason") else row["status"]
         lines.append(line | {"status": status})
-    return table(without_empty_columns(lines))
+    return table(lines, empty_columns=False)
 
 
 def write_report(
@@ -624,19 +614,6 @@ def write_report(
     def by_run(bodies: dict[str, str | None]) -> str:
         return "\n\n".join(f"### {name}\n\n{body}" for name, body in bodies.items() if body)
 
-    predicted = common_predictions(runs)
-    pairs, rows_note = compare_pairs(predicted), None
-    if not same_test_rows(runs):
-        num_rows = f"{len(next(iter(predicted.values()))['label']):,}"
-        rows_note = (
-            f"The runs have different parts of the same test rows; comparisons use the {num_rows} rows that all have."
-        )
-    curves, points = curve_section(runs, predicted)
-    both = cascade_of_runs(*(runs[name] for name in small_and_large)) if small_and_large else None
-    absent = [f"{name}: {note}." for name, run in runs.items() if (note := absent_classes_note(run.results))]
-    pictures = {name: run.dir / "curves.png" for name, run in runs.items() if (run.dir / "curves.png").is_file()}
-    images = {name: f"![loss and scores over steps](curves-{i}.png)" for i, name in enumerate(pictures, start=1)}
-    left_out = ", ".join(name for name in runs if name not in predicted)
     parts = ["# Report"]
 
     def add(title: str, body: str | None, *notes: str | None) -> None:
@@ -644,16 +621,31 @@ def write_report(
         if body:
             parts.extend(filter(None, [f"## {title}", " ".join(filter(None, notes)), body]))
 
+    # Runs that cannot be compared are refused before anything is written.
+    predicted = common_predictions(runs)
+    pair = {name: runs[name] for name in small_and_large or ()}
+    both = cascade_of_runs(*pair.values()) if pair else None
+    out.mkdir(parents=True, exist_ok=True)
+    fewest = min((len(columns["row"]) for columns in predicted.values()), default=0)
+    common = f"comparisons use the {fewest:,} rows that all have."
+    rows_note = None if same_test_rows(runs) else f"The runs have different parts of the same test rows; {common}"
+
+    headlines, pairs = runs_table(runs), compare_pairs(predicted)
+    alone = "A single run. `python -m minicls baseline` with the same --data makes one to compare with in seconds."
+    none = "No two of these runs have a predictions.parquet to compare."
+    compared = table(pairs) or (alone if len(runs) == 1 else none)
+    absent = [f"{name}: {note}." for name, run in runs.items() if (note := absent_classes_note(run.results))]
     seeds = "Test scores, one line for each setting; seeds as mean ± standard deviation."
-    add("Headlines", runs_table(runs), seeds, *absent)
+    add("Headlines", headlines, seeds, *absent)
     add("What was run", about_table(runs))
     unselected = "No headline is selected on the test rows; a best step on test is."
     add("How the step was chosen", selection_table(runs), unselected)
     published = by_run({name: published_table(run) for name, run in runs.items()})
     add("Against the published tables", published, "Lines meet where the same share of the training is done.")
+    left_out = ", ".join(name for name in runs if name not in predicted)
     add(
         "Pairwise comparison",
-        comparison_table(pairs, len(runs)),
+        compared,
         "Paired on the same test rows; better is said where the test and both intervals agree.",
         f"Of {len(pairs)} equal pairs, one in twenty would look different by chance." * (len(pairs) > 5),
         rows_note,
@@ -661,31 +653,30 @@ def write_report(
     )
     choice = "Macro F1 on the validation rows and on the test rows; validation chooses."
     add("Settings and seeds", "\n\n".join(grid_tables(runs)), choice)
-    curves = curves and f"{curves}\n\n![accuracy over training rows](rows.png)"
+    curves, points = curve_section(runs, predicted)
+    if points:
+        plots.plot_learning_curves(points, out / "rows.png")
+        curves += "\n\n![accuracy over training rows](rows.png)"
     add("Training rows", curves, "Mean accuracy over the seeds, all on the same test rows.", rows_note)
     deferral = "The small model answers, and defers to the large one where it is unsure."
-    add("Cascade", both and cascade_section(*small_and_large, runs, both, bench), deferral)
+    add("Cascade", both and cascade_section(pair, both, bench, out), deferral)
     add("Length", length_table(predicted), "Accuracy by length of the untruncated text, with 95 % intervals.")
     add("Classes", per_class_table(runs), "F1 (precision, recall).")
     confusions = by_run({name: confusion_table(run) for name, run in runs.items()})
     add("Confusion", confusions, "True class down, predicted class across.")
+    pictures = [(name, run.dir / "curves.png") for name, run in runs.items() if (run.dir / "curves.png").is_file()]
+    images = {}
+    for i, (name, picture) in enumerate(pictures, start=1):
+        shutil.copyfile(picture, out / f"curves-{i}.png")
+        images[name] = f"![loss and scores over steps](curves-{i}.png)"
     add("Curves", by_run(images), "Loss and scores over the steps.")
     scaling = "Expected calibration error over 15 bins, before and after scaling by the temperature."
     add("Calibration", calibration_table(runs), scaling)
     add("Cost", cost_table(runs), "Compare times only on the same, otherwise idle hardware.")
-    deploy = bench and f"{bench_table(bench)}\n\n![accuracy and requests per second](deploy.png)"
-    requests = "Accuracy with its 95 % interval (Wilson) and requests per second, on the same requests."
-    add("Which one to deploy", deploy, requests)
-
-    out.mkdir(parents=True, exist_ok=True)
-    for i, picture in enumerate(pictures.values(), start=1):
-        shutil.copyfile(picture, out / f"curves-{i}.png")
-    if points:
-        plots.plot_learning_curves(points, out / "rows.png")
-    if both:
-        plots.plot_deferral(both.curve(), both.test.share_deferred(both.threshold), out / "cascade.png")
     if bench:
         plots.plot_requests(bench, out / "deploy.png")
+        deploy = f"{bench_table(bench)}\n\n![accuracy and requests per second](deploy.png)"
+        requests = "Accuracy with its 95 % interval (Wilson) and requests per second, on the same requests."
+        add("Which one to deploy", deploy, requests)
     (out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    outcome = verdicts(pairs) or comparison_table(pairs, len(runs))
-    return "\n".join(filter(None, [runs_table(runs), rows_note, outcome, f"report: {out / 'report.md'}"]))
+    return "\n".join(filter(None, [headlines, rows_note, verdicts(pairs) or compared, f"report: {out / 'report.md'}"]))

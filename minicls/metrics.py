@@ -162,24 +162,25 @@ def paired_bootstrap(
 
 
 def resampled_accuracies(
-    right: np.ndarray, points: Sequence[Sequence[int]], resamples: int = 10_000, seed: int = 0
+    points: Sequence[Sequence[np.ndarray]], resamples: int = 10_000, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean accuracies of groups of runs on the same test rows, and their bootstrap over seeds and test rows.
 
-    right: (runs, n) bool; points: for each of P points, the runs that are its seeds. Returns the means, (P,), and their
+    points: for each of P points, which rows its seeds answer right, (n,) bool each. Returns the means, (P,), and their
     replicates, (resamples, P). A replicate draws n test rows with replacement, the same for all runs, and for each
     point its runs with replacement, in their number. So a point with a single run varies only with the test rows.
     """
+    right, starts = np.concatenate(points), np.cumsum([len(point) for point in points[:-1]])  # (runs, n), (P - 1,)
     # Test rows that all runs treat alike are drawn together.
     patterns, counts = np.unique(right, axis=1, return_counts=True)  # (runs, K), (K,)
     rng = np.random.default_rng((seed, 1))
 
     def means(draws: np.ndarray) -> np.ndarray:  # (P, R)
-        accuracies = draws @ patterns.T / right.shape[1]  # (R, runs)
-        picks = [np.array(runs)[rng.integers(0, len(runs), (len(draws), len(runs)))] for runs in points]
-        return np.stack([np.take_along_axis(accuracies, pick, 1).mean(1) for pick in picks])
+        parts = np.split(draws @ patterns.T / right.shape[1], starts, axis=1)  # (R, its runs) for each point
+        picks = [rng.integers(0, part.shape[1], part.shape) for part in parts]
+        return np.stack([np.take_along_axis(part, pick, 1).mean(1) for part, pick in zip(parts, picks, strict=True)])
 
-    return np.array([right[[*runs]].mean() for runs in points]), _bootstrap(counts, means, resamples, seed).T
+    return np.array([np.mean(point) for point in points]), _bootstrap(counts, means, resamples, seed).T
 
 
 def last_crossing(x: np.ndarray, differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -13,12 +13,9 @@ from minicls.results import plain, shown
 MAX_CLASSES = 100  # in a confusion matrix; if there are more, those with most mistakes are shown
 
 
-def _pyplot(texts: Sequence[str] = ()):
-    """pyplot with a font for the characters of these texts, and whether an installed font has them all."""
+def _use_font(texts: Sequence[str]) -> bool:
+    """Takes a font for the characters that matplotlib's own lacks; whether an installed one has them all."""
     import matplotlib
-
-    matplotlib.use("Agg")  # a file, not a window
-    import matplotlib.pyplot as plt
     from matplotlib import font_manager
 
     def lacking(font_file: str, characters: set[str]) -> set[str]:
@@ -33,13 +30,20 @@ def _pyplot(texts: Sequence[str] = ()):
     fonts.sort(key=lambda font: (font.style != "normal", font.weight != 400))
     name = next((font.name for font in fonts if needed and not lacking(font.fname, needed)), None)
     matplotlib.rcParams["font.family"] = [*families, *([name] if name else [])]
-    return plt, bool(name or not needed)
+    return bool(name or not needed)
+
+
+def _figure(width: float, height: float, **grid):
+    """A figure of so many inches, and its axes. It is not pyplot's, so it needs neither closing nor a window."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(**grid)
 
 
 def plot_curves(run_dir: Path) -> Path:
     """curves.png from metrics.jsonl: losses on the left, accuracy and F1 on the right, over steps."""
-    plt, _ = _pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (left, right) = _figure(11, 4, ncols=2)
     events = read_metrics(run_dir)
 
     def draw(axes, split: str | None, key: str, style: str, **options) -> None:
@@ -61,7 +65,6 @@ def plot_curves(run_dir: Path) -> Path:
         if axes.has_data():
             axes.legend()
     figure.savefig(run_dir / "curves.png", dpi=120)
-    plt.close(figure)
     return run_dir / "curves.png"
 
 
@@ -73,8 +76,7 @@ def plot_confusion(confusion: Sequence[Sequence[int]], label_names: Sequence[str
     """
     counts = np.asarray(confusion)
     names = [name if len(name) <= 28 else f"{name[:27]}…" for name in map(shown, label_names)]
-    plt, readable = _pyplot(names)
-    if not readable:
+    if not _use_font(names):
         legend = ", ".join(f"{i} {name}" for i, name in enumerate(names[:20])) + ", …" * (len(names) > 20)
         print(
             f"no installed font has the characters of all class names, so confusion.png shows their indices: {legend}"
@@ -93,7 +95,7 @@ def plot_confusion(confusion: Sequence[Sequence[int]], label_names: Sequence[str
     cell, points = (0.62, 9) if C <= 10 else (0.4, 8) if C <= 30 else (0.22, 7)  # inches; font size
     longest = max(map(len, names)) * points / 72 * 0.6  # inches
     size = 2.0 + max(cell * C, 2.5)
-    figure, axes = plt.subplots(figsize=(size + longest + 1.0, size + longest * 0.9), layout="constrained")
+    figure, axes = _figure(size + longest + 1.0, size + longest * 0.9)
     image = axes.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, label="share of the true class", shrink=0.8)
     slanted = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if longest > 0.9 * size / C else {}
@@ -105,23 +107,24 @@ def plot_confusion(confusion: Sequence[Sequence[int]], label_names: Sequence[str
         fontsize = points if C <= 30 else 5
         axes.text(j, i, counts[i, j], ha="center", va="center", color=color, fontsize=fontsize)
     figure.savefig(run_dir / "confusion.png", dpi=120, bbox_inches="tight")  # a square in a frame of any shape
-    plt.close(figure)
     return run_dir / "confusion.png"
 
 
 def plot_requests(rows: Sequence[dict], file: Path) -> Path:
     """The valid rows of a bench.json: accuracy with its 95 % interval, where there is any, and requests per second in a
     panel for each mode. A line for each model, engine and method; a colour for each model."""
-    rows = [
-        row | {"name": f"{row['model']}, {row['engine']}, {row['method']}"} for row in rows if row["status"] == "ok"
-    ]
-    plt, _ = _pyplot([row["model"] for row in rows])
+    from matplotlib.ticker import MaxNLocator
+
+    rows = [row for row in rows if row["status"] == "ok"]
+    rows = [row | {"name": f"{row['model']}, {row['engine']}, {row['method']}"} for row in rows]
+    _use_font([row["model"] for row in rows])
     names, models, modes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("name", "model", "mode"))
     scored = any(row["accuracy"] is not None for row in rows)
     titles = ["accuracy, 95 % interval"] * scored + [f"requests per second, {mode}" for mode in modes]
     longest = max(map(len, names), default=0) * 0.065  # inches, at 8 points
-    size = (longest + 3.2 * max(1, len(titles)), 1.2 + 0.3 * len(names))
-    figure, axes = plt.subplots(1, max(1, len(titles)), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    panels = max(1, len(titles))
+    width, height = longest + 3.2 * panels, 1.2 + 0.3 * len(names)
+    figure, axes = _figure(width, height, ncols=panels, sharey=True, squeeze=False)
     for row in rows:
         place, color = names.index(row["name"]), f"C{models.index(row['model'])}"
         if row["accuracy"] is not None:
@@ -135,7 +138,7 @@ def plot_requests(rows: Sequence[dict], file: Path) -> Path:
     for panel, title in zip(axes[0], titles, strict=False):
         panel.set_title(title, fontsize=9)
         panel.grid(axis="x", alpha=0.3)
-        panel.xaxis.set_major_locator(plt.MaxNLocator(5))
+        panel.xaxis.set_major_locator(MaxNLocator(5))
         panel.xaxis.set_major_formatter("{x:,g}")
     if scored:
         low, high = axes[0, 0].get_xlim()
@@ -143,14 +146,13 @@ def plot_requests(rows: Sequence[dict], file: Path) -> Path:
     axes[0, 0].set_yticks(range(len(names)), names, fontsize=8)
     axes[0, 0].invert_yaxis()  # the first on top
     figure.savefig(file, dpi=120)
-    plt.close(figure)
     return file
 
 
 def plot_learning_curves(curves: dict[str, dict[int, tuple]], file: Path, dpi: int = 120) -> None:
     """Accuracy over training rows: by label {rows: (accuracy, low, high, seeds)}; a single seed is hollow."""
-    plt, _ = _pyplot([*curves])
-    figure, axes = plt.subplots(figsize=(8, 5 + 0.25 * len(curves)), layout="constrained")
+    _use_font([*curves])
+    figure, axes = _figure(8, 5 + 0.25 * len(curves))
     for i, (label, points) in enumerate(curves.items()):
         color = f"C{i}"
         rows, (accuracy, low, high, seeds) = np.array([*points], float), np.array([*points.values()], float).T
@@ -174,7 +176,6 @@ def plot_learning_curves(curves: dict[str, dict[int, tuple]], file: Path, dpi: i
         axes.text(0.99, 0.02, note, transform=axes.transAxes, ha="right", fontsize=8)
     figure.legend(loc="outside lower center", fontsize=9)
     figure.savefig(file, dpi=dpi)
-    plt.close(figure)
 
 
 def plot_deferral(curve: Sequence[tuple], chosen: float, file: Path) -> None:
@@ -182,19 +183,17 @@ def plot_deferral(curve: Sequence[tuple], chosen: float, file: Path) -> None:
 
     chosen: the threshold's share.
     """
-    plt, _ = _pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = _figure(7, 4.5)
     share, accuracy, low, high = np.array(curve).T
     axes.plot(share, accuracy, marker="o", markersize=4, label="least confident first")
     axes.fill_between(share, low, high, alpha=0.15, label="95 % interval")
     axes.plot([0, 1], accuracy[[0, -1]], linestyle="--", color="grey", label="at random (expected)")
     axes.axvline(chosen, color="C1", linewidth=1, label="threshold chosen on validation rows")
     axes.set(xlabel="share of texts deferred to the large model", ylabel="accuracy on test", xlim=(0, 1))
-    axes.xaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:.0%}"))
+    axes.xaxis.set_major_formatter("{x:.0%}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
     figure.savefig(file, dpi=120)
-    plt.close(figure)
 
 
 def finish(run_dir: Path, *outcome) -> str:

@@ -204,25 +204,21 @@ def shown(value: object) -> str:
     return text if text == text.strip() and text.isprintable() else repr(text)
 
 
-def table(rows: Iterable[dict]) -> str:
+def table(rows: Iterable[dict], empty_columns: bool = True) -> str:
     """A Markdown table of rows {header: cell}, all with the same headers; empty for no rows.
 
-    None becomes -, a float gets four decimals.
+    None becomes -, a float gets four decimals. empty_columns: whether those stay in which all cells are None.
     """
 
     def cell(value: object) -> str:
         text = "-" if value is None else f"{value:.4f}" if isinstance(value, float) else shown(value)
         return text.replace("|", r"\|")
 
-    rows = [*rows]
-    lines = [[*rows[0]], ["---"] * len(rows[0]), *(row.values() for row in rows)] if rows else []
+    if not (rows := [*rows]):
+        return ""
+    headers = [header for header in rows[0] if empty_columns or any(row[header] is not None for row in rows)]
+    lines = [headers, ["---"] * len(headers), *([row[header] for header in headers] for row in rows)]
     return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
-
-
-def without_empty_columns(rows: Sequence[dict]) -> list[dict]:
-    """The rows of a table without the columns in which none of them has a value."""
-    kept = [header for header in rows[0] if any(row[header] is not None for row in rows)]
-    return [{header: row[header] for header in kept} for row in rows]
 
 
 def figure(value: float | None, spec: str) -> str | None:
@@ -235,9 +231,9 @@ def plain(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def interval(value: float, low: float, high: float) -> str:
-    """A value with its 95 % interval."""
-    return f"{value:.4f} ({low:.4f} to {high:.4f})"
+def interval(value: float, low: float, high: float, sign: str = "") -> str:
+    """A value with its 95 % interval; sign: "+" for a difference."""
+    return f"{value:{sign}.4f} ({low:{sign}.4f} to {high:{sign}.4f})"
 
 
 def spread(values: Sequence[float], digits: int = 4) -> str:

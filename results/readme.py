@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from minicls import comparison, plots
 from minicls.checkpoint import Run, open_run
 from minicls.comparison import PUBLISHED, PUBLISHED_BEST, PUBLISHED_STEPS, describe_model, open_runs, over_seeds, wilson
-from minicls.results import interval, plain, spread, table, without_empty_columns
+from minicls.results import interval, plain, spread, table
 
 PAGES = ("README.md", "README.zh-CN.md", "results/README.md", "docs/performance.md")
 RESULTS = ROOT / "results"
@@ -60,6 +60,11 @@ def folders(pattern: str) -> list[Path]:
     return sorted(file.parent for file in RESULTS.glob(f"{pattern}/results.json"))
 
 
+def joined(tables: Iterable[str]) -> str:
+    """Tables one below the other, without the empty ones."""
+    return "\n\n".join(filter(None, tables))
+
+
 # Accuracy.
 
 
@@ -82,7 +87,7 @@ def served(role: str, method: str, mode: str) -> float | None:
 
 
 def answer_table() -> str:
-    """Accuracy on AG News by training rows and requests per second: the published experiment, and what this project ran."""
+    """Accuracy on AG News by training rows, and requests per second: published, and as this project ran them."""
     columns = ("1,000 training rows", "20,000", "62,629", "120,000")
     rows = []
 
@@ -93,12 +98,9 @@ def answer_table() -> str:
 
     for family, (model, head) in PUBLISHED_MODELS.items():
         step, _ = PUBLISHED_BEST[family]
-        accuracy = wilson(PUBLISHED[family]["accuracy"][PUBLISHED[family]["step"].index(step)], 7600)
-        add(
-            model,
-            head,
-            {"120,000": f"{accuracy}, published: best on test, step {step:,} of {PUBLISHED_STEPS[family]:,}"},
-        )
+        accuracies = dict(zip(PUBLISHED[family]["step"], PUBLISHED[family]["accuracy"], strict=True))
+        best = f"published: best on test, step {step:,} of {PUBLISHED_STEPS[family]:,}"
+        add(model, head, {"120,000": f"{wilson(accuracies[step], 7600)}, {best}"})
     roles = {"minilm": ("bert", "classify"), "smollm2-linear": ("qwen-linear", "classify")}
     roles |= {"smollm2-options": ("qwen", "score"), "tfidf": ("baseline", "")}
     rates = {recipe: [served(*role, mode) for mode in ("single", "offline")] for recipe, role in roles.items()}
@@ -110,15 +112,14 @@ def answer_table() -> str:
             results = read(DECODERS / f"{recipe}-{size.replace(',', '')}-42" / "results.json")
             accuracies[size] = wilson(results["accuracy"], results["num_test_rows"])
         add(model.name, model.head, accuracies, rates[recipe])
-    joined = {}
+    cascades = {}
     for column, pair in zip(columns[1:3], (CASCADES[0], CASCADES[2]), strict=True):
         both = cascade_of(*pair)
-        share = both.test.share_deferred(both.threshold)
-        joined[column] = f"{cascade_accuracy(both)}, {share:.0%} deferred"
+        cascades[column] = f"{cascade_accuracy(both)}, {both.deferred:.0%} deferred"
     # The cost by the last pair's share: the small model's time for every text, the large one's for the deferred ones.
-    times = [zip(rates["minilm"], rates["smollm2-linear"], strict=True)] if all(rates["minilm"]) else []
-    together = [1 / (1 / small + share / large) for pair in times for small, large in pair if large]
-    add("MiniLM, deferring to SmolLM2", "linear, both", joined, together)
+    pairs = zip(rates["minilm"], rates["smollm2-linear"], strict=True)
+    together = [1 / (1 / small + both.deferred / large) if small and large else None for small, large in pairs]
+    add("MiniLM, deferring to SmolLM2", "linear, both", cascades, together)
     distilled = read(RESULTS / "distill.json")["data"]["scores"]["soft-T2"]["accuracy"]
     brought = f"{spread(distilled)}, with 20,000 texts without labels"
     add("MiniLM, distilled from SmolLM2", "linear", {columns[0]: brought}, rates["minilm"])
@@ -126,29 +127,24 @@ def answer_table() -> str:
 
 
 def pairs_table(runs: Sequence[Path]) -> str:
-    opened = open_runs(runs)
-    return comparison.comparison_table(comparison.compare_pairs(comparison.common_predictions(opened)), len(opened))
+    return table(comparison.compare_pairs(comparison.common_predictions(open_runs(runs))))
 
 
 def results_table(run_dirs: Sequence[Path]) -> str:
     """One line for each setting, seeds as mean ± standard deviation; a run's hf_trainer.json has a line of its own."""
-
-    def scores(group: Sequence[Run]) -> dict[str, str]:
-        line = {"accuracy": over_seeds(group, "accuracy")}
-        line |= {"macro F1 (95 % interval)": comparison.f1_with_interval(group)}
-        return line | {"training, s": over_seeds(group, "train_seconds", 0)}
-
     rows, names = [], dict(zip(run_dirs, comparison.short_names(run_dirs), strict=True))
     for group in comparison.fold(map(open_run, run_dirs)):
         info, model = group[0].info, describe_model(group[0])
-        row = {"result": comparison.group_name([names[run.dir] for run in group])}
-        row |= {"model": model.name, "head": model.head, "train rows": f"{info['num_train_rows']:,}"}
-        row |= {"test rows": f"{group[0].results['num_test_rows']:,}"}
-        rows.append(row | scores(group))
+        lines = {comparison.group_name([names[run.dir] for run in group]): group}
         for run in group:
-            if (run.dir / "hf_trainer.json").is_file():
-                peer = Run(run.dir, info, read(run.dir / "hf_trainer.json"), None)
-                rows.append(row | {"result": f"{names[run.dir]}, HF Trainer"} | scores([peer]))
+            if (file := run.dir / "hf_trainer.json").is_file():
+                lines[f"{names[run.dir]}, HF Trainer"] = [Run(run.dir, info, read(file), None)]
+        for name, members in lines.items():
+            row = {"result": name, "model": model.name, "head": model.head}
+            row |= {"train rows": f"{info['num_train_rows']:,}", "test rows": f"{group[0].results['num_test_rows']:,}"}
+            row |= {"accuracy": over_seeds(members, "accuracy")}
+            row |= {"macro F1 (95 % interval)": comparison.f1_with_interval(members)}
+            rows.append(row | {"training, s": over_seeds(members, "train_seconds", 0)})
     return table(rows)
 
 
@@ -170,12 +166,11 @@ def own_data_table() -> str:
 def own_data_grid() -> str:
     """The grid from which the recipe was chosen, by macro F1 on the validation rows of banking77."""
     rows = []
-    for folder in folders("own_data/banking77-grid/*"):
-        events = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-        best = max(event["f1"] for event in events if event.get("split") == "validation")
-        settings = read(folder / "run.json")["settings"]
-        row = {"learning rate": f"{settings['learning_rate']:g}", "epochs": f"{settings['epochs']:g}"}
-        rows.append(row | {"validation macro F1": best, "test accuracy": read(folder / "results.json")["accuracy"]})
+    for run in map(open_run, folders("own_data/banking77-grid/*")):
+        s = run.info["settings"]
+        row = {"learning rate": f"{s['learning_rate']:g}", "epochs": f"{s['epochs']:g}"}
+        row |= {"validation macro F1": comparison.validation_f1(run), "test accuracy": run.results["accuracy"]}
+        rows.append(row)
     best = max(row["validation macro F1"] for row in rows)
     return table(row | {"": "chosen" * (row["validation macro F1"] == best)} for row in rows)
 
@@ -210,29 +205,27 @@ def rates_table() -> str:
             rows.append({"model": model, "task": task, "hardware": hardware} | engines)
 
     for model, (train, requests, methods) in SPEED_FILES.items():
-        bench, served = benches()[train], benches()[requests]
+        training, serving = benches()[train], benches()[requests]
         for gpu in gpus():
-            training = [key for key in gpu if re.fullmatch(rf"{model} (training|SFT), (micro-)?batch \d+", key)]
-            for key in dict.fromkeys((*training[:1], *training[-1:])):
+            keys = [key for key in gpu if re.fullmatch(rf"{model} (training|SFT), (micro-)?batch \d+", key)]
+            for key in dict.fromkeys((*keys[:1], *keys[-1:])):
                 add(model, f"training rows/s, {key.split(', ')[1]}", gpu["device"], gpu[key]["samples_per_second"])
-        add(model, "training rows/s", bench["device"], *(side["samples_per_second"] for side in bench["rows"]))
+        add(model, "training rows/s", training["device"], *(side["samples_per_second"] for side in training["rows"]))
         for method, gpu_method in methods.items():
-            single = f"requests/s, {method}, one at a time"
-            add(model, single, "RTX 3090, published", *PUBLISHED_RATES.get((model, method), ()))
+            tasks = {"single": f"requests/s, {method}, one at a time", "offline": f"requests/s, {method}, all at once"}
+            add(model, tasks["single"], "RTX 3090, published", *PUBLISHED_RATES.get((model, method), ()))
             for gpu in gpus():
                 traced = [gpu.get(f"{model}, {engine}, {gpu_method}, one at a time", {}) for engine in ENGINES]
-                add(model, single, gpu["device"], *(figures.get("requests_per_second") for figures in traced))
-            # Generating letters all at once is left out: scoring them is faster and gives the same answers.
-            modes = {"single": single} | (
-                {"offline": f"requests/s, {method}, all at once"} if method != "generate" else {}
-            )
-            for mode, task in modes.items():
-                asked = [row for row in served if (row["method"], row["mode"]) == (method, mode)]
+                add(model, tasks["single"], gpu["device"], *(figures.get("requests_per_second") for figures in traced))
+            if method == "generate":
+                del tasks["offline"]  # scoring the letters is faster and gives the same answers
+            for mode, task in tasks.items():
                 rates = dict.fromkeys(map(str.lower, ENGINES))
-                for row in asked:
-                    engine, *compiled = row["engine"].split(", ")
-                    rates[engine] = " ".join([rate(row["requests_per_second"]) or "-", *compiled])
-                add(model, task, served[0]["device"], *rates.values())
+                for row in serving:
+                    if (row["method"], row["mode"]) == (method, mode):
+                        engine, *compiled = row["engine"].split(", ")
+                        rates[engine] = " ".join([rate(row["requests_per_second"]) or "-", *compiled])
+                add(model, task, serving[0]["device"], *rates.values())
     return table(rows)
 
 
@@ -262,37 +255,34 @@ def speed_table(benches: list[dict]) -> str:
 
 def requests_table() -> str:
     """The rates and latencies of bench/rps-*.json, a line for each model, engine and method of a file."""
+
+    def name(row: dict) -> tuple[str, ...]:
+        return row["model"], row["method"], f"{row['engine']} {row['engine_version']}", row["dtype"]
+
     lines = []
     for bench in (rows for rows in benches().values() if isinstance(rows, list)):
-        names = [
-            (row["model"], row["method"], f"{row['engine']} {row['engine_version']}", row["dtype"]) for row in bench
-        ]
-        for name in sorted({*names}):
-            modes = {row["mode"]: row for row, of_row in zip(bench, names, strict=True) if of_row == name}
-            line = dict(zip(("model", "method", "engine", "dtype"), (name[0].split(": ")[-1], *name[1:]), strict=True))
+        for (model, *names), rows in sorted(comparison.group_by(bench, name).items()):
+            modes = {row["mode"]: row for row in rows}
+            line = dict(zip(("model", "method", "engine", "dtype"), (model.split(": ")[-1], *names), strict=True))
             for mode in ("single", "offline"):
                 rates = [modes.get(mode, {}).get(key) for key in ("requests_per_second", "latency_p50_ms")]
                 line |= {f"{mode}: requests/s (p50)": rates[0] and "{:.2f} ({:,.0f} ms)".format(*rates)}
             latencies = [modes.get("server", {}).get(f"latency_p{percentile}_ms") for percentile in (50, 99)]
             line |= {"server: p50, p99": latencies[0] and "{:,.0f}, {:,.0f} ms".format(*latencies)}
-            changed = [row.get("changed_answers") for row in modes.values()]
-            line |= {"changed answers": None if None in changed else f"{max(changed)} of {bench[0]['num_requests']:,}"}
-            wrong = [
-                f"{mode}: {row['status']}, {row['reason']}" for mode, row in modes.items() if row["status"] != "ok"
-            ]
+            changed = [row.get("changed_answers") for row in rows]
+            line |= {"changed answers": None if None in changed else f"{max(changed)} of {rows[0]['num_requests']:,}"}
+            wrong = [f"{row['mode']}: {row['status']}, {row['reason']}" for row in rows if row["status"] != "ok"]
             lines.append(line | {"not ok": "; ".join(wrong) or None})
-    return table(without_empty_columns(lines))
+    return table(lines, empty_columns=False)
 
 
-def gpu_table() -> str:
+def gpu_table(gpu: dict) -> str:
     """The rates that results/gpu.py measured."""
     rows = []
-    for gpu in gpus():
-        for name, figures in gpu.items():
-            if not isinstance(figures, dict) or not figures.keys() & {"samples_per_second", "requests_per_second"}:
-                continue
+    for name, figures in gpu.items():
+        value = isinstance(figures, dict) and (figures.get("samples_per_second") or figures.get("requests_per_second"))
+        if value:
             latency = f" (p50 {figures['p50_ms']:.0f} ms)" if "p50_ms" in figures else ""
-            value = figures.get("samples_per_second") or figures["requests_per_second"]
             tokens, peak, memory = (figures.get(key) for key in ("tokens_per_second", "fraction_of_peak", "peak_gib"))
             row = {f"{gpu['device']}, torch {gpu['versions']['torch']}, bf16": name + latency}
             row |= {"rows or requests/s": f"{value:,.0f}", "tokens/s": tokens and f"{tokens:,.0f}"}
@@ -301,16 +291,15 @@ def gpu_table() -> str:
     return table(rows)
 
 
-def profile_table() -> str:
+def profile_table(gpu: dict) -> str:
     """The share of a call in which the GPU is busy, from the traces of results/gpu.py."""
     rows = []
-    for gpu in gpus():
-        for name, figures in gpu.items():
-            if isinstance(figures, dict) and "launches" in figures:
-                row = {gpu["device"]: name, "kernel launches": f"{figures['launches']:,}"}
-                row |= {"waits of the host": figures["waits"], "work on the GPU, ms": f"{figures['gpu_ms']:.1f}"}
-                whole = figures.get("p50_ms")
-                rows.append(row | {"p50 of the whole call, ms": whole and f"{whole:.1f}"})
+    for name, figures in gpu.items():
+        if isinstance(figures, dict) and "launches" in figures:
+            row = {gpu["device"]: name, "kernel launches": f"{figures['launches']:,}"}
+            row |= {"waits of the host": figures["waits"], "work on the GPU, ms": f"{figures['gpu_ms']:.1f}"}
+            whole = figures.get("p50_ms")
+            rows.append(row | {"p50 of the whole call, ms": whole and f"{whole:.1f}"})
     return table(rows)
 
 
@@ -329,10 +318,10 @@ def cascade_table() -> str:
     rows = []
     for small, large in CASCADES:
         both = cascade_of(small, large)
-        test, share, (stay, same) = both.test, both.test.share_deferred(both.threshold), both.kept_errors()
-        row = {"small": small, "large": large, "threshold": f"{both.threshold:.3f}", "deferred": f"{share:.1%}"}
+        test, (stay, same) = both.test, both.kept_errors()
+        row = {"small": small, "large": large, "threshold": f"{both.threshold:.3f}", "deferred": f"{both.deferred:.1%}"}
         row |= {"small alone": test.accuracy(0), "large alone": test.accuracy(1)}
-        row |= {"both": cascade_accuracy(both), "at random": test.at_random(share)}
+        row |= {"both": cascade_accuracy(both), "at random": test.at_random(both.deferred)}
         row |= {f"p against {pair['b']}": pair["McNemar's p"] for pair in both.pairs()}
         rows.append(row | {"errors that stay": f"{stay:,}", "the large model's too": f"{same:,}"})
     return table(rows)
@@ -344,10 +333,8 @@ def distill_table(data: str) -> str:
     names = {"alone": "MiniLM, labels alone", "teacher": "SmolLM2, labels alone: the teacher"}
     names |= {"hard": "MiniLM, labels and the teacher's answers"}
     headers = {"accuracy": "accuracy", "calibration_error": "calibration error"}
-    headers |= {
-        "calibration_error_scaled": "calibration error at the fitted temperature",
-        "validation_f1": "validation F1",
-    }
+    headers |= {"calibration_error_scaled": "calibration error at the fitted temperature"}
+    headers |= {"validation_f1": "validation F1"}
     rows, pairs = [], []
     for kind, scores in summary["scores"].items():
         name = names[kind] if kind in names else f"MiniLM, labels and its probabilities, {kind.removeprefix('soft-')}"
@@ -355,7 +342,7 @@ def distill_table(data: str) -> str:
         rows.append(row | {header: spread(scores[key]) for key, header in headers.items()})
     for pair in summary["pairs"]:
         row = {name: pair[name] for name in "ab"}
-        row["accuracy, a - b"] = f"{pair['difference']:+.4f} ({pair['low']:+.4f} to {pair['high']:+.4f})"
+        row["accuracy, a - b"] = interval(pair["difference"], pair["low"], pair["high"], sign="+")
         tests = [f"{only_a} : {only_b}, p {p:.2g}" for only_a, only_b, p in pair["mcnemar"]]
         pairs.append(row | {"only a right : only b right, McNemar's p, by seed": "; ".join(tests)})
     return f"{table(rows)}\n\n{table(pairs)}"
@@ -366,14 +353,14 @@ def tables() -> dict[str, str]:
     """The tables by name."""
 
     def grids(pattern: str) -> str:
-        return "\n\n".join(comparison.grid_tables({folder.name: open_run(folder) for folder in folders(pattern)}))
+        return joined(comparison.grid_tables({folder.name: open_run(folder) for folder in folders(pattern)}))
 
     small_groups = ("thucnews-*", "all-*", "fudan_long-*", "movie_reviews-*")
     return {
         "answer": answer_table(),
         "rates": rates_table(),
         "curves": curves()[0],
-        "pairs": "\n\n".join(pairs_table([DECODERS / name for name in names]) for names in PAIRED),
+        "pairs": joined(pairs_table([DECODERS / name for name in names]) for names in PAIRED),
         "decoders": results_table([folder for folder in folders("decoders/*") if "grid-" not in folder.name]),
         "decoder_grid": grids("decoders/grid-*"),
         "banking_grid": grids("decoders/banking77-grid-*"),
@@ -384,11 +371,11 @@ def tables() -> dict[str, str]:
         "own_data_grid": own_data_grid(),
         "speed": speed_table([bench for bench in benches().values() if isinstance(bench, dict)]),
         "requests": requests_table(),
-        "gpu": gpu_table(),
-        "profile": profile_table(),
+        "gpu": joined(map(gpu_table, gpus())),
+        "profile": joined(map(profile_table, gpus())),
         "results": results_table(folders("*")),
         "small": results_table(folders("small/*")),
-        "small_pairs": "\n\n".join(pairs_table(folders(f"small/{group}")) for group in small_groups),
+        "small_pairs": joined(pairs_table(folders(f"small/{group}")) for group in small_groups),
         "grid": grids("small/grid-*"),
     }
 
@@ -414,6 +401,6 @@ def draw(plot: Callable, *arguments, file: Path) -> None:
 if __name__ == "__main__":
     draw(functools.partial(plots.plot_learning_curves, dpi=100), curves()[1], file=DECODERS / "rows.png")
     best = cascade_of(*CASCADES[2])
-    draw(plots.plot_deferral, best.curve(), best.test.share_deferred(best.threshold), file=DECODERS / "cascade.png")
+    draw(plots.plot_deferral, best.curve(), best.deferred, file=DECODERS / "cascade.png")
     for page in PAGES:
         (ROOT / page).write_text(fill((ROOT / page).read_text(encoding="utf-8")), encoding="utf-8")

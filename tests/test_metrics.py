@@ -321,8 +321,7 @@ def test_replicates_over_seeds_and_rows_equal_brute_force():
     """Three runs of one point and one of another on 60 rows, drawn one by one."""
     rng = np.random.default_rng(3)
     right = rng.random((4, 60)) < np.array([0.9, 0.7, 0.6, 0.75])[:, None]
-    points = [[0, 1, 2], [3]]
-    means, replicates = resampled_accuracies(right, points)
+    means, replicates = resampled_accuracies([right[:3], right[3:]])
     assert means == pytest.approx([right[:3].mean(), right[3].mean()], abs=1e-12) and replicates.shape == (10_000, 2)
     brute = []
     for _ in range(4000):

@@ -734,23 +734,24 @@ def test_names_with_line_breaks_and_blanks_stand_on_one_line(bert_run, tmp_path)
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures drawn in a test, which are not closed; warnings, such as that of a glyph that no font has, are
-    errors."""
-    import matplotlib.pyplot as plt
+    """The figures that a test writes; warnings, such as that of a glyph that no font has, are errors."""
+    from matplotlib.figure import Figure
 
-    drawn = []
-    monkeypatch.setattr(plt, "close", drawn.append)
+    written, savefig = [], Figure.savefig
+
+    def save(figure, *args, **options):
+        written.append(figure)
+        savefig(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", save)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        yield drawn
-    monkeypatch.undo()
-    for figure in drawn:
-        plt.close(figure)
+        yield written
 
 
 def boxes(figure, texts) -> np.ndarray:
     """The extents of texts in pixels, (n, 4): x0, y0, x1, y1."""
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     return np.array([text.get_window_extent().extents for text in texts])
 
 
