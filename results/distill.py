@@ -124,8 +124,8 @@ def summarize(args: argparse.Namespace) -> dict:
             files = predicted[a] + predicted[b]
             if any(not np.array_equal(file["row"], files[0]["row"]) for file in files):
                 raise SystemExit(f"{data}: {a} and {b} were tested on different rows")
-            right = np.stack([file["label"] == file["prediction"] for file in files])
-            means, replicates = metrics.resampled_accuracies(right, [range(3), range(3, 6)])
+            right = [[file["label"] == file["prediction"] for file in predicted[kind]] for kind in (a, b)]
+            means, replicates = metrics.resampled_accuracies(right)
             low, high = np.quantile(replicates[:, 0] - replicates[:, 1], [0.025, 0.975])
             tests = [
                 metrics.mcnemar(of_a["label"], of_a["prediction"], of_b["prediction"])
