@@ -243,7 +243,7 @@ def compare(s: Settings, data: Data) -> tuple[list[dict], Path]:
             classes = ", ".join(data.label_names)[:80]
             raise UserError(f"{model} was trained on other classes than --data has ({classes})")
     output_dir = checkpoint.new_run_dir(s.output_dir, "bench")
-    checkpoint.write_json(output_dir / "bench.json", [])
+    weights.write_json(output_dir / "bench.json", [])
     expected = {role: reference(readers[role], directories[role], device, test.texts) for role in readers}
     near = {}
     if s.then:
@@ -267,7 +267,7 @@ def compare(s: Settings, data: Data) -> tuple[list[dict], Path]:
         columns = COLUMNS + ("slo_attainment",) * (row["mode"] == "server")
         same_rows = rounds.setdefault((role, engine, row["method"], row["mode"]), [])
         same_rows.append({column: values.get(column) for column in columns})
-        checkpoint.write_json(output_dir / "bench.json", [*map(serving.median_row, rounds.values())])
+        weights.write_json(output_dir / "bench.json", [*map(serving.median_row, rounds.values())])
         print(f"{values['model']}, {engine}, {row['method']}, {row['mode']}: {verdict['status']}", file=sys.stderr)
 
     for _, role, engine in itertools.product(range(s.rounds), readers, s.engines):
