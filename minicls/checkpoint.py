@@ -1,8 +1,8 @@
 """Run directories and checkpoints: opening or creating a run, atomic saves, exact resume, a lock.
 
-A checkpoint is a model directory plus `optimizer.safetensors` and `state.json`. It is written under a temporary name
-and renamed, so a directory called `step-…` is complete. No generator states are saved: randomness is seeded from (seed,
-step, micro-step, rank), and the order of rows is a function of (seed, epoch).
+A checkpoint is a model directory with a folder `resume`, which holds the optimizer's moments and the counters. It is
+written under a temporary name and renamed, so a directory called `step-…` is complete. No generator states are saved:
+randomness is seeded from (seed, step, micro-step, rank), and the order of rows is a function of (seed, epoch).
 """
 
 import contextlib
@@ -30,10 +30,9 @@ from torch import nn
 
 import minicls
 from minicls import dist, metrics, weights
-from minicls.config import TrainingSettings, UserError
+from minicls.config import TrainingSettings, UserError, flag_of
 from minicls.data import Data, Split, derived_seed
 from minicls.logger import Logger
-from minicls.optim import every_steps
 from minicls.weights import read_json, read_tensor, write_json, write_tensors, written_aside
 
 
@@ -147,14 +146,14 @@ def checkpoints(run_dir: Path) -> dict[int, Path]:
 def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     """Fills the optimizer from a checkpoint whose weights the model already holds; returns its state.json."""
     try:
-        state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+        state = json.loads((directory / "resume" / "state.json").read_text(encoding="utf-8"))
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
             step = torch.tensor(float(state["step"]), device=parameter.device)
             parameter_state = optimizer.state[parameter] = {"step": step}
             for key in ("exp_avg", "exp_avg_sq"):
-                moment = read_tensor(directory / "optimizer.safetensors", f"{key}.{name}")
+                moment = read_tensor(directory / "resume" / "optimizer.safetensors", f"{key}.{name}")
                 parameter_state[key] = torch.empty_like(parameter, requires_grad=False).copy_(moment)
         best = state["best_on_validation"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -187,8 +186,16 @@ def stop_on_signal() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+def every_steps(interval: float, total_steps: int) -> int:
+    """`--eval-every` or `--save-every` as a number of steps; 0 means never.
+
+    Below 1 it is a fraction of all steps, rounded up as in the HF Trainer: 0.1 of 9,375 is 938.
+    """
+    return math.ceil(interval * total_steps) if interval < 1 else int(interval)
+
+
 def new_state() -> dict:
-    """Counters and clocks of a run, as state.json saves them; best_on_…: [step, macro F1]."""
+    """Counters and clocks of a run, as resume/state.json saves them; best_on_…: [step, macro F1]."""
     state = {"step": 0, "train_seconds": 0.0, "eval_seconds": 0.0, "evaluations": 0, "samples": 0, "tokens": 0}
     return state | {"best_on_validation": None, "best_on_test": None, "evaluations_since_best": 0}
 
@@ -245,6 +252,10 @@ class TrainingRun:
     def __init__(self, script: str, settings: TrainingSettings):
         """A new run, or the one that `--resume` names. Raises UserError if that one is broken."""
         self.script, self.settings = script, settings
+        for name in ("eval_every", "save_every"):
+            if (interval := getattr(settings, name)) >= 1 and interval % 1:
+                remedy = "pass one, or a fraction below 1"
+                raise UserError(f"{flag_of(name)}: {interval} is not a whole number of steps; {remedy}")
         self.previous = open_run(Path(settings.resume)) if settings.resume else None
         self.finished = bool(self.previous and self.previous.finished)
         self.info = self.previous.info if self.previous else {}
@@ -390,10 +401,12 @@ class TrainingRun:
                 if parameter in self.optimizer.state  # a frozen parameter has no state
                 for key in ("exp_avg", "exp_avg_sq")
             }
-            write_tensors(moments, aside / "optimizer.safetensors")
-            write_json(aside / "state.json", self.state)
+            # In a folder of their own: vLLM would take a second safetensors file in the directory for weights.
+            (aside / "resume").mkdir()
+            write_tensors(moments, aside / "resume" / "optimizer.safetensors")
+            write_json(aside / "resume" / "state.json", self.state)
             # The checkpoint survives a crash of the machine only if its files are on the disk before the rename.
-            for path in (*aside.iterdir(), aside):
+            for path in (*aside.rglob("*"), aside):
                 descriptor = os.open(path, os.O_RDONLY)
                 os.fsync(descriptor)
                 os.close(descriptor)

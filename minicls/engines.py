@@ -348,8 +348,6 @@ class OnnxRuntime(Padded):
 
 def _vllm_arguments(directory: Path, dtype: torch.dtype, device: torch.device, max_length: int, eager: bool) -> dict:
     """vLLM's settings, under the names that its LLM class and, with dashes, its server's flags share."""
-    if (moments := directory / "optimizer.safetensors").exists():
-        raise UserError(f"{moments}: vLLM would load it as weights; pass the checkpoint's run, or a copy without it")
     runner = "pooling" if is_classifier(directory) else "generate"
     # By default vLLM takes nearly the whole card, of which a desktop or bench.py itself may use a part.
     share = {"gpu_memory_utilization": 0.6} if device.type == "cuda" else {}

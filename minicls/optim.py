@@ -37,19 +37,11 @@ def cosine_lr(
     return learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def every_steps(interval: float, total_steps: int) -> int:
-    """`--eval-every` or `--save-every` as a number of steps; 0 means never.
-
-    Below 1 it is a fraction of all steps, rounded up as in the HF Trainer: 0.1 of 9,375 is 938.
-    """
-    return math.ceil(interval * total_steps) if interval < 1 else int(interval)
-
-
 def make_class_weights(labels: np.ndarray, num_labels: int, scheme: str) -> np.ndarray:
     """The weight of each class's rows in the loss, (C,) fp32. labels: (n,) int64.
 
-    Scheme `none`: 1. Scheme `balanced`: n / (number of classes that occur * rows of the class), as
-    in scikit-learn; 0 for a class without rows.
+    `none` gives 1. `balanced` gives n / (number of classes that occur * rows of the class), as in
+    scikit-learn, and 0 to a class without rows.
     """
     if scheme == "none":
         return np.ones(num_labels, np.float32)

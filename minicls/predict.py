@@ -401,7 +401,7 @@ def evaluate_checkpoints(run_dir: Path, s: EvaluateSettings) -> None:
         run.check_data(data)
         classifier, saved, logits = Classifier(run.newest, device), checkpoint.checkpoints(run_dir), {}
         test = _test_of(classifier, splits)
-        state = weights.read_json(run.newest / "state.json", "delete this checkpoint", step=int)
+        state = weights.read_json(run.newest / "resume" / "state.json", "delete this checkpoint", step=int)
         state |= {"eval_seconds": 0.0, "evaluations": 0}
         total_steps = run.info["total_steps"]
         logger = Logger(run_dir if dist.is_first() else None, total_steps, total_steps)  # all events stay in the log
@@ -411,10 +411,9 @@ def evaluate_checkpoints(run_dir: Path, s: EvaluateSettings) -> None:
         logger.close()
         if dist.is_first():
             step = checkpoint.headline_step(state)
-            for file in saved[step].iterdir():
-                if file.name not in ("optimizer.safetensors", "state.json"):
-                    with weights.written_aside(run_dir / file.name) as aside:
-                        shutil.copyfile(file, aside)
+            for file in filter(Path.is_file, saved[step].iterdir()):
+                with weights.written_aside(run_dir / file.name) as aside:
+                    shutil.copyfile(file, aside)
             outcome = data, splits.get("validation"), classifier.tokenizer, logits[step], state, device
             print(plots.finish(run_dir, *outcome))
 

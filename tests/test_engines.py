@@ -341,10 +341,3 @@ def test_memory_of_a_process_leaves_out_that_of_its_parent():
     code = "import torch; from minicls import dist; print(dist.peak_memory_bytes(torch.device('cpu')))"
     seen = int(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT))
     assert 2**26 < seen < large.nbytes < dist.peak_memory_bytes(CPU)
-
-
-def test_vllm_gets_no_checkpoint(tmp_path):
-    """It would load the optimizer's file as weights, and say that something is missing."""
-    (tmp_path / "optimizer.safetensors").touch()
-    with pytest.raises(UserError, match=r"optimizer\.safetensors: vLLM would load it as weights; pass the"):
-        engines._vllm_arguments(tmp_path, torch.float32, torch.device("cpu"), 512, eager=False)

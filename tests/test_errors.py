@@ -187,6 +187,7 @@ FLAGS = {  # flags -> parts of the message
     "--learning-rate -1": ["--learning-rate", "-1", "at least 0"],
     "--epochs nan": ["--epochs", "nan"],
     "--eval-every inf": ["--eval-every", "inf"],
+    "--eval-every 1.5": ["--eval-every", "1.5", "whole number", "fraction below 1"],
     "--save-every inf": ["--save-every", "inf"],
     "--warmup-ratio 1.5": ["--warmup-ratio", "1.5", "at most 1"],
     "--warmup-ratio nan": ["--warmup-ratio", "nan"],
@@ -542,12 +543,12 @@ RUN = {
     "other rows": (write("data/train.csv", CSV.replace("text 3", "text three").encode()), ["--data", "data", "run", "new run"]),
     "a validation split more": (write("data/dev.csv", CSV.encode()), ["--data", "data", "run", "rows or classes", "new run"]),
     "no data": (lambda: shutil.rmtree("data"), ["--data", "data"]),
-    "no state.json": (remove(f"{CHECKPOINT}/state.json"), [CHECKPOINT, "not a complete checkpoint", "delete it"]),
-    "torn state.json": (cut(f"{CHECKPOINT}/state.json", 10), [CHECKPOINT, "not a complete checkpoint", "delete it"]),
-    "no optimizer": (remove(f"{CHECKPOINT}/optimizer.safetensors"), [CHECKPOINT, "not a complete checkpoint", "delete it"]),
-    "torn optimizer": (cut(f"{CHECKPOINT}/optimizer.safetensors", 1000), [CHECKPOINT, "not a complete checkpoint", "delete it"]),
+    "no state.json": (remove(f"{CHECKPOINT}/resume/state.json"), [CHECKPOINT, "not a complete checkpoint", "delete it"]),
+    "torn state.json": (cut(f"{CHECKPOINT}/resume/state.json", 10), [CHECKPOINT, "not a complete checkpoint", "delete it"]),
+    "no optimizer": (remove(f"{CHECKPOINT}/resume/optimizer.safetensors"), [CHECKPOINT, "not a complete checkpoint", "delete it"]),
+    "torn optimizer": (cut(f"{CHECKPOINT}/resume/optimizer.safetensors", 1000), [CHECKPOINT, "not a complete checkpoint", "delete it"]),
     "a moment missing": (
-        tensors(lambda t: t.pop(f"exp_avg.{QUERY}"), f"{CHECKPOINT}/optimizer.safetensors"),
+        tensors(lambda t: t.pop(f"exp_avg.{QUERY}"), f"{CHECKPOINT}/resume/optimizer.safetensors"),
         [CHECKPOINT, "not a complete checkpoint", "delete it"],
     ),
     "torn weights": (cut(f"{CHECKPOINT}/model.safetensors", 2000), [f"{CHECKPOINT}/model.safetensors", "not a readable"]),
@@ -566,16 +567,16 @@ def test_resume(case, here):
 
 
 def test_evaluating_a_run_whose_newest_checkpoint_is_torn(here):
-    cut(f"{CHECKPOINT}/state.json", 10)()
+    cut(f"{CHECKPOINT}/resume/state.json", 10)()
     argv = ["evaluate", "run", "--device", "cpu", "--threads", "1"]
-    check(here, argv, [f"{CHECKPOINT}/state.json", "not readable", "delete this checkpoint"], minicls.__main__)
+    check(here, argv, [f"{CHECKPOINT}/resume/state.json", "not readable", "delete this checkpoint"], minicls.__main__)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoints(here):
     with pytest.raises(UserError, match=r"--learning-rate: .*(nan|inf).*1e\+38.*fp32.*out"):
         argv = ["--learning-rate", "1e38", "--max-steps", "9", "--save-every", "1", "--eval-every", "0"]
         train_bert.main(call(*argv, "--output-dir", str(here / "out")))
-    assert (here / "out" / "checkpoints" / "step-000001" / "state.json").is_file()
+    assert (here / "out" / "checkpoints" / "step-000001" / "resume" / "state.json").is_file()
     assert not (here / "out" / "results.json").exists()
 
 

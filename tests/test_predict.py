@@ -77,6 +77,8 @@ def test_a_checkpoint_is_asked_as_its_run(name, linear_runs, capsys):
     run_dir = linear_runs / name
     (*_, newest) = sorted((run_dir / "checkpoints").iterdir())
     assert lines(capsys, newest, "Shares fell.") == lines(capsys, run_dir, "Shares fell.")
+    # vLLM takes all such files for weights, so the optimizer's is in a folder.
+    assert [file.name for file in newest.glob("*.safetensors")] == ["model.safetensors"]
 
 
 def test_texts_files_and_standard_input_agree(bert_run, tmp_path, capsys, monkeypatch):

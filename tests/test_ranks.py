@@ -137,5 +137,5 @@ def test_resumed_ranks_equal_uninterrupted_ones(name, flags, ranked, tmp_path):
     done = torchrun(str(ROOT / f"train_{name}.py"), *TINY, *flags, "--output-dir", str(whole))
     assert done.returncode == 0, done.stderr
     assert losses(ranked) == losses(whole)
-    for name in ("model.safetensors", "checkpoints/step-000009/optimizer.safetensors"):
+    for name in ("model.safetensors", "checkpoints/step-000009/resume/optimizer.safetensors"):
         assert (ranked / name).read_bytes() == (whole / name).read_bytes(), name

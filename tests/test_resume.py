@@ -67,7 +67,7 @@ def hidden(run_dir):
 def assert_same_run(resumed, whole):
     for name in (
         "model.safetensors",
-        "checkpoints/step-000010/optimizer.safetensors",
+        "checkpoints/step-000010/resume/optimizer.safetensors",
         "predictions.parquet",
         "config.json",
     ):
@@ -95,7 +95,7 @@ class TestStopped:
     def test_torn_leftovers_are_not_picked_up(self, stopped, whole):
         newest = checkpoints(stopped)[5]
         torn = shutil.copytree(newest, newest.with_name(".step-000007.tmp"))  # left by a kill while saving
-        (torn / "optimizer.safetensors").write_bytes(b"half")
+        (torn / "resume" / "optimizer.safetensors").write_bytes(b"half")
         shutil.copytree(newest, newest.with_name(".step-000006.old"))  # left by a kill while deleting
         with (stopped / "metrics.jsonl").open("a") as file:
             for step in (6, 7):
@@ -135,7 +135,8 @@ class TestStopped:
     @pytest.mark.parametrize("limit", [300_000, 900_000], ids=["in the model", "in the optimizer"])
     def test_full_disk_leaves_the_earlier_checkpoint(self, limit, stopped, whole, capsys, monkeypatch):
         """Writing past the limit fails as on a full disk (Python ignores SIGXFSZ); weights take 0.6 MB, moments 1.2 MB."""
-        before = {path: path.read_bytes() for path in checkpoints(stopped)[5].iterdir()}
+        newest = checkpoints(stopped)[5]
+        before = {path: path.read_bytes() for path in newest.rglob("*") if path.is_file()}
         monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(stopped)])
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         try:
@@ -147,7 +148,7 @@ class TestStopped:
         error = capsys.readouterr().err.splitlines()
         assert stop.value.code == 2 and len(error) == 1 and "File too large" in error[0] and "step-000006" in error[0]
         assert [*checkpoints(stopped)] == [4, 5] and not hidden(stopped)
-        assert before == {path: path.read_bytes() for path in checkpoints(stopped)[5].iterdir()}
+        assert before == {path: path.read_bytes() for path in newest.rglob("*") if path.is_file()}
         assert_same_run(resume(stopped), whole)
 
     @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ class TestStopped:
             resume(stopped, *flag)
 
     def test_broken_checkpoint_is_named(self, stopped):
-        (checkpoints(stopped)[5] / "optimizer.safetensors").write_bytes(b"half")
+        (checkpoints(stopped)[5] / "resume" / "optimizer.safetensors").write_bytes(b"half")
         with pytest.raises(UserError, match="step-000005: not a complete checkpoint"):
             resume(stopped)
 

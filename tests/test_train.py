@@ -40,10 +40,10 @@ import train_qwen
 from minicls import checkpoint, metrics, weights
 from minicls import results as result_files
 from minicls.batch import pack, step_rows
-from minicls.checkpoint import checkpoints
+from minicls.checkpoint import checkpoints, every_steps
 from minicls.config import UserError
 from minicls.data import Data, Split, load_data, split_data
-from minicls.optim import cosine_lr, every_steps, make_class_weights, make_optimizer
+from minicls.optim import cosine_lr, make_class_weights, make_optimizer
 from minicls.predict import evaluate
 from minicls.tiny import SIZES
 from minicls.tokenizer import bert_rows, load_tokenizer, text_rows
@@ -426,7 +426,8 @@ def test_patience(name, news, scripted_f1, tmp_path, capsys):
     resume(run)
     after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert before.keys() <= after.keys() and [e["step"] for e in events(run, "eval", "validation")] == [1, 2, 3, 4]
-    for path in (run / "predictions.parquet", run / "model.safetensors", *checkpoints(run)[4].iterdir()):
+    of_checkpoint = [path for path in before if checkpoints(run)[4] in path.parents]
+    for path in (run / "predictions.parquet", run / "model.safetensors", *of_checkpoint):
         assert before[path] == after[path], path
     clocks = {name for name in found if name.endswith(("_seconds", "_per_second", "_bytes"))} | {"evaluations"}
     assert {k: v for k, v in results(run).items() if k not in clocks} == {
@@ -463,14 +464,15 @@ def test_frozen_parameters(case, tmp_path, monkeypatch):
         train(tmp_path / "run", *flags, script=script)
     run = resume(tmp_path / "run")
     newest = checkpoints(run)[4]
-    for file in ("model.safetensors", "optimizer.safetensors"):
+    for file in ("model.safetensors", "resume/optimizer.safetensors"):
         assert (newest / file).read_bytes() == (checkpoints(whole)[4] / file).read_bytes(), file
     assert losses(run) == losses(whole)
     first, last = (load_file(checkpoints(whole)[step] / "model.safetensors") for step in (1, 4))
     moved = {key for key in first if not torch.equal(first[key], last[key])}
     assert moved == {key for key in first if key.startswith(trained)} != set()
     assert {
-        key.removeprefix("exp_avg_sq.").removeprefix("exp_avg.") for key in load_file(newest / "optimizer.safetensors")
+        key.removeprefix("exp_avg_sq.").removeprefix("exp_avg.")
+        for key in load_file(newest / "resume" / "optimizer.safetensors")
     } == moved
 
 
@@ -505,7 +507,7 @@ def test_diverging_run_stops_and_leaves_the_checkpoint_before(tmp_path):
     with pytest.raises(UserError, match=r"--learning-rate: .* became nan.*; lower 1e\+30"):
         train(tmp_path / "run", *flags)
     assert [*checkpoints(tmp_path / "run")] == [1]
-    for name in ("model.safetensors", "optimizer.safetensors"):
+    for name in ("model.safetensors", "resume/optimizer.safetensors"):
         assert all(x.isfinite().all() for x in load_file(checkpoints(tmp_path / "run")[1] / name).values())
     assert not (tmp_path / "run" / "results.json").exists()
 
