@@ -39,8 +39,8 @@ from minicls.tokenizer import bert_rows, load_tokenizer
 
 @dataclass(frozen=True)
 class Settings(TrainingSettings):
-    """The defaults reproduce the published experiment; anything it leaves unstated follows the HF
-    Trainer. The settings that both scripts share are in minicls/config.py."""
+    """The defaults reproduce the published experiment, but in bf16; what it leaves unstated follows
+    the HF Trainer. The settings that both scripts share are in minicls/config.py."""
 
     model: str = setting("google-bert/bert-base-cased", "hub id, directory, or tiny", group="model")
     long_text: str = setting("head", "part of a long text to keep", choices=("head", "head-tail"))
@@ -50,11 +50,11 @@ class Settings(TrainingSettings):
     learning_rate: float = setting(1e-5, "peak of the cosine schedule", minimum=0)
     warmup_ratio: float = setting(0.0, "fraction of steps used for warm-up", minimum=0, maximum=1)
     weight_decay: float = setting(1e-6, "for matrices and embeddings only", minimum=0)
-    soft_labels: str | None = setting(None, "file of `predict`: its probabilities to learn")
+    soft_labels: str | None = setting(None, "output of `predict`: soft targets to learn from")
     soft_label_weight: float | None = setting(
         None, "weight of a soft label in a labelled row's loss; default 0.5", minimum=0, maximum=1
     )
-    temperature: float | None = setting(None, "of soft labels; default 1", minimum=0.1, maximum=100)
+    temperature: float | None = setting(None, "for softening; default 1", minimum=0.1, maximum=100)
     eval_every: float = setting(0.1, EVAL_EVERY, minimum=0, group=EVALUATION)
     save_every: float = setting(0.1, SAVE_EVERY, minimum=0, group=EVALUATION)
 
@@ -67,9 +67,9 @@ def batch_loss(
     label_smoothing: float,
     soft: tuple | None = None,
 ) -> torch.Tensor:
-    """The cross-entropy of B packed rows, each weighted by its class, as a sum: a scalar.
+    """The cross-entropy of B packed rows, weighted by class and summed: a scalar.
 
-    labels: (B,) int64 class indices; class_weights: (C,) fp32; soft: of `SoftTargets`, or None.
+    labels: (B,) int64 class indices; class_weights: (C,) fp32; soft: `SoftTargets[rows]` or None.
     """
     logits = model(batch)  # (B, C) fp32
     targets = to_device(labels, logits.device)  # (B,)
@@ -95,10 +95,11 @@ def main(argv: list[str] | None = None) -> None:
     # 2. Data, tokenizer, model, optimizer.
     data, splits = add_soft_labels(s, *load_splits(s, run.data_revision))
     run.check_data(data, splits)
-    # With more micro-batches than rows, some would be empty.
+    # With more micro-batches than rows, some would always be empty.
     grad_accum_steps = min(grad_accum_steps, math.ceil(len(data.train) / dist.world_size()))
 
-    # A directory gives the config, the tokenizer and the weights; `--model tiny` makes its own.
+    # A directory gives the config, the tokenizer and the weights; `--model tiny` makes its own, and
+    # takes vocab_size from its tokenizer.
     directory = run.find_model()
     if directory:
         config, tokenizer = weights.read_config(directory, weights.BERT), load_tokenizer(directory)
@@ -167,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
             for micro_step in range(grad_accum_steps):
                 micro_batch = micro_batches[micro_step * dist.world_size() + dist.rank()]
                 checkpoint.seed_everything(s.seed, step, micro_step, dist.rank())
-                if not len(micro_batch):  # an epoch's last batch may be too short for all ranks
+                if not len(micro_batch):  # an epoch's last batch may not fill all of them
                     continue
                 batch = pack([rows["train"][row] for row in micro_batch], device)
                 with autocast:

@@ -72,11 +72,11 @@ class Settings(TrainingSettings):
 
 
 class Targets(NamedTuple):
-    """The T tokens of a batch that the model learns to predict; L of them are letters.
+    r"""The T tokens of a batch that the model learns to predict; L of them are letters. For Qwen3:
 
-    row      <|im_start|>user … assistant\\n   <think> \\n\\n </think> \\n\\n   C   <|im_end|> \\n
+    row      <|im_start|>user … assistant\n   <think> \n\n </think> \n\n   C   <|im_end|> \n
     input    every token but the last
-    targets                                   `------ format ------'  letter  `- format -'
+    targets                                  `----- format ------'  letter  `- format -'
     at       the token before each target, because a token predicts the next one
     """
 
@@ -107,12 +107,12 @@ def make_targets(
     at = [np.arange(end - total, end) for end, total in zip(ends, totals, strict=True)]
     ids = [row[-total:] for row, total in zip(rows, totals, strict=True)]
     is_letter = np.concatenate([np.repeat([False, True, False], count) for count in counts])  # (T,)
-    weights = np.where(is_letter, np.repeat(class_weights[labels], totals), np.float32(1))  # (T,)
-    arrays = np.concatenate(at), np.concatenate(ids), weights, np.flatnonzero(is_letter)
+    scale = np.where(is_letter, np.repeat(class_weights[labels], totals), np.float32(1))  # (T,)
+    arrays = np.concatenate(at), np.concatenate(ids), scale, np.flatnonzero(is_letter)
     return Targets(batch, *(to_device(array, device) for array in arrays))
 
 
-def answer_loss(
+def targets_loss(
     model: torch.nn.Module, targets: Targets, letter_ids: torch.Tensor, label_smoothing: float
 ) -> torch.Tensor:
     """The weighted cross-entropy of all targets and that of the letters alone, as sums: (2,) fp32.
@@ -156,10 +156,11 @@ def main(argv: list[str] | None = None) -> None:
     # 2. Data, tokenizer, model, optimizer.
     data, splits = load_splits(s, run.data_revision)
     run.check_data(data, splits)
-    # With more micro-batches than rows, some would be empty.
+    # With more micro-batches than rows, some would always be empty.
     grad_accum_steps = min(grad_accum_steps, math.ceil(len(data.train) / dist.world_size()))
 
-    # A directory gives the config, the tokenizer and the weights; `--model tiny` makes its own.
+    # A directory gives the config, the tokenizer and the weights; `--model tiny` makes its own, and
+    # takes vocab_size from its tokenizer.
     directory = run.find_model()
     architecture = weights.DECODER if s.head == "options" else weights.DECODER_LINEAR
     uses_prompt = s.head == "options" or s.linear_input == "prompt"  # else the bare text
@@ -173,8 +174,8 @@ def main(argv: list[str] | None = None) -> None:
         config, tokenizer = new_model("tiny-qwen3", turns, vocab_size=2000)
     config = {"vocab_size": len(tokenizer)} | config | weights.label_config(data.label_names)
     eos, pad = tokenizer.eos_and_pad(config)
-    # As in transformers, the padding token's embedding is not trained. Rows with options hold the
-    # end token: if that also serves as padding, it is frozen only if config.json says so.
+    # The padding token's embedding gets no gradient as an input, as in transformers, whose linear
+    # heads need such a token. With options, an end token is one only if config.json says so.
     padding_idx = config.get("pad_token_id") if s.head == "options" and pad == eos else pad
     config |= {"eos_token_id": eos, "pad_token_id": padding_idx}
     source = None if run.random_weights else directory
@@ -186,11 +187,14 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = make_optimizer(model, s.learning_rate, s.weight_decay)
 
     # A resumed run asks the question that it began with, even if the prompt's file has changed.
-    chat, question = None, {}
+    chat, saved_chat = None, {}
     if uses_prompt:
-        settings = {"think_in": s.think_in, "train_on": s.train_on}
-        chat = make_chat(run.info, tokenizer, data.label_names, s.max_length, s.prompt, **settings)
-        question = chat.to_dict()
+        response = {"think_in": s.think_in, "train_on": s.train_on}
+        chat = make_chat(run.info, tokenizer, data.label_names, s.max_length, s.prompt, **response)
+        saved_chat = chat.to_dict()
+        if s.label_smoothing and s.head == "options" and max(map(len, chat.options)) > 1:
+            fault = "it needs options of one token, and this tokenizer splits them"
+            raise UserError(f"--label-smoothing: {fault}; leave it out")
     rows = {}  # split -> rows of token ids
     lines = describe(data, splits.get("validation"))  # to be printed once there is a log
     for name, split in splits.items():
@@ -208,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
         # Inference needs these settings, so they are saved with the weights.
         info = {"script": "train_qwen", "head": s.head, "label_names": data.label_names}
         names = "linear_input", "max_length", "dtype", "normalize", "think_in", "train_on"
-        info |= {name: getattr(s, name) for name in names} | question
+        info |= {name: getattr(s, name) for name in names} | saved_chat
         checkpoint.write_json(directory / "minicls.json", info)
         if s.head == "options":  # greedy decoding, even if the pretrained model's file samples
             generation = {"do_sample": False, "eos_token_id": chat.stop_ids, "pad_token_id": pad}
@@ -216,31 +220,28 @@ def main(argv: list[str] | None = None) -> None:
 
     steps_per_epoch = math.ceil(len(labels) / s.global_batch_size)
     total_steps = s.max_steps or math.ceil(s.epochs * steps_per_epoch)
-    run.start(total_steps, data, splits, model, optimizer, save_model, device, **question)
+    run.start(total_steps, data, splits, model, optimizer, save_model, device, **saved_chat)
     example = tokenizer.decode(rows["train"][0])
     lines.append(f"example: {data.label_names[labels[0]]} <- {example}")
     lines.append(f"{s.model}: {load_report}; {dist.device_name(device)}")
 
-    # 3. The loss: `answer_loss` or, for a linear head, BERT's; with one weight per class.
+    # 3. The loss: `targets_loss` or, for a linear head, BERT's; with one weight per class.
     class_weights = make_class_weights(labels, len(data.label_names), s.class_weights)  # (C,)
     class_weights_on_device = torch.from_numpy(class_weights).to(device)
-    # The number of targets that end a row of each class, (C, 3): format, letter, format.
+    # Targets of a row of each class, (C, 3): format, letter, format; (0, 1, 0) for a linear head.
     letter_ids, target_counts = None, np.array([(0, 1, 0)] * len(data.label_names))
     if s.head == "options":
         target_counts = np.array([chat.target_counts(c) for c in range(len(data.label_names))])
-        if s.label_smoothing and any(len(option) > 1 for option in chat.options):
-            fault = "an option of several tokens has no letters to spread to"
-            raise UserError(f"--label-smoothing: {fault}; leave it out")
         letter_ids = torch.tensor([option[0] for option in chat.options], device=device)  # (O,)
         if s.train_on == "response":
-            lines.append("loss covers the whole answer; compare answer_loss (letter) with BERT's")
+            lines.append("loss is that of the whole response; compare answer_loss with BERT's loss")
     # On a CPU, the prefix that all rows share is computed once per batch: less work for the same
     # loss and gradients. A GPU's attention kernel needs whole rows.
     num_shared = 0
     if not on_gpu(device):
         num_targets = target_counts[labels].sum(1)  # (n,)
-        inputs = [row[:-n] for row, n in zip(rows["train"], num_targets, strict=True)]
-        num_shared = len(common_prefix(inputs))
+        questions = [row[:-num] for row, num in zip(rows["train"], num_targets, strict=True)]
+        num_shared = len(common_prefix(questions))
         if num_shared:
             lines.append(f"all rows share a prefix of {num_shared} tokens, computed once per batch")
     run.logger.print(*lines)
@@ -277,15 +278,15 @@ def main(argv: list[str] | None = None) -> None:
             for micro_step in range(grad_accum_steps):
                 micro_batch = micro_batches[micro_step * dist.world_size() + dist.rank()]
                 checkpoint.seed_everything(s.seed, step, micro_step, dist.rank())
-                if not len(micro_batch):  # an epoch's last batch may be too short for all ranks
+                if not len(micro_batch):  # an epoch's last batch may not fill all of them
                     continue
                 ids = [rows["train"][row] for row in micro_batch]
                 with autocast:
                     if s.head == "options":
                         arguments = labels[micro_batch], target_counts, class_weights, num_shared
                         targets = make_targets(ids, *arguments, device)
-                        losses = answer_loss(forward, targets, letter_ids, s.label_smoothing)
-                    else:  # BERT's loss, for all targets and for the letters: they are the same
+                        losses = targets_loss(forward, targets, letter_ids, s.label_smoothing)
+                    else:  # BERT's loss, twice: a row's only target counts as its letter
                         batch = pack_shared(ids, num_shared, device)
                         arguments = labels[micro_batch], class_weights_on_device, s.label_smoothing
                         losses = batch_loss(forward, batch, *arguments).expand(2)

@@ -37,7 +37,7 @@ class Batch(NamedTuple):
     position_ids: Tensor  # (N,) int64, counted within each row
     cu_seqlens: Tensor  # (B + 1,) int32: row b is tokens cu_seqlens[b] up to cu_seqlens[b + 1]
     max_seqlen: int
-    num_shared: int = 0  # length of a prefix of all rows that only row 0 holds; not with a cache
+    num_shared: int = 0  # length of a shared prefix that only row 0 holds; 0 with a cache
 
     @property
     def last(self) -> Tensor:
@@ -46,7 +46,7 @@ class Batch(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """The way attention reads the rows of a batch. Made once per forward pass, for all layers.
+    """How attention reads the rows of a batch. Made once per forward pass, for all layers.
 
     The variable-length kernel reads packed rows. A dense kernel reads groups of rows, each padded
     to its longest; one index gathers them, another gathers the tokens back. For the rows abc, d
@@ -85,7 +85,7 @@ def pad_layout(batch: Batch, dtype: torch.dtype) -> Layout:
     N, num_shared, device = len(batch.input_ids), batch.num_shared, batch.cu_seqlens.device
     starts, lengths = batch.cu_seqlens[:-1], batch.cu_seqlens.diff()  # (B,)
     row = torch.repeat_interleave(lengths, output_size=N)  # (N,) the row of each token
-    # Only row 0 holds the shared tokens. Give the other rows the start and length of whole rows.
+    # Only row 0 holds the shared tokens: count them into the other rows' starts and lengths.
     missing = num_shared * (torch.arange(len(lengths), device=device) > 0)  # (B,)
     starts, lengths = starts - missing, lengths + missing
     if on_gpu(device):  # one group, whose length is known without waiting for the GPU
@@ -114,8 +114,8 @@ _pad_layout_uncompiled = torch.compiler.disable(pad_layout)
 def positions_up_to(last: Tensor, S: int, dtype: torch.dtype) -> Tensor:
     """The mask (..., S) of positions 0 to `last` (..., 1): bool on a CPU, 0 or -inf on a GPU.
 
-    A GPU kernel adds the mask to scores in `dtype`, and needs a row stride that is a multiple of 8
-    elements. It would copy a mask with another stride in every layer.
+    A GPU kernel adds the mask to the scores, so it has their `dtype`. Its row stride must be a
+    multiple of 8 elements, or every layer would copy it.
     """
     if not on_gpu(last.device):
         return torch.arange(S, device=last.device) <= last
@@ -155,22 +155,22 @@ def padded_attention(q, k, v, layout, causal=False, dropout_p=0.0) -> Tensor:
 
 
 class CacheSlots(NamedTuple):
-    """Places of a batch's N new tokens in a cache. Made once per forward pass, for all layers."""
+    """Where a batch's N new tokens go in a cache. Made once per forward pass, for all layers."""
 
     rows: Tensor  # (N,) int64
     positions: Tensor  # (N,) int64; keys and values belong at [row, position] of the cache
     columns: Tensor  # (N,) int64; queries belong at [row, column] of a padded (B, T)
     T: int  # length of the padded queries
-    mask: Tensor | None  # keys that each query sees, (B, 1, T, S); None: use `is_causal`
+    mask: Tensor | None  # (B, 1, T, S), on a GPU (B, 1, group * T, S); None: use `is_causal`
 
 
 def cache_slots(batch: Batch, x: Tensor, S: int, group: int) -> CacheSlots:
     """Places new tokens, whose hidden states are x, in a cache of S positions; group = H / Hkv.
 
-    A query at position p sees keys 0 to p of its row. `is_causal` would align the first query with
-    the first key, which is wrong once the cache holds earlier tokens. But if most positions are new
-    and the kernel is fused, queries are padded to T = S, with the position as the column: then
-    `is_causal` is right, and costs half as much as a mask.
+    A query at position p sees keys 0 to p of its row. `is_causal` aligns the first query with the
+    first key, so in general that takes a mask. But if most positions are new and the kernel is
+    fused, queries are padded to T = S and placed at the column of their position: there `is_causal`
+    is right, and costs half as much.
     """
     N, B, T = len(batch.input_ids), len(batch.cu_seqlens) - 1, batch.max_seqlen
     positions, gpu = batch.position_ids, on_gpu(x.device)
@@ -201,7 +201,8 @@ def cached_attention(q: Tensor, keys: Tensor, values: Tensor, slots: CacheSlots)
 def _dense_attention(q, k, v, mask, causal, dropout_p=0.0) -> Tensor:
     """softmax(q kᵀ / √Dh) v by the fastest kernel. q: (B, H, T, Dh); k, v: (B, Hkv, S, Dh).
 
-    mask: broadcasts to (B, H, T, S); None: every key is seen, or with `causal` no later one.
+    mask: broadcasts to (B, H, T, S), or for groups on a GPU to (B, Hkv, H / Hkv * T, S); None:
+    every key is seen, or with `causal` no later one.
     """
     with torch.autocast(q.device.type, enabled=False):  # autocast would change the dtypes
         if on_gpu(q.device):
@@ -210,7 +211,7 @@ def _dense_attention(q, k, v, mask, causal, dropout_p=0.0) -> Tensor:
         # and twice as fast in bf16.
         if k.shape[2] <= MAX_PLAIN or dropout_p > 0.0:
             return plain_attention(q, k, v, mask, causal, dropout_p)
-        # Its backward pass is several times as fast in fp32 as in bf16.
+        # The fused kernel's backward pass is several times as fast in fp32 as in bf16.
         upcast = q.requires_grad and q.dtype == torch.bfloat16
         inputs = [x.float() for x in (q, k, v)] if upcast else (q, k, v)
         # Not `enable_gqa=H > Hkv`: torch.compile may hold the comparison as a symbol, not a bool.

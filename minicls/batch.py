@@ -56,15 +56,15 @@ def pack_shared(rows: Sequence[list[int]], num_shared: int, device: torch.device
 
 
 def length_batches(rows: Sequence[Sequence[int]], max_tokens: int, extra: int = 0) -> list[np.ndarray]:
-    """Indices of rows, sorted by length, in batches of at most `max_tokens` tokens or one row: for evaluation.
+    """Indices of rows, sorted by length, in batches of one row or at most `max_tokens` tokens: for evaluation.
 
-    `extra`: tokens that each row needs besides its own, such as room in a cache.
+    A row counts as long as the longest of its batch, which is the room it gets in a cache. `extra`: tokens that each
+    row needs besides its own.
     """
-    batches, batch, tokens = [], [], 0
+    batches, batch = [], []
     for row in np.argsort([len(row) for row in rows], kind="stable"):
-        if batch and tokens + len(rows[row]) + extra > max_tokens:
+        if batch and (len(batch) + 1) * (len(rows[row]) + extra) > max_tokens:
             batches.append(np.array(batch))
-            batch, tokens = [], 0
+            batch = []
         batch.append(row)
-        tokens += len(rows[row]) + extra
     return [*batches, np.array(batch)] if batch else []

@@ -1,12 +1,11 @@
 """BERT (arXiv 1810.04805) for sequence classification, on packed batches.
 
-Names follow transformers' `modeling_bert.py`, so its weights load and export unchanged; the
-arithmetic follows google-research/bert's `modeling.py`. Left out, since a classifier does not need
-them: the pretraining heads, cross-attention, relative positions, and sentence pairs (every token
-has token type 0).
+Names and arithmetic follow transformers' `modeling_bert.py`, so its weights load and export
+unchanged. Left out, since a classifier does not need them: the pretraining heads, cross-attention,
+relative positions, and sentence pairs (every token has token type 0).
 
 A batch is one sequence of N tokens, the B rows one after another (`attention.Batch`). D hidden
-size, H heads, Dh head size, C classes; n of the N tokens are selected where only those are needed.
+size, H heads, Dh head size, C classes; n is the number of tokens that an index `at` selects.
 """
 
 from dataclasses import dataclass
@@ -90,7 +89,7 @@ class BertOutput(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(x)) + residual)  # (N, D)
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)  # (N or n, D)
 
 
 class BertAttention(nn.Module):
@@ -112,7 +111,7 @@ class BertIntermediate(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.dense(x))  # the exact (erf) GELU; the tanh approximation would differ
+        return F.gelu(self.dense(x))  # exact (erf), as in transformers; Google's code has tanh
 
 
 class BertLayer(nn.Module):
@@ -129,6 +128,8 @@ class BertLayer(nn.Module):
 
 
 class BertEncoder(nn.Module):
+    """Holds the layers under transformers' name; `BertModel` runs them."""
+
     def __init__(self, config: BertConfig):
         super().__init__()
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
@@ -182,7 +183,7 @@ class BertForSequenceClassification(nn.Module):
         """Returns the logits (B, C) in fp32.
 
         The head runs in fp32 even under autocast: for one token per row that costs next to nothing,
-        and bf16 logits would have only three significant digits.
+        and bf16 logits would have only two to three significant digits.
         """
         first = self.bert(batch, at=batch.cu_seqlens[:-1]).float()  # (B, D)
         with torch.autocast(first.device.type, enabled=False):

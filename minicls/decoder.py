@@ -7,8 +7,8 @@ names, so weights load and export unchanged. Left out: sliding windows, scaled R
 attention dropout.
 
 A batch is one sequence of N tokens, the B rows one after another (`attention.Batch`). S cached
-positions, D hidden size, H heads, Hkv key/value heads, Dh head size, V vocabulary, C classes; n of
-the N tokens are selected where only those are needed.
+positions, D hidden size, H heads, Hkv key/value heads, Dh head size, V vocabulary, C classes; n is
+the number of tokens that an index `at` selects.
 """
 
 from dataclasses import dataclass
@@ -143,9 +143,9 @@ class RMSNorm(nn.Module):
 def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines (N, 1, Dh) fp32 of rotary position embedding (arXiv 2104.09864, 3.4.2).
 
-    Pair i of a head's dimensions is rotated by the angle position * theta^(-2i / Dh). As Llama's
-    and Qwen's weights expect, it is dimensions i and i + Dh / 2, not neighbours as in the paper.
-    (a, b) becomes (a cos - b sin, b cos + a sin), so the first half of the sines has a minus.
+    Pair i is dimensions i and i + Dh / 2 of a head, as in transformers' weights, not neighbours as
+    in the paper. It is rotated by the angle position * theta^(-2i / Dh): (a, b) becomes
+    (a cos - b sin, b cos + a sin), so the first half of the sines is negated.
     """
     exponents = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
     angles = position_ids[:, None, None].float() / theta**exponents  # (N, 1, Dh / 2)
@@ -167,18 +167,18 @@ class DecoderAttention(nn.Module):
         self.q_norm = RMSNorm(Dh, config.rms_norm_eps) if family.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(Dh, config.rms_norm_eps) if family.qk_norm else nn.Identity()
 
-    def forward(self, x, at, rope, layout, cache) -> Tensor:
+    def forward(self, x, at, rope, layout, kv) -> Tensor:  # see DecoderLayer.forward
         x = cast_once(x)  # three layers share the cast copy
         projections = self.q_proj, self.k_proj, self.v_proj
         # q: (N, H, Dh); k, v: (N, Hkv, Dh)
         q, k, v = (projection(x).unflatten(1, (-1, self.head_dim)) for projection in projections)
         q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
-        if cache is None:
+        if kv is None:
             # dropout_p is passed because torch.compile, under activation checkpointing, takes a
             # float default for a graph input and fails in the second layer.
             output = attention(q, k, v, layout, causal=True, dropout_p=0.0)  # (N, H, Dh)
         else:
-            keys, values = cache  # (B, S, Hkv, Dh)
+            keys, values = kv  # (B, S, Hkv, Dh)
             at_slots = layout.rows, layout.positions
             keys[at_slots], values[at_slots] = k, v
             output = cached_attention(q, keys, values, layout)  # (N, H, Dh)
@@ -197,7 +197,7 @@ class DecoderMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = cast_once(x)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (N, D)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (N or n, D)
 
 
 class DecoderLayer(nn.Module):
@@ -208,13 +208,13 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, at: Tensor | None, rope, layout, cache) -> Tensor:
+    def forward(self, x: Tensor, at: Tensor | None, rope, layout, kv) -> Tensor:
         """(N, D) to (N, D), or with `at` to (n, D): the last layer computes only these tokens.
 
-        rope: cosines and sines. layout: the batch's Layout; with a cache, its CacheSlots. cache:
-        this layer's keys and values, which get those of the new tokens; or None.
+        rope: cosines and sines. layout: a Layout or, with a cache, CacheSlots. kv: this layer's
+        cached keys and values, to which those of the new tokens are written; or None.
         """
-        attended = self.self_attn(self.input_layernorm(x), at, rope, layout, cache)
+        attended = self.self_attn(self.input_layernorm(x), at, rope, layout, kv)
         x = (x if at is None else x[at]) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -224,15 +224,15 @@ class DecoderModel(nn.Module):
         super().__init__()
         self.config = config
         D, pad = config.hidden_size, config.pad_token_id
-        # As in transformers, the padding token's embedding is not trained, even if the token has
-        # another use: SmolLM2 pads with <|im_end|>.
+        # As in transformers, the padding token's embedding gets no gradient as an input (only from
+        # a tied head), even if the token has another use: SmolLM2 pads with <|im_end|>.
         self.embed_tokens = nn.Embedding(config.vocab_size, D, padding_idx=pad)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(D, config.rms_norm_eps)
         self.activation_checkpointing = False
 
     def forward(self, batch: Batch, at: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Returns the hidden states (n, D) of the tokens at indices `at` (n,), int64."""
+        """Returns the normed hidden states (n, D) of the tokens at indices `at` (n,), int64."""
         config, x = self.config, self.embed_tokens(batch.input_ids)  # (N, D)
         rope = rope_tables(batch.position_ids, config.head_dim, config.rope_theta)
         if cache is None:
@@ -264,11 +264,11 @@ class DecoderForCausalLM(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, batch: Batch, at: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Returns the logits (n, V) in fp32 after the tokens at indices `at` (n,), int64.
+        """Returns the logits (n, V) in fp32 at the tokens with indices `at` (n,), int64.
 
-        Logits after all N tokens would take gigabytes. The product runs in the dtype of the
-        weights: fp32 even under autocast, or bf16, because converting a bf16 embedding at each call
-        would take longer than the rest of the model for a single token.
+        For all N tokens they would take gigabytes. The product runs in the weights' own dtype, even
+        under autocast: to convert a bf16 embedding at each call would take longer than the rest of
+        the model does for a single token.
         """
         x = self.model(batch, at, cache)  # (n, D)
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
@@ -287,6 +287,6 @@ class DecoderForSequenceClassification(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Returns the logits (B, C) in fp32."""
-        x = self.model(batch, at=batch.cu_seqlens[1:] - 1)  # (B, D)
+        x = self.model(batch, at=batch.last)  # (B, D)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.float(), self.score.weight.float())  # (B, C)

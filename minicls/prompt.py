@@ -1,7 +1,7 @@
 """The multiple-choice question in the model's own chat format: texts and classes -> rows of ids.
 
-A chat template is rendered once, with a marker in place of the user's turn. The text around the
-marker is constant, and its control tokens are inserted by id, so no part of a text can become one.
+A chat template is rendered around a marker, not around each text. The text around the marker is
+constant, and its control tokens are inserted by id, so no part of a text can become one.
 The turn is encoded as one string: an article's last full stop and the blank line after it are one
 token, so encoding the parts separately would give other ids.
 """
@@ -33,9 +33,10 @@ def make_template(
     `prompt` names one of PROMPTS or a text file with {text} and {options} in it. `no_think` ends
     one of PROMPTS with `/no_think`, as published; a file is used as it is.
     """
-    names, about_news = [name.strip() for name in label_names], (*label_names,) == AG_NEWS_LABELS
+    names = [name.strip() for name in label_names]
+    about_news = (*label_names,) == AG_NEWS_LABELS
     if len(names) > len(ascii_uppercase):
-        raise UserError(f"--head: {len(names)} classes exceed the 26 letters; use --head linear")
+        raise UserError(f"--head: {len(names)} classes, 26 letters; use --head linear on bare text")
     for i, name in enumerate(names):
         if len(name.splitlines()) != 1 or name in names[:i]:
             need = "options need different names of one line"
@@ -88,19 +89,19 @@ def render_chat_format(tokenizer: Tokenizer) -> ChatFormat:
         messages += [{"role": "assistant", "content": letter} for letter in answer]
         return tokenizer.apply_chat_template(messages, add_generation_prompt=not answer, **options)
 
-    prompt, question = render(TURN), render(TURN, enable_thinking=False)
+    thinking, direct = render(TURN), render(TURN, enable_thinking=False)
     answered = render(TURN, LETTER)
-    counts = [text.count(TURN) for text in (prompt, question, answered)]
+    counts = [text.count(TURN) for text in (thinking, direct, answered)]
     if [*counts, answered.count(LETTER)] != [1, 1, 1, 1]:
         fault = "drops or repeats the user's turn or the answer"
         raise UserError(f"--model: its chat template {fault}; {CHAT_TEMPLATE_REMEDY}")
-    if not question.startswith(prompt):  # disabling thinking changes the prompt itself: keep that
-        prompt = question
+    # Disabling thinking adds an empty block at the end, or changes the prompt itself: keep that.
+    prompt = thinking if direct.startswith(thinking) else direct
     before, after = prompt.split(TURN)
     start, ending = answered.split(LETTER)
-    gap = start.removeprefix(question) if start.startswith(question) else ""
+    gap = start.removeprefix(direct) if start.startswith(direct) else ""
     strips = TURN + " " not in render(f" {TURN} ")
-    return ChatFormat(before, after, question[len(prompt) :], gap, ending, strips)
+    return ChatFormat(before, after, direct[len(prompt) :], gap, ending, strips)
 
 
 @dataclass
@@ -144,6 +145,7 @@ class Chat:
         """
         encode = self.tokenizer.encode_with_control_tokens
         before, after = self._pieces(self.format.before), self._pieces(self.format.after)
+        # With no template text before the turn, the tokenizer's own <s> comes first.
         first = [] if self.format.before else self.tokenizer.added_before()
         ids, last = first + encode("".join(before[:-1])), encode("".join(after[1:]))
         # Some tokenizers read text after a control token differently from text on its own.
@@ -249,12 +251,12 @@ def make_chat(
 
     settings: `think_in` and `train_on`. `source`: the name in the message if `saved` is damaged.
     """
-    no_think = "<think>" in tokenizer.added_tokens  # it belongs to a model that can think
+    no_think = "<think>" in tokenizer.added_tokens  # `/no_think` is for models that can
     template = saved.get("template") or make_template(label_names, prompt, no_think)
     try:
         chat_format = ChatFormat(**saved["chat"]) if saved.get("chat") else None
     except TypeError as error:
         fault = f"its chat format is not valid ({error})"
         raise UserError(f"{source}: {fault}; copy the whole model directory again") from None
-    sizes = len(label_names), max_length
-    return Chat(tokenizer, tuple(template), *sizes, format=chat_format, **settings)
+    count = len(label_names)
+    return Chat(tokenizer, tuple(template), count, max_length, format=chat_format, **settings)

@@ -18,7 +18,7 @@ from minicls.batch import Rows, length_batches, pack, to_device
 from minicls.decoder import KVCache
 from minicls.kernels import on_gpu
 
-# Tokens of a batch and its cache, on a CPU and on a GPU. Affects speed and memory, not the scores.
+# Tokens per batch, cached ones included, on a CPU and on a GPU: for speed and memory, not scores.
 MAX_TOKENS = 1536, 16_384
 
 
@@ -33,7 +33,7 @@ def score_brute_force(
     scores = torch.zeros(len(questions), len(options))
     for row, question in enumerate(questions):
         for o, option in enumerate(options):
-            # The token before predicts a token, so start one early and leave out the last.
+            # Each token is predicted at the one before it: start one early, leave out the last.
             at = torch.arange(len(question) - 1, len(question) + len(option) - 1, device=device)
             logits = model(pack([question + option], device), at)  # (option length, V)
             targets = torch.tensor(option, device=device)[:, None]
@@ -44,7 +44,7 @@ def score_brute_force(
 
 def common_prefix(rows: Rows) -> list[int]:
     """The ids that all rows begin with, without any row's last id, so that no row becomes empty."""
-    first, last = min(rows), max(rows)  # as in a dictionary: all others begin like these two
+    first, last = min(rows), max(rows)  # all rows sort between these, so they share no less
     shortest, length = min(map(len, rows)), 0
     while length < shortest - 1 and first[length] == last[length]:
         length += 1
@@ -55,7 +55,7 @@ class Prefix(NamedTuple):
     """The ids that questions begin with, and their keys and values."""
 
     ids: list[int]
-    cache: KVCache  # of one row
+    cache: KVCache  # holds one row
 
     def begins(self, questions: Rows) -> bool:
         """Whether every question begins with these ids and has more after them."""
@@ -87,11 +87,11 @@ def score(
 ) -> Tensor:
     """The score of each option after each question: (n, O) fp32, on the CPU, in the given order.
 
-    The shared prefix is computed once, or passed as `prefix`. Each question's remainder is computed
-    once, in batches of similar lengths of at most `max_tokens` tokens, cached ones included; it
-    scores every option's first token. An option's further tokens take one short pass over the
-    question's cached keys and values, and overwrite those of the option before. Ranks take
-    batches in turn.
+    The prefix that the questions share is computed once, or passed as `prefix`. The rest of each
+    question is computed once, in batches of similar lengths with at most `max_tokens` tokens,
+    cached ones included; its last token's logits score every option's first token. An option's
+    further tokens take one short pass over the question's cached keys and values, and overwrite
+    those of the option before. Ranks take batches in turn.
     """
     scores = torch.zeros(len(questions), len(options), device=device)
     if not len(questions):

@@ -430,7 +430,7 @@ def sft_loss(forward, part: list[list[int]]) -> torch.Tensor:
     labels = np.zeros(len(part), np.int64)
     targets = train_qwen.make_targets(part, labels, COUNTS, np.ones(1, np.float32), 0, DEVICE)
     with bf16():
-        return train_qwen.answer_loss(forward, targets, None, 0.0)[0] / (7 * SFT_ROWS)
+        return train_qwen.targets_loss(forward, targets, None, 0.0)[0] / (7 * SFT_ROWS)
 
 
 @section(60)

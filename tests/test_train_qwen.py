@@ -36,16 +36,16 @@ from test_prompt import BEGINS, TEMPLATES, tokenizer_dir
 import train_qwen
 from minicls import weights
 from minicls.batch import step_rows
+from minicls.checkpoint import every_steps
 from minicls.config import UserError
 from minicls.data import AG_NEWS_LABELS, Data, Split, load_data, split_data
-from minicls.optim import every_steps
 from minicls.predict import evaluate
 from minicls.prompt import Chat, make_template
 from minicls.results import steps
 from minicls.scorer import score_brute_force
 from minicls.tiny import SIZES, train_qwen_tokenizer
 from minicls.tokenizer import load_tokenizer
-from train_qwen import answer_loss, make_targets
+from train_qwen import make_targets, targets_loss
 
 # Few rows scored.
 UNEVEN = [*EVERY_STEP, "--max-eval-rows", "20"]
@@ -139,6 +139,14 @@ def test_losses_and_gradient_against_transformers(flags, trained, letter, tmp_pa
     else:  # the letter's loss is the loss
         assert answer_loss is None and format_loss is None
     assert grad_norm == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_label_smoothing_needs_options_of_one_token(tmp_path, monkeypatch):
+    """Nothing is written: a run directory would refuse the corrected command."""
+    monkeypatch.setattr(Chat, "options", [[1, 2], [3, 4], [5, 6], [7, 8]])
+    with pytest.raises(UserError, match="--label-smoothing: it needs options of one token"):
+        train(tmp_path / "run", "--label-smoothing", "0.1", script=train_qwen)
+    assert not (tmp_path / "run").exists()
 
 
 FAMILIES = {  # model_type: (sizes in addition to TINY's, chat template and control tokens)
@@ -247,7 +255,7 @@ def test_targets_of_a_hand_made_batch():
     each = [-logits[i].double().softmax(0)[token].log().item() for i, token in enumerate(targets.ids.tolist())]
     letters = 0.5 * each[2] + 3.0 * (each[6] + each[7])
     expected = [sum(each) - each[2] - each[6] - each[7] + letters, letters]
-    loss = answer_loss(lambda *_: logits, targets, None, 0.0)
+    loss = targets_loss(lambda *_: logits, targets, None, 0.0)
     assert loss.tolist() == pytest.approx(expected, rel=1e-5)
 
 
@@ -268,7 +276,7 @@ def test_smoothing_of_a_hand_made_batch():
     format_loss = -sum(
         likelihoods[i][token].item() for i, token in ((0, 10), (2, 12), (3, 10), (5, 12), (6, 10), (8, 12))
     )
-    loss = answer_loss(lambda *_: logits, targets, letter_ids, 0.1)
+    loss = targets_loss(lambda *_: logits, targets, letter_ids, 0.1)
     assert loss.tolist() == pytest.approx([format_loss + letters, letters], rel=1e-5)
 
 
