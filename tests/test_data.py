@@ -773,7 +773,7 @@ def test_length_batches_take_each_row_once_by_length_and_fill_up(max_tokens):
     batches = length_batches(rows, max_tokens)
     order = np.concatenate(batches)
     assert sorted(order.tolist()) == [*range(60)] and (np.diff(lengths[order]) >= 0).all()
-    for i, batch in enumerate(batches):
-        assert len(batch) == 1 or lengths[batch].sum() <= max_tokens
+    for i, batch in enumerate(batches):  # each row has the room of the longest
+        assert len(batch) == 1 or len(batch) * lengths[batch].max() <= max_tokens
         if i + 1 < len(batches):  # the next row would not have fitted
-            assert lengths[batch].sum() + lengths[batches[i + 1][0]] > max_tokens
+            assert (len(batch) + 1) * lengths[batches[i + 1][0]] > max_tokens
