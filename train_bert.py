@@ -93,20 +93,19 @@ def main(argv: list[str] | None = None) -> None:
     run.claim()
 
     # 2. Data, tokenizer, model, optimizer.
-    data, splits = add_soft_labels(s, *load_splits(s, run.data_revision))
-    run.check_data(data, splits)
+    data = add_soft_labels(s, load_splits(s, run.data_revision))
+    run.check_data(data)
     # With more micro-batches than rows, some would always be empty.
     grad_accum_steps = min(grad_accum_steps, math.ceil(len(data.train) / dist.world_size()))
 
     # A directory gives the config, the tokenizer and the weights; `--model tiny` makes its own, and
     # takes vocab_size from its tokenizer.
-    directory = run.find_model()
+    directory, source = run.find_model()
     if directory:
         config, tokenizer = weights.read_config(directory, weights.BERT), load_tokenizer(directory)
     else:
         config, tokenizer = new_model("tiny-bert", data.train.texts, vocab_size=2000)
     config = {"vocab_size": len(tokenizer)} | config | weights.label_config(data.label_names)
-    source = None if run.random_weights else directory
     model, _, load_report = weights.build_model(weights.BERT, config, source, s.seed, device)
     weights.check_fits(model.config, tokenizer, s.max_length)
     model.bert.activation_checkpointing = s.activation_checkpointing
@@ -115,8 +114,8 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = make_optimizer(model, s.learning_rate, s.weight_decay)
 
     rows = {}  # split -> rows of token ids
-    lines = describe(data, splits.get("validation"))  # to be printed once there is a log
-    for name, split in splits.items():
+    lines = describe(data)  # to be printed once there is a log
+    for name, split in data.splits.items():
         rows[name], cut = bert_rows(tokenizer, split.texts, s.max_length, s.long_text)
         lines.append(describe_rows(name, rows[name], cut, s.max_length))
     labels = data.train.labels  # (n,)
@@ -130,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
 
     steps_per_epoch = math.ceil(len(labels) / s.global_batch_size)
     total_steps = s.max_steps or math.ceil(s.epochs * steps_per_epoch)
-    run.start(total_steps, data, splits, model, optimizer, save_model, device)
+    run.start(total_steps, data, model, optimizer, save_model, device)
     example = tokenizer.decode(rows["train"][0])[:300]
     lines.append(f"example: {data.label_names[labels[0]]} <- {example}")
     lines.append(f"{s.model}: {load_report}; {dist.device_name(device)}")
@@ -196,8 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     # 6. Keep the headline model, the best on validation or else the last, and report its scores.
     logits = run.save_headline_model(weights.BERT, logits_of)
     if dist.is_first():
-        outcome = data, splits.get("validation"), tokenizer, logits, run.state, device
-        print(plots.finish(run.dir, *outcome))
+        print(plots.finish(run.dir, data, tokenizer, logits, run.state, device))
     run.close()
 
 

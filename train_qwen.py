@@ -154,14 +154,14 @@ def main(argv: list[str] | None = None) -> None:
     run.claim()
 
     # 2. Data, tokenizer, model, optimizer.
-    data, splits = load_splits(s, run.data_revision)
-    run.check_data(data, splits)
+    data = load_splits(s, run.data_revision)
+    run.check_data(data)
     # With more micro-batches than rows, some would always be empty.
     grad_accum_steps = min(grad_accum_steps, math.ceil(len(data.train) / dist.world_size()))
 
     # A directory gives the config, the tokenizer and the weights; `--model tiny` makes its own, and
     # takes vocab_size from its tokenizer.
-    directory = run.find_model()
+    directory, source = run.find_model()
     architecture = weights.DECODER if s.head == "options" else weights.DECODER_LINEAR
     uses_prompt = s.head == "options" or s.linear_input == "prompt"  # else the bare text
     if directory:
@@ -178,7 +178,6 @@ def main(argv: list[str] | None = None) -> None:
     # heads need such a token. With options, an end token is one only if config.json says so.
     padding_idx = config.get("pad_token_id") if s.head == "options" and pad == eos else pad
     config |= {"eos_token_id": eos, "pad_token_id": padding_idx}
-    source = None if run.random_weights else directory
     model, _, load_report = weights.build_model(architecture, config, source, s.seed, device)
     weights.check_fits(model.config, tokenizer, s.max_length)
     model.model.activation_checkpointing = s.activation_checkpointing
@@ -196,8 +195,8 @@ def main(argv: list[str] | None = None) -> None:
             fault = "it needs options of one token, and this tokenizer splits them"
             raise UserError(f"--label-smoothing: {fault}; leave it out")
     rows = {}  # split -> rows of token ids
-    lines = describe(data, splits.get("validation"))  # to be printed once there is a log
-    for name, split in splits.items():
+    lines = describe(data)  # to be printed once there is a log
+    for name, split in data.splits.items():
         if name == "train" and s.head == "options":
             rows[name], cut = chat.training_rows(split.texts, split.labels)
         elif uses_prompt:
@@ -220,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
 
     steps_per_epoch = math.ceil(len(labels) / s.global_batch_size)
     total_steps = s.max_steps or math.ceil(s.epochs * steps_per_epoch)
-    run.start(total_steps, data, splits, model, optimizer, save_model, device, **saved_chat)
+    run.start(total_steps, data, model, optimizer, save_model, device, **saved_chat)
     example = tokenizer.decode(rows["train"][0])
     lines.append(f"example: {data.label_names[labels[0]]} <- {example}")
     lines.append(f"{s.model}: {load_report}; {dist.device_name(device)}")
@@ -317,8 +316,7 @@ def main(argv: list[str] | None = None) -> None:
     # 6. Keep the headline model, the best on validation or else the last, and report its scores.
     logits = run.save_headline_model(architecture, logits_of)
     if dist.is_first():
-        outcome = data, splits.get("validation"), tokenizer, logits, run.state, device
-        print(plots.finish(run.dir, *outcome))
+        print(plots.finish(run.dir, data, tokenizer, logits, run.state, device))
     run.close()
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from minicls import baseline
 from minicls.comparison import open_runs, read_bench, write_report
 from minicls.config import Parser, UserError, run_main
-from minicls.predict import FORMATS, evaluate, predict_texts
+from minicls.predict import OUTPUT_FORMATS, evaluate, predict_texts
 
 
 def predict(argv: list[str]) -> None:
@@ -26,7 +26,7 @@ def predict(argv: list[str]) -> None:
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run directory, or a model directory with a trained head")
     add("inputs", nargs="*", metavar="FILE|TEXT", help="files or texts; - or nothing: standard input, one text a line")
-    add("--format", choices=FORMATS, help="default: by the suffix of --out, else table")
+    add("--format", choices=OUTPUT_FORMATS, help="default: by the suffix of --out, else table")
     add("--out", type=Path, metavar="FILE", help="a new file, .jsonl, .csv or .parquet (default: standard output)")
     add("--top-k", type=int, metavar="INT", help="only the most probable classes, best first (default: all)")
     add("--text-column", default="text", metavar="STR", help="column of the texts (default: %(default)s)")

@@ -7,12 +7,12 @@ With the flags of a training run, the baseline is fitted and tested on the same 
 `python -m minicls report`, but saves no model.
 
 TF-IDF is scikit-learn's TfidfVectorizer on lower-cased words and pairs of neighbouring words (each Chinese or Japanese
-character is a word), with 1 + ln(count) for count, fitted on the training rows. An embedding is the mean over all
-tokens of a row, [CLS] and [SEP] included, as sentence-transformers pools; it is neither normalised nor standardised.
-The classifier is scikit-learn's LogisticRegression (L2, lbfgs). Its C is the one of 0.01, 0.1, … 1,000 with the best
-macro F1 on the validation rows; of equals, the one with the lowest loss. Rows held out with `--validation-size`, as the
-scripts hold them out, are never fitted on. Without validation rows, a stratified fifth of the training rows chooses C,
-and the classifier is then fitted on all training rows.
+character is a word), with each count replaced by 1 + ln(count), fitted on the training rows. An embedding is the mean
+over all tokens of a row, [CLS] and [SEP] included, as sentence-transformers pools; it is neither normalised nor
+standardised. The classifier is scikit-learn's LogisticRegression (L2, lbfgs). Its C is the one of 0.01, 0.1, … 1,000
+with the best macro F1 on the validation rows; on a tie, the one with the lowest loss. Rows held out with
+`--validation-size`, as the scripts hold them out, are never fitted on. Without validation rows, a stratified fifth of
+the training rows chooses C, and the classifier is then fitted on all training rows.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from minicls.tokenizer import Tokenizer, bert_rows, load_tokenizer
 GRID = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)  # values of C, the inverse of the L2 penalty
 CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # written without spaces: a character is a word
 WORD = rf"[{CJK}]|[^\W{CJK}]+"
-NEVER = 30.0  # nats by which a class without training rows is behind the likeliest: the loss stays finite
+UNSEEN_GAP = 30.0  # nats by which a class without training rows is behind the likeliest: the loss stays finite
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,14 @@ def fit(features, labels: np.ndarray, C: float, s: Settings):
 
 
 def logits(model, features, num_labels: int) -> torch.Tensor:
-    """(n, C) float64, whose softmax is the model's probabilities. Classes without training rows are NEVER behind."""
+    """(n, C) float64, whose softmax is the model's probabilities.
+
+    A class without training rows gets the row's highest score minus UNSEEN_GAP.
+    """
     scores = model.decision_function(features)
     if scores.ndim == 1:  # two classes have one score
         scores = np.stack([np.zeros_like(scores), scores], axis=1)
-    full = np.repeat(scores.max(1, keepdims=True) - NEVER, num_labels, axis=1)
+    full = np.repeat(scores.max(1, keepdims=True) - UNSEEN_GAP, num_labels, axis=1)
     full[:, model.classes_] = scores
     return torch.from_numpy(full)
 
@@ -123,17 +126,16 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{flag_of(name)}: --features tfidf does not use it; leave it out, or name a model")
     device = dist.start(s.device, s.threads)
     checkpoint.check_output_dir(s.output_dir)
-    data, splits = load_splits(s)
-    validation = splits.get("validation")
-    print(*describe(data, validation), sep="\n")
+    data = load_splits(s)
+    print(*describe(data), sep="\n")
     train, labels, num_labels = data.train, data.train.labels, len(data.label_names)
     if len(np.unique(labels)) < 2:
         problem = f"the {len(train)} training rows are all {data.label_names[labels[0]]}"
         raise UserError(f"--data: {problem}; use rows of two classes or more")
     # C is chosen on the validation rows, else on a fifth of the training rows; `rest` is fitted on until then.
-    fifth = stratified_rows(train, max(1, len(train) // 5)) if validation is None else np.array([], np.int64)
+    fifth = np.array([], np.int64) if data.validation else stratified_rows(train, max(1, len(train) // 5))
     rest = np.setdiff1d(np.arange(len(train)), fifth)
-    choosing = validation or train.select(fifth)
+    choosing = data.validation or train.select(fifth)
 
     import sklearn
     from threadpoolctl import threadpool_limits
@@ -155,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
         tried[C], _ = evaluate_logits(logits(candidate, choosing_features, num_labels), choosing.labels)
         print(f"C {C:g}: validation accuracy {tried[C]['accuracy']:.4f}, macro F1 {tried[C]['f1']:.4f}")
     if not tried:
-        print("too few training rows to choose C by")
+        print("too few training rows to choose C, so C is 1")
     C = max(tried, key=lambda C: (tried[C]["f1"], -tried[C]["loss"]), default=1.0)
     model = fit(train_features, labels, C, s)
     state = checkpoint.new_state() | {"train_seconds": time.perf_counter() - started, "samples": len(train)}
@@ -165,15 +167,18 @@ def main(argv: list[str] | None = None) -> None:
     settings = dataclasses.asdict(s) | dict.fromkeys(unused)
     checkpoint.write_run_info(run_dir, "baseline", settings, device, data, details)
     logger = Logger(run_dir, 0, 0)
-    if tried and not validation:
+    if tried and not data.validation:
         logger.event("eval", 0, split="validation", **tried[C])
         state["best_on_validation"] = [0, tried[C]["f1"]]
     features = {"validation": choosing_features, "test": test_features}
-    del splits["train"]
-    split_logits = checkpoint.evaluate(splits, lambda name: logits(model, features[name], num_labels), state, logger)
+
+    def logits_of(split: str) -> torch.Tensor:
+        return logits(model, features[split], num_labels)
+
+    split_logits = checkpoint.evaluate(data.eval_splits, logits_of, state, logger)
     logger.close()
     print(f"C {C:g}, fitted on {len(train):,} rows with {train_features.shape[1]:,} features of {s.features}")
-    written = results.write_results(run_dir, data, validation, tokenizer, split_logits, state, device)
+    written = results.write_results(run_dir, data, tokenizer, split_logits, state, device)
     print(results.summary(written))
     print(f"confusion matrix: {plots.plot_confusion(written['confusion'], data.label_names, run_dir)}")
     print(f"run: {run_dir}")

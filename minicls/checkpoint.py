@@ -98,9 +98,10 @@ class Run:
 
     def check_data(self, data: Data) -> None:
         """Raises UserError if this is not the data that the run was started on."""
-        if not data.matches(self.info["data_fingerprint"]):
-            problem = f"{self.info['settings']['data']} has other rows or classes than {self.dir} was started on"
-            raise UserError(f"--data: {problem}; restore them or start a new run")
+        if differing := data.differences(self.info["data_fingerprint"]):
+            name = "soft_labels" if differing == ["soft_labels"] else "data"
+            problem = f"{self.info['settings'][name]} has other rows or classes than {self.dir} was started on"
+            raise UserError(f"{flag_of(name)}: {problem} ({', '.join(differing)}); restore them or start a new run")
 
 
 def open_run(run_dir: Path) -> Run:
@@ -220,7 +221,7 @@ def evaluate(
     logger: Logger,
     remedy: str = "--model: try --dtype fp32",
 ) -> dict[str, torch.Tensor]:
-    """Scores "test" and, if present, "validation"; logs the scores and updates the best steps in `state`.
+    """Scores the splits; logs the scores and updates the best steps in `state`.
 
     logits_of(split name) gives the logits (n, C) fp32 of a split's rows. Returns the logits of each split. Raises
     UserError with the remedy if a loss is not finite.
@@ -272,30 +273,28 @@ class TrainingRun:
         elif dist.is_first():
             check_output_dir(self.settings.output_dir)
 
-    def check_data(self, data: Data, splits: dict[str, Split]) -> None:
+    def check_data(self, data: Data) -> None:
         """Raises UserError if the data differs from that of the resumed run, or lacks rows that a flag needs."""
         patience = self.settings.patience
-        if patience and "validation" not in splits:
+        if patience and not data.validation:
             raise UserError(f"--patience: {patience} needs validation rows; hold some out with --validation-size")
         if self.previous:
             self.previous.check_data(data)
 
-    def find_model(self) -> Path | None:
-        """The model directory to start from: the newest checkpoint, else that of `--model`; None for `tiny`."""
-        if self.checkpoint or self.settings.model == "tiny":
-            return self.checkpoint
-        directory, self.revision = weights.find_model(self.settings.model, self.revision)
-        return directory
+    def find_model(self) -> tuple[Path | None, Path | None]:
+        """The directories to take config and tokenizer (None for `tiny`) and weights (None for random ones) from.
 
-    @property
-    def random_weights(self) -> bool:
-        return self.settings.init == "random" and not self.checkpoint
+        Both are the newest checkpoint if there is one, else that of `--model`.
+        """
+        if self.checkpoint or self.settings.model == "tiny":
+            return self.checkpoint, self.checkpoint
+        directory, self.revision = weights.find_model(self.settings.model, self.revision)
+        return directory, None if self.settings.init == "random" else directory
 
     def start(
         self,
         total_steps: int,
         data: Data,
-        splits: dict[str, Split],
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         save_model: Callable[[Path], None],
@@ -308,8 +307,7 @@ class TrainingRun:
         """
         s = self.settings
         self.total_steps, self.model, self.optimizer, self.device = total_steps, model, optimizer, device
-        self.save_model, self.num_train_rows = save_model, len(data.train)
-        self.splits = {name: split for name, split in splits.items() if name != "train"}
+        self.save_model, self.num_train_rows, self.splits = save_model, len(data.train), data.eval_splits
         self.eval_every = every_steps(s.eval_every, total_steps)
         self.save_every = every_steps(s.save_every, total_steps)
         if self.checkpoint:
@@ -367,8 +365,8 @@ class TrainingRun:
     @property
     def remedy(self) -> str:
         """The advice in the message about a loss that is not finite."""
-        rate = self.settings.learning_rate
-        return f"--learning-rate: lower {rate} or try --dtype fp32 (earlier checkpoints, if any, are in {self.dir})"
+        rate, place = self.settings.learning_rate, self.dir or "the run directory"  # only the first rank knows it
+        return f"--learning-rate: lower {rate} or try --dtype fp32 (earlier checkpoints, if any, are in {place})"
 
     def evaluate_if_due(self, logits_of: Callable[[str], torch.Tensor]) -> None:
         """Evaluates every `--eval-every` steps and after the last one."""

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minicls import tiny
-from minicls.config import DataSettings, UserError
+from minicls.config import DataSettings, UserError, flag_of
 
 AG_NEWS_LABELS = ("World", "Sports", "Business", "Sci/Tech")
 # The first words of file names, as in `datasets`, except "eval" and "evaluation": they can mean either split.
@@ -83,27 +83,35 @@ class Data:
     test: Split
     label_names: tuple[str, ...]
     revision: str | None = None  # the hub commit, for data from the hub
-    validation: Split | None = None  # from files; rows that `split_data` holds out are not in it
+    validation: Split | None = None  # from files, or held out by `split_data`
     sources: tuple[str, ...] = ()  # lines that say which files were read and which were not
-    held_out_texts: frozenset[str] = frozenset()  # of all validation and test rows, before `split_data` cuts these
+    held_out_texts: frozenset[str] = frozenset()  # texts of all validation and test rows, before `split_data` cuts them
+
+    @property
+    def eval_splits(self) -> dict[str, Split]:
+        """The splits that are scored: validation, if there are such rows, and test."""
+        return ({"validation": self.validation} if self.validation else {}) | {"test": self.test}
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        return {"train": self.train} | self.eval_splits
 
     def fingerprint(self) -> dict[str, str]:
         """A digest of each split, of the class names in their order, and of the soft labels if there are any."""
-        splits = {"train": self.train, "test": self.test, "validation": self.validation}
-        digests = {name: split.fingerprint() for name, split in splits.items() if split}
+        digests = {name: split.fingerprint() for name, split in self.splits.items()}
         if self.train.soft_labels is not None:
             texts = json.dumps(self.train.texts).encode()
             digests["soft_labels"] = hashlib.sha256(texts + self.train.soft_labels.tobytes()).hexdigest()
         return digests | {"label_names": hashlib.sha256(json.dumps(self.label_names).encode()).hexdigest()}
 
-    def matches(self, fingerprint: dict[str, str]) -> bool:
-        """Whether a run's saved fingerprint is that of this data. Older runs saved no digest of the class names.
+    def differences(self, fingerprint: dict[str, str]) -> list[str]:
+        """The digests in which this data differs from a run's saved fingerprint.
 
         Soft labels count only where this data has some: a test needs none.
         """
         digests = self.fingerprint()
-        saved = {key: value for key, value in fingerprint.items() if key != "soft_labels" or key in digests}
-        return {"label_names": digests["label_names"]} | saved == digests
+        names = sorted(digests.keys() | fingerprint.keys() - {"soft_labels"})
+        return [name for name in names if digests.get(name) != fingerprint.get(name)]
 
 
 def load_data(
@@ -121,8 +129,11 @@ def load_data(
     `test_size` training rows (below 1: a fraction of them) become one.
     """
     if data == "synthetic":
-        if test_size:
-            raise UserError("--test-size: the synthetic texts have a test split; leave the flag out")
+        given = {"test_size": test_size, "label_names": label_names}
+        given |= {"text_column": text_column != "text", "label_column": label_column != "label"}
+        for name in filter(given.get, given):
+            problem = "the synthetic texts have columns, classes and a test split of their own"
+            raise UserError(f"{flag_of(name)}: {problem}; leave the flag out")
         return synthetic()
     directory, revision = find_data(data, revision)
     card = _Card(directory / "README.md")
@@ -265,7 +276,7 @@ class _Card:
             head = yaml.load(match[1], yaml.BaseLoader) if match else {}
         except yaml.YAMLError as error:
             head = {}
-            if re.search("class_label|data_files", match[1]):  # minicls reads nothing else of it
+            if re.search("class_label|data_files", match[1]):  # minicls reads nothing else from it
                 raise UserError(f"{file}: its head is not valid YAML ({error}); fix it") from None
         self.file, self.head = file, head if isinstance(head, dict) else {}
         self.config = self._default_config()
@@ -312,7 +323,7 @@ class _Card:
         return folder, patterns
 
     def class_names(self, label_column: str) -> dict[tuple[str, ...] | None, str]:
-        """The class names, or None, of the default config, or of each config if none is the default -> the place."""
+        """{class names or None: where they are declared}, of the default config or, without one, of every config."""
         infos = self._mappings(self.head, "dataset_info")
         has_default = self.config or any(info.get("config_name") == "default" for info in infos)
         if has_default and not (len(infos) == 1 and "config_name" not in infos[0]):
@@ -645,7 +656,7 @@ def _likely_encoding(content: bytes) -> str | None:
         return "UTF-8"
     runs = re.findall(rb"[\x80-\xff]+", content)
     high = sum(map(len, runs))
-    pairs = len(re.findall(rb"[\xa1-\xf7][\xa1-\xfe]", content))  # GB 2312, which nearly all Chinese text keeps to
+    pairs = len(re.findall(rb"[\xa1-\xf7][\xa1-\xfe]", content))  # GB 2312, which covers nearly all Chinese text
     # In WINDOWS-1252, letters with accents are mostly single, between plain ones.
     for encoding, plausible in (("GB18030", 2 * pairs > 0.8 * high), ("WINDOWS-1252", high < 2 * len(runs))):
         with contextlib.suppress(UnicodeDecodeError):
@@ -702,12 +713,11 @@ def split_data(
     max_train_rows: int | None = None,
     max_eval_rows: int | None = None,
     seed: int | None = None,
-) -> tuple[Data, Split | None]:
+) -> Data:
     """Holds out `validation_size` training rows (below 1: a fraction), then cuts the splits to the given sizes.
 
     Each seed keeps another sample of the training rows, so that runs with several seeds cover the variance of sampling.
-    The validation and test rows are the same for all seeds; held-out rows are not cut. Returns the data and the
-    validation rows, held out or from files, or None.
+    The validation and test rows are the same for all seeds; rows held out here are not cut.
     """
 
     def cut(split: Split, max_rows: int | None, seed: int | None = None) -> Split:
@@ -716,26 +726,22 @@ def split_data(
 
     if data.validation and validation_size:
         raise UserError("--validation-size: the data has a validation split; leave the flag out, or move it away")
-    from_files = data.validation and cut(data.validation, max_eval_rows)
-    train, validation = data.train, from_files
+    train, validation = data.train, data.validation and cut(data.validation, max_eval_rows)
     if validation_size:
         validation, train = _hold_out("--validation-size", train, validation_size)
     held_out = frozenset(text for split in (data.test, data.validation, validation) if split for text in split.texts)
     train, test = cut(train, max_train_rows, seed), cut(data.test, max_eval_rows)
-    data = dataclasses.replace(data, train=train, test=test, validation=from_files, held_out_texts=held_out)
-    return data, validation
+    return dataclasses.replace(data, train=train, test=test, validation=validation, held_out_texts=held_out)
 
 
-def load_splits(s: DataSettings, revision: str | None = None) -> tuple[Data, dict[str, Split]]:
-    """The data set that the settings name, and its splits by name: train, validation if there are such rows, test."""
+def load_splits(s: DataSettings, revision: str | None = None) -> Data:
+    """The data set that the settings name, split and cut as they say."""
     data = load_data(s.data, s.text_column, s.label_column, s.label_names, revision, s.test_size)
-    data, validation = split_data(data, s.validation_size, s.max_train_rows, s.max_eval_rows, s.seed)
-    splits = {"train": data.train, "validation": validation, "test": data.test}
-    return data, {name: split for name, split in splits.items() if split}
+    return split_data(data, s.validation_size, s.max_train_rows, s.max_eval_rows, s.seed)
 
 
-def describe(data: Data, validation: Split | None = None) -> list[str]:
-    """Lines for the start of a run: its files, its classes with their training rows, and warnings."""
+def describe(data: Data) -> list[str]:
+    """Lines for the start of a run: the files read, the classes with their training rows, and warnings."""
     counts = np.bincount(data.train.labels, minlength=len(data.label_names))
     by_class = [f"{' '.join(name.split())} {count:,}" for name, count in zip(data.label_names, counts, strict=True)]
     shown = ", ".join(by_class)
@@ -756,7 +762,7 @@ def describe(data: Data, validation: Split | None = None) -> list[str]:
         lines.append(f"warning: the classes {', '.join(names)} differ only in case or spaces; are they the same?")
     if broken := [repr(name) for name in data.label_names if len(name.splitlines()) > 1]:
         lines.append(f"warning: class names with line breaks: {', '.join(broken[:5])}")
-    texts = {"train": data.train.texts, "validation": validation.texts if validation else [], "test": data.test.texts}
+    texts = {"validation": []} | {name: split.texts for name, split in data.splits.items()}
     for name, other in (("test", "train"), ("validation", "train"), ("test", "validation")):
         others = {*texts[other]}
         if repeated := sum(text in others for text in texts[name]):

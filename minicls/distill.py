@@ -19,11 +19,11 @@ from minicls.batch import to_device
 from minicls.config import UserError, flag_of
 from minicls.data import Data, Split, read_rows
 
-PREFIX = "probability_"  # of the columns that `predict` writes, one for each class
+PREFIX = "probability_"  # begins the names of the columns that `predict` writes, one for each class
 
 
 def read_soft_labels(file: Path, text_column: str, label_names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The class probabilities (C,) float64 of each text in a file of `predict`; of a repeated text, the first.
+    """The class probabilities (C,) float64 of each text in a file of `predict`; for a repeated text, its first row's.
 
     Raises UserError if a column is missing, or if a row's probabilities are not positive numbers with the sum 1.
     """
@@ -36,10 +36,11 @@ def read_soft_labels(file: Path, text_column: str, label_names: Sequence[str]) -
         columns = {name.removeprefix(PREFIX): value for name, value in row.items() if name.startswith(PREFIX)}
         if columns.keys() != {*label_names}:
             differing = sorted(columns.keys() ^ {*label_names})
-            raise UserError(
-                f"--soft-labels: {file} must have a column {PREFIX}<class> for each class of --data, and no other; "
-                f"it differs in {', '.join(differing)[:100]}; write it with a model of these classes, without --top-k"
+            problem = (
+                f"must have a column {PREFIX}<class> for each class of --data; it differs in {', '.join(differing)}"
             )
+            remedy = "write it as .parquet or .csv, with a model of these classes and without --top-k"
+            raise UserError(f"--soft-labels: {file} {problem[:200]}; {remedy}")
         try:
             probabilities = np.array([float(columns[name]) for name in label_names])
         except (TypeError, ValueError):
@@ -51,8 +52,8 @@ def read_soft_labels(file: Path, text_column: str, label_names: Sequence[str]) -
     return soft_labels
 
 
-def add_soft_labels(s, data: Data, splits: dict[str, Split]) -> tuple[Data, dict[str, Split]]:
-    """The data and its splits, with soft labels in the training split, and the file's other texts added to it.
+def add_soft_labels(s, data: Data) -> Data:
+    """The data with soft labels in its training split, and with the file's other texts added to that.
 
     `s` has the settings of train_bert.py. An added text has its most probable class as label, and row -1. A text of the
     validation or the test rows is not added: training on it would make their scores worthless.
@@ -61,7 +62,7 @@ def add_soft_labels(s, data: Data, splits: dict[str, Split]) -> tuple[Data, dict
         for name in ("soft_label_weight", "temperature"):
             if getattr(s, name) is not None:
                 raise UserError(f"{flag_of(name)}: used only with --soft-labels FILE; add that or leave the flag out")
-        return data, splits
+        return data
     soft_labels = read_soft_labels(Path(s.soft_labels), s.text_column, data.label_names)
     train_texts = {*data.train.texts}
     other_texts = [text for text in soft_labels if text not in train_texts]
@@ -73,9 +74,8 @@ def add_soft_labels(s, data: Data, splits: dict[str, Split]) -> tuple[Data, dict
     train = Split(texts, labels, np.concatenate([data.train.rows, np.full(len(added), -1)]), targets)
     known = sum(text in soft_labels for text in data.train.texts)
     line = f"soft labels: for {known:,} of the {num_labelled:,} labelled rows, and {len(added):,} texts without a label"
-    line += f"; {len(other_texts) - len(added):,} texts left out, which are validation or test rows"
-    data = dataclasses.replace(data, train=train, sources=(*data.sources, line))
-    return data, splits | {"train": train}
+    line += f"; {len(other_texts) - len(added):,} texts left out because they are validation or test rows"
+    return dataclasses.replace(data, train=train, sources=(*data.sources, line))
 
 
 class SoftTargets:
@@ -96,7 +96,7 @@ class SoftTargets:
         self.arrays = targets.astype(np.float32), weights.astype(np.float32)
 
     def __getitem__(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Of B rows: the targets (B, C), their weights (B,) and the temperature."""
+        """The targets (B, C) of B rows, their weights (B,), and the temperature."""
         return *(to_device(array[rows], self.device) for array in self.arrays), self.temperature
 
 

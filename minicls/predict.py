@@ -26,7 +26,7 @@ from tqdm import tqdm
 from minicls import cascade, checkpoint, dist, plots, weights
 from minicls.batch import length_batches, pack, to_device
 from minicls.config import DataSettings, UserError, check_value, flag_of, parse, setting
-from minicls.data import Split, checked_text, describe, lines_of, load_splits, read_rows
+from minicls.data import FORMATS, Data, checked_text, describe, lines_of, load_splits, read_rows
 from minicls.kernels import on_gpu
 from minicls.logger import Logger
 from minicls.prompt import make_chat
@@ -50,13 +50,15 @@ def check_trained(directory: Path) -> None:
     if not directory.is_dir():
         raise UserError(f"{directory}: no such run directory; check the path")
     if (directory / "run.json").is_file() and not (directory / "config.json").is_file():
+        if (directory / "results.json").is_file():
+            raise UserError(f"{directory}: a baseline's or a test's results, without a model; pass a training run")
         saved = checkpoint.checkpoints(directory)
         newest = f"pass its newest checkpoint, {saved[max(saved)]}, or" if saved else "it has no checkpoint yet:"
         raise UserError(f"{directory}: this run is not finished; {newest} finish it, with --resume {directory}")
 
 
 class Reader:
-    """Turns texts into the rows that a model directory was trained on. The weights are not needed for that."""
+    """Turns texts into rows of ids as in the model's training. It needs no weights."""
 
     def __init__(
         self, directory: Path, max_length: int | None = None, classes: Sequence[str] = (), prompt: str | None = None
@@ -71,7 +73,7 @@ class Reader:
         self.architecture = weights.ARCHITECTURES.get((self.config.get("architectures") or [None])[0])
         fault = "holds no trained classifier; pass a finished run of train_bert.py or train_qwen.py"
         self.untrained = UserError(f"{directory}: {fault}")
-        # The run's own settings, to reproduce its predictions. A model of others has none: it runs in fp32.
+        # The run's own settings, to reproduce its predictions. A model from elsewhere has none and runs in fp32.
         self.settings = checkpoint.inference_settings(directory)
         language_model = self.architecture is weights.DECODER
         self.label_names = None
@@ -94,7 +96,7 @@ class Reader:
             self.chat = make_chat(self.settings, self.tokenizer, *question, source=directory)
 
     def rows(self, texts: Sequence[str]) -> list[list[int]]:
-        """The model's input ids: of each text, or of the question about it. Raises UserError for a non-text."""
+        """The model's input ids for each text, or for the question about it. Raises UserError for a non-text."""
         if isinstance(texts, str):
             raise UserError(f"texts: {texts[:60]!r} is one text, not a list of texts; pass [text]")
         texts = [checked_text(text, f"texts[{i}]") for i, text in enumerate(texts)]
@@ -156,9 +158,9 @@ class Classifier(Reader):
 
 # `python -m minicls predict`: reading texts, and writing predictions.
 
-TEXT_FILE = re.compile(r".*\.(parquet|((csv|tsv|jsonl?)(\.gz)?)|txt)", re.IGNORECASE)  # names of files with texts
+TEXT_FILE = re.compile(rf".*\.({'|'.join(map(re.escape, FORMATS))}|txt)", re.IGNORECASE)  # names of files with texts
 PATH = re.compile(r"[\w.~@+=-]*/[\w./~@+=-]*", re.ASCII)  # a slash, and only characters that are common in paths
-FORMATS = ("table", "jsonl", "csv", "parquet")
+OUTPUT_FORMATS = ("table", "jsonl", "csv", "parquet")
 CHUNK = 1024  # texts classified between two writes
 
 
@@ -182,7 +184,9 @@ def gather(inputs: Sequence[str], text_column: str) -> list[tuple[str, dict]]:
                 raise UserError(f"{item}: a folder; pass the files in it")
             rows += read_rows(Path(item), text_column)
         elif "\n" not in item and (TEXT_FILE.fullmatch(item) or PATH.fullmatch(item)):
-            raise UserError(f"{item}: no such file; check the path (a text like that goes through standard input)")
+            raise UserError(
+                f"{item}: no such file; check the path (pipe a text that looks like one through standard input)"
+            )
         else:
             rows.append((checked_text(item, "FILE|TEXT"), {"text": item}))
     return rows
@@ -206,8 +210,8 @@ def results(
         for start in range(0, len(rows), CHUNK):
             chunk = rows[start : start + CHUNK]
             scores = classifier.scores([text for text, _ in chunk])
-            of_texts = classifier.predictions(scores), classifier.perplexities(scores)
-            for (text, row), prediction, perplexities in zip(chunk, *of_texts, strict=True):
+            columns = chunk, classifier.predictions(scores), classifier.perplexities(scores)
+            for (text, row), prediction, perplexities in zip(*columns, strict=True):
                 shown = prediction.probabilities
                 if top_k:
                     shown = dict(sorted(shown.items(), key=lambda item: -item[1])[:top_k])
@@ -231,8 +235,14 @@ def table_lines(results: Iterable[Result], label_names: Sequence[str], top_k: in
 
 
 def joined(row: dict, values: dict) -> dict:
-    """The row and the values. A column with the name of a value is renamed to input_<name>."""
-    return {f"input_{name}" if name in values else name: value for name, value in row.items()} | values
+    """The row and the values. A column with the name of a value is renamed to input_<name>, a free name."""
+    renamed = {}
+    for name, value in row.items():
+        free = name
+        while free in values or (free != name and free in row):
+            free = f"input_{free}"
+        renamed[free] = value
+    return renamed | values
 
 
 def json_lines(results: Iterable[Result]) -> Iterator[str]:
@@ -245,7 +255,7 @@ def json_lines(results: Iterable[Result]) -> Iterator[str]:
 
 
 def flat_rows(rows: Sequence[tuple[str, dict]], results: Iterable[Result], top_k: int | None) -> Iterator[dict]:
-    """The columns of all inputs, the label and its probability, then every class's or those of the next labels."""
+    """The columns of all inputs, the label and its probability, then those of every class or of the next labels."""
     columns = dict.fromkeys(name for _, row in rows for name in row)
     for result in results:
         values = {"label": result.prediction.label, "probability": result.prediction.probability}
@@ -272,19 +282,20 @@ def write_parquet(rows: Iterable[dict], file: Path) -> None:
 
     try:
         pq.write_table(pa.Table.from_pylist([*rows]), file)
-    except pa.ArrowException as error:  # JSON allows a number in one row and a text in the next
+    except (pa.ArrowException, UnicodeEncodeError) as error:  # JSON allows a number in one row and a text in the next
         raise UserError(f"--out: the input's columns do not fit parquet ({error}); write .jsonl") from None
 
 
 def predict_texts(args: argparse.Namespace) -> None:
     """The command. It checks the flags, the runs and the texts before it loads a model, which can take long."""
     output_format = args.format or (args.out.suffix[1:].lower() if args.out else "table")
-    if output_format not in FORMATS:
+    if output_format not in OUTPUT_FORMATS:
         raise UserError(f"--out: {args.out} is not .jsonl, .csv or .parquet; name it so, or pass --format")
     if output_format == "parquet" and not args.out:
         raise UserError("--format: parquet is not for the terminal; name a file with --out")
     if args.out and (args.out.exists() or not args.out.parent.is_dir()):
-        raise UserError(f"--out: {args.out} {'exists' if args.out.exists() else 'is in no directory'}; name a new file")
+        problem = "exists" if args.out.exists() else "is in a directory that does not exist"
+        raise UserError(f"--out: {args.out} {problem}; name a new file")
     for name, minimum, maximum in (("top_k", 1, None), ("threads", 1, None), ("threshold", 0, 1)):
         check_value(name, getattr(args, name), minimum, maximum)
     if args.threshold is not None and not args.then:
@@ -295,12 +306,12 @@ def predict_texts(args: argparse.Namespace) -> None:
     rows = gather(args.inputs or ([] if sys.stdin.isatty() else ["-"]), args.text_column)
     if not rows:
         raise UserError("FILE|TEXT: nothing to classify; pass texts or files, or write texts to standard input")
+    threshold = args.threshold
+    if args.then and threshold is None:
+        threshold = cascade.choose_threshold(cascade.validation_answers(args.run, args.then))
     classifier = Classifier(args.run, device)
     if args.then:
-        large, threshold = Classifier(args.then, device), args.threshold
-        if threshold is None:
-            threshold = cascade.choose_threshold(cascade.validation_answers(args.run, args.then))
-        classifier = cascade.Cascade(classifier, large, threshold)
+        classifier = cascade.Cascade(classifier, Classifier(args.then, device), threshold)
     names = classifier.label_names
     top_k = args.top_k and min(args.top_k, len(names))
     found = results(classifier, rows, top_k, progress=bool(args.out) or not sys.stdout.isatty())
@@ -310,7 +321,9 @@ def predict_texts(args: argparse.Namespace) -> None:
             write_parquet(flat, aside)
         else:
             lines = {"table": table_lines(found, names, top_k), "jsonl": json_lines(found), "csv": csv_lines(flat)}
-            with aside.open("w", encoding="utf-8") if aside else contextlib.nullcontext() as file:
+            # JSON can escape half of a character, which UTF-8 cannot write: it is escaped again.
+            escaped = {"encoding": "utf-8", "errors": "backslashreplace"}
+            with aside.open("w", **escaped) if aside else contextlib.nullcontext() as file:
                 for line in lines[output_format]:
                     print(line, file=file)
     if args.out:
@@ -325,7 +338,7 @@ def predict_texts(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class EvaluateSettings(DataSettings):
-    """Settings of a test. An unset one is that of the model's training, else the stated default."""
+    """Settings of a test. Where a help text names a default, an unset one is that of the model's training, if any."""
 
     model: str | None = setting(None, "run directory, model directory or hub id", group="model")
     prompt: str | None = setting(None, "another question for a language model; as in train_qwen.py")
@@ -360,13 +373,18 @@ def evaluate_model(directory: Path, revision: str | None, s: EvaluateSettings) -
     device = dist.start(s.device, s.threads)
     if dist.is_first():
         checkpoint.check_output_dir(s.output_dir)
-    data, splits = load_splits(s)
-    max_length = s.max_length or (None if "max_length" in checkpoint.inference_settings(directory) else 512)
+    data = load_splits(s)
+    asked = checkpoint.inference_settings(directory)
+    max_length = s.max_length or (None if "max_length" in asked else 512)
     classifier = Classifier(directory, device, max_length=max_length, classes=data.label_names, prompt=s.prompt)
     if classifier.label_names != [*data.label_names]:
         classes = ", ".join(data.label_names)[:80]
-        raise UserError(f"--data: {s.model} was not trained on its classes, {classes}; train it on them first")
-    test, inference = _test_of(classifier, splits), classifier.settings
+        remedy = "train it on them, or give its own names with --label-names"
+        raise UserError(f"--data: {s.model} was not trained on its classes, {classes}; {remedy}")
+    for name in ("prompt", "normalize") if classifier.architecture is not weights.DECODER else ():
+        if getattr(s, name):
+            raise UserError(f"{flag_of(name)}: {s.model} does not answer with options; leave the flag out")
+    logits_of, inference = _scorer(classifier, data), classifier.settings
     inference |= {name: getattr(s, name) for name in ("normalize", "dtype") if getattr(s, name)}
     run_dir = checkpoint.new_run_dir(s.output_dir, "evaluate") if dist.is_first() else None
     if run_dir:
@@ -377,12 +395,13 @@ def evaluate_model(directory: Path, revision: str | None, s: EvaluateSettings) -
         details |= classifier.chat.to_dict() if classifier.chat else {}
         checkpoint.write_run_info(run_dir, "evaluate", dataclasses.asdict(s) | settings, device, data, details)
     logger, state = Logger(run_dir, 0, 0), checkpoint.new_state()
-    logger.print(*describe(data, splits.get("validation")))
-    logits = checkpoint.evaluate(*test, state, logger)
+    logger.print(*describe(data))
+    if classifier.chat and asked.get("template") not in (None, [*classifier.chat.template]):
+        logger.print("note: the model is asked another question than in training, by other classes or --prompt")
+    logits = checkpoint.evaluate(data.eval_splits, logits_of, state, logger)
     logger.close()
     if run_dir:
-        outcome = data, splits.get("validation"), classifier.tokenizer, logits, state, device
-        print(plots.finish(run_dir, *outcome))
+        print(plots.finish(run_dir, data, classifier.tokenizer, logits, state, device))
 
 
 def evaluate_checkpoints(run_dir: Path, s: EvaluateSettings) -> None:
@@ -390,36 +409,39 @@ def evaluate_checkpoints(run_dir: Path, s: EvaluateSettings) -> None:
     for field in dataclasses.fields(s):
         if field.name not in ("model", "device", "threads") and getattr(s, field.name) != field.default:
             remedy = "leave the flag out, or name --data to test the model as it is"
-            raise UserError(f"{flag_of(field.name)}: a run's checkpoints are tested as the run says; {remedy}")
+            raise UserError(
+                f"{flag_of(field.name)}: a run's checkpoints are tested with the run's own settings; {remedy}"
+            )
     run = checkpoint.open_run(run_dir)
     if not run.newest:
+        check_trained(run_dir)
         raise UserError(f"{run_dir}: this run has no complete checkpoint; continue it first, with --resume {run_dir}")
     device = dist.start(s.device, s.threads)
     with checkpoint.lock(run_dir) if dist.is_first() else contextlib.nullcontext():
         settings = SimpleNamespace(**run.info["settings"])  # among them those of the data
-        data, splits = load_splits(settings, run.info["data_revision"])
+        data = load_splits(settings, run.info["data_revision"])
         run.check_data(data)
         classifier, saved, logits = Classifier(run.newest, device), checkpoint.checkpoints(run_dir), {}
-        test = _test_of(classifier, splits)
+        logits_of = _scorer(classifier, data)
         state = weights.read_json(run.newest / "resume" / "state.json", "delete this checkpoint", step=int)
-        state |= {"eval_seconds": 0.0, "evaluations": 0}
+        state |= {"eval_seconds": 0.0, "evaluations": 0, "best_on_validation": None}
+        state["stopped_early"] = bool(run.results.get("stopped_early"))
+        remedy = "--model: test it with --data and --dtype fp32"
         total_steps = run.info["total_steps"]
         logger = Logger(run_dir if dist.is_first() else None, total_steps, total_steps)  # all events stay in the log
         for state["step"], directory in saved.items():
             weights.load_weights(classifier.model, directory, classifier.architecture)
-            logits[state["step"]] = checkpoint.evaluate(*test, state, logger)
+            logits[state["step"]] = checkpoint.evaluate(data.eval_splits, logits_of, state, logger, remedy)
         logger.close()
         if dist.is_first():
             step = checkpoint.headline_step(state)
             for file in filter(Path.is_file, saved[step].iterdir()):
                 with weights.written_aside(run_dir / file.name) as aside:
                     shutil.copyfile(file, aside)
-            outcome = data, splits.get("validation"), classifier.tokenizer, logits[step], state, device
-            print(plots.finish(run_dir, *outcome))
+            print(plots.finish(run_dir, data, classifier.tokenizer, logits[step], state, device))
 
 
-def _test_of(classifier: Classifier, splits: dict[str, Split]) -> tuple[dict[str, Split], Callable]:
-    """The first arguments of `checkpoint.evaluate`. The texts are tokenized here, once for all checkpoints."""
-    splits = {name: split for name, split in splits.items() if name != "train"}
-    rows = {name: classifier.rows(split.texts) for name, split in splits.items()}
-    return splits, lambda name: classifier.score_rows(rows[name])
+def _scorer(classifier: Classifier, data: Data) -> Callable[[str], torch.Tensor]:
+    """Scores a split by its name. The texts are tokenized here, once for all checkpoints."""
+    rows = {name: classifier.rows(split.texts) for name, split in data.eval_splits.items()}
+    return lambda name: classifier.score_rows(rows[name])

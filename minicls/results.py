@@ -29,7 +29,7 @@ def write_predictions(
 ) -> None:
     """Writes the predictions for each row, from logits (n, C), as parquet.
 
-    row: its number in the file it came from; label, prediction: class indices, whose names are in the schema's
+    row: its number in the files of its split; label, prediction: class indices, whose names are in the schema's
     `huggingface` metadata, where `datasets` looks for them; num_tokens: length of the whole text, neither truncated nor
     with special tokens, null without a tokenizer; text_hash: see `text_hash`; probability_c: of class c, float32.
     """
@@ -78,15 +78,14 @@ def scores_by_class(confusion: np.ndarray, names: Sequence[str]) -> dict[str, di
 def write_results(
     run_dir: Path,
     data: Data,
-    validation: Split | None,
     tokenizer: Tokenizer | None,
     logits: dict[str, torch.Tensor],
     state: dict,
     device: torch.device,
 ) -> dict:
-    """Writes predictions.parquet, validation.parquet (if there is one) and, last, results.json; returns the latter.
+    """Writes predictions.parquet, validation.parquet (if there are such rows) and, last, results.json; returns it.
 
-    logits: the headline model's for the rows of "test" and, if held out, "validation", (n, C) fp32 in their order;
+    logits: the headline model's for each of the data's `eval_splits`, (n, C) fp32 in the order of their rows;
     state: the run's clocks and best steps. The constant answer, which a model has to beat, is the class with most
     training rows.
     """
@@ -98,7 +97,7 @@ def write_results(
     constant = metrics.classification_metrics(always)
     write_predictions(run_dir / "predictions.parquet", data.test, test_logits, tokenizer, names)
     temperature = None
-    if validation:
+    if validation := data.validation:
         write_predictions(run_dir / "validation.parquet", validation, logits["validation"], tokenizer, names)
         temperature = metrics.fit_temperature(logits["validation"].double().numpy(), validation.labels)
 
@@ -127,7 +126,8 @@ def write_results(
         "headline_step": headline_step(state),
         "final_step": state["step"],
         "stopped_early": state.get("stopped_early", False),
-        "final_train_loss": float(np.mean(last_losses)) if trained else None,  # of answers, over the last logged steps
+        # The mean over the last five logged steps; of the answer alone, where that is logged.
+        "final_train_loss": float(np.mean(last_losses)) if trained else None,
         "best_step_on_test": best_step,
         "best_f1_on_test": best_f1,
         "best_step_on_validation": (state["best_on_validation"] or [None])[0],
@@ -188,7 +188,7 @@ def advice(results: dict) -> list[str]:
         answer = shown(results["majority_class"])
         notes.append(f"note: no better than always answering {answer} ({constant}), within the interval")
     if loss is not None and loss > 0.9 * chance:
-        guess = f"ln {num_classes} = {chance:.3f}, that of a guess"
+        guess = f"ln {num_classes} = {chance:.3f}, the loss of guessing"
         notes.append(f"note: the last training loss, {loss:.3f}, is near {guess}")
     if notes and loss is not None:
         notes.append(
@@ -249,7 +249,7 @@ def steps(run_dir: Path) -> list[dict]:
     depends on the row, its loss has a column of its own.
     """
     events, rows, train = read_metrics(run_dir), [], []
-    losses = {"training loss": "loss", "of the letter": "answer_loss"}
+    losses = {"training loss": "loss", "letter loss": "answer_loss"}
     losses = {header: key for header, key in losses.items() if any(key in event for event in events)}
     for event in events:
         if event["event"] == "train":

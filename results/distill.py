@@ -61,7 +61,7 @@ def write_soft_labels(args: argparse.Namespace, data: str, seed: int) -> None:
         data=getattr(args, data), validation_size=1000, max_train_rows=PLANS[data][2], seed=seed, max_eval_rows=None
     )
     texts = soft.with_suffix(".texts.parquet")
-    pq.write_table(pa.table({"text": load_splits(settings)[1]["train"].texts}), texts)
+    pq.write_table(pa.table({"text": load_splits(settings).train.texts}), texts)
     device = ["--device", args.device] if args.device else []
     main(["predict", str(Path(args.work) / f"{data}-teacher-{seed}"), str(texts), "--out", str(soft), *device])
     table = pq.read_table(soft)

@@ -88,7 +88,8 @@ def test_rows_held_out_as_the_scripts_hold_them_out(news, tmp_path):
         "--seed",
         "7",
     )
-    data, validation = split_data(load_data(str(news)), 40, 100, 50, 7)
+    data = split_data(load_data(str(news)), 40, 100, 50, 7)
+    validation = data.validation
     info = json.loads((tmp_path / "run" / "run.json").read_text())
     assert info["data_fingerprint"] == data.fingerprint() and info["num_train_rows"] == len(data.train) == 100
     train, chooses, test = vectors(data.train.texts, validation.texts, data.test.texts)
@@ -116,7 +117,7 @@ def test_embeddings_are_the_mean_of_transformers_hidden_states(bert_run, news, t
         "--max-length",
         "8",
     )
-    data, validation = split_data(load_data(str(news)), 40)
+    data = split_data(load_data(str(news)), 40)
     model, tokenizer = BertModel.from_pretrained(bert_run).eval(), load_tokenizer(bert_run)
     cls, sep = tokenizer.control_ids(["[CLS]", "[SEP]"])
 
@@ -125,12 +126,12 @@ def test_embeddings_are_the_mean_of_transformers_hidden_states(bert_run, news, t
         with torch.no_grad():
             return np.stack([model(torch.tensor([row])).last_hidden_state[0].mean(0).numpy() for row in rows])
 
-    theirs = [pooled(split.texts) for split in (data.train, data.test, validation)]
+    theirs = [pooled(split.texts) for split in (data.train, data.test, data.validation)]
     settings = baseline.Settings(max_length=8, dtype="fp32")
-    ours, _ = baseline.embeddings(bert_run, (data.train, data.test, validation), settings, torch.device("cpu"))
+    ours, _ = baseline.embeddings(bert_run, (data.train, data.test, data.validation), settings, torch.device("cpu"))
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6, rtol=0)
-    regression = chosen((theirs[0], data.train.labels), (theirs[2], validation.labels))
+    regression = chosen((theirs[0], data.train.labels), (theirs[2], data.validation.labels))
     np.testing.assert_allclose(
         probabilities(frame), regression.predict_proba(theirs[1]), atol=1e-3, rtol=0
     )  # lbfgs stops early

@@ -261,7 +261,7 @@ def test_ten_steps_equal_the_hf_trainer(tmp_path):
     144 rows in steps of 32: two epochs of four full windows and a short one, in micro-batches here, in one piece there.
     """
     steps, lr, decay, model_dir = 10, 3e-3, 0.3, tmp_path / "model"
-    data, _ = split_data(load_data("synthetic"), max_train_rows=144, max_eval_rows=8, seed=5)
+    data = split_data(load_data("synthetic"), max_train_rows=144, max_eval_rows=8, seed=5)
     tokenizer = train_bert_tokenizer(data.train.texts, vocab_size=2000)
     values = SIZES | {"vocab_size": len(tokenizer), "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     del values["num_labels"]

@@ -157,7 +157,7 @@ def test_predict_then_answers_as_the_two_runs_together(threshold, pair_of_runs, 
     small, large = pair_of_runs
     from minicls.data import load_data, split_data
 
-    test = split_data(load_data("synthetic"), max_eval_rows=100)[0].test
+    test = split_data(load_data("synthetic"), max_eval_rows=100).test
     file = tmp_path / "news.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in test.texts))
     flags = [] if threshold is None else ["--threshold", str(threshold)]

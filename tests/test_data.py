@@ -209,7 +209,7 @@ def test_a_file_is_part_of_the_split_that_its_name_begins_with(tmp_path, name):
         "validation": data.validation.texts if data.validation else [],
     }
     assert [split for split in ("train", "validation", "test") if f"{name} a" in read[split]] == splits
-    lines = describe(data, data.validation)
+    lines = describe(data)
     if splits:
         assert f"{splits[0]}: {name} (2 rows)" in lines
     else:
@@ -618,20 +618,25 @@ def test_stratified_rows_do_not_depend_on_the_order_of_the_file():
 
 def test_split_data_holds_out_then_cuts():
     data = Data(make_split([60, 40]), make_split([10, 10], seed=1), ("a", "b"), "commit")
-    whole, none = split_data(data)
-    assert none is None and whole.fingerprint() == data.fingerprint()
+    whole = split_data(data)
+    assert whole.validation is None and [*whole.splits] == ["train", "test"]
+    assert whole.fingerprint() == data.fingerprint()
 
-    rest, validation = split_data(data, validation_size=10)
+    rest = split_data(data, validation_size=10)
+    validation = rest.validation
+    assert [*rest.splits] == ["train", "validation", "test"] and [*rest.eval_splits] == ["validation", "test"]
     assert np.bincount(validation.labels).tolist() == [6, 4] and np.bincount(rest.train.labels).tolist() == [54, 36]
     assert not set(rest.train.texts) & set(validation.texts)
     assert rest.train.texts == [t for t in data.train.texts if t not in set(validation.texts)]  # in the file's order
     assert (rest.label_names, rest.revision, rest.test) == (data.label_names, data.revision, data.test)
 
-    cut, same = split_data(data, validation_size=10, max_train_rows=20, max_eval_rows=4)
-    assert same.fingerprint() == validation.fingerprint()  # cutting the training rows leaves the held-out ones alone
+    cut = split_data(data, validation_size=10, max_train_rows=20, max_eval_rows=4)
+    assert (
+        cut.validation.fingerprint() == validation.fingerprint()
+    )  # cutting the training rows leaves the held-out ones alone
     assert np.bincount(cut.train.labels).tolist() == [12, 8] and np.bincount(cut.test.labels).tolist() == [2, 2]
     assert set(cut.train.texts) <= set(rest.train.texts)
-    assert split_data(data, max_train_rows=1000, max_eval_rows=1000)[0].fingerprint() == data.fingerprint()
+    assert split_data(data, max_train_rows=1000, max_eval_rows=1000).fingerprint() == data.fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -639,8 +644,8 @@ def test_split_data_holds_out_then_cuts():
 )
 def test_a_share_below_one_is_rounded_up(size, rows):
     data = Data(make_split([60, 40]), make_split([10, 10], seed=1), ("a", "b"))
-    rest, validation = split_data(data, validation_size=size)
-    assert (len(validation), len(rest.train)) == (rows, 100 - rows)
+    rest = split_data(data, validation_size=size)
+    assert (len(rest.validation), len(rest.train)) == (rows, 100 - rows)
 
 
 @pytest.mark.parametrize("size", [20, 0.2])
@@ -658,18 +663,18 @@ def test_a_test_split_is_held_out_of_the_training_rows(tmp_path, size):
         data.test.texts
     )  # whatever the order
     assert "test: 20 of the training rows, held out by --test-size" in describe(data)
-    rest, validation = split_data(data, validation_size=0.25)
-    assert (len(rest.train), len(validation), rest.test) == (60, 20, data.test)
+    rest = split_data(data, validation_size=0.25)
+    assert (len(rest.train), len(rest.validation), rest.test) == (60, 20, data.test)
 
 
 def test_validation_files_are_the_validation_split(tmp_path):
     write(tmp_path, as_csv([(f"text {i}", i % 2) for i in range(10)]), "csv", as_csv([("t", 0)]))
     (tmp_path / "dev.csv").write_bytes(as_csv([(f"dev {i}", i % 2) for i in range(6)]))
-    data, validation = split_data(load_data(str(tmp_path)))
-    assert validation.texts == [f"dev {i}" for i in range(6)] and len(data.train) == 10
-    assert "validation: dev.csv (6 rows)" in describe(data, validation)
-    cut, validation = split_data(load_data(str(tmp_path)), max_eval_rows=4)
-    assert np.bincount(validation.labels).tolist() == [2, 2] and cut.validation == validation
+    data = split_data(load_data(str(tmp_path)))
+    assert data.validation.texts == [f"dev {i}" for i in range(6)] and len(data.train) == 10
+    assert "validation: dev.csv (6 rows)" in describe(data)
+    cut = split_data(load_data(str(tmp_path)), max_eval_rows=4)
+    assert np.bincount(cut.validation.labels).tolist() == [2, 2]
     with pytest.raises(UserError, match="--validation-size: the data has a validation split; leave the flag out"):
         split_data(data, validation_size=2)
     (tmp_path / "dev.csv").write_bytes(as_csv([("dev", 2)]))
@@ -681,12 +686,11 @@ def test_a_fingerprint_matches_the_same_rows_and_classes():
     splits = make_split([3, 3]), make_split([2, 2], seed=1)
     data = Data(*splits, ("a", "b"))
     saved = json.loads(json.dumps(data.fingerprint()))
-    assert data.matches(saved) and data.matches({"train": saved["train"], "test": saved["test"]})  # an older run's
-    assert not Data(*splits, ("b", "a")).matches(saved)
-    assert not Data(*splits[::-1], ("a", "b")).matches(saved)
+    assert data.differences(saved) == []
+    assert Data(*splits, ("b", "a")).differences(saved) == ["label_names"]
+    assert Data(*splits[::-1], ("a", "b")).differences(saved) == ["test", "train"]
     validated = Data(*splits, ("a", "b"), validation=splits[1])
-    assert not validated.matches(saved) and not data.matches(validated.fingerprint())
-    assert not validated.matches({"train": saved["train"], "test": saved["test"]})  # a run that chose no step by it
+    assert validated.differences(saved) == data.differences(validated.fingerprint()) == ["validation"]
 
 
 # The lines about the data at the start of a run.
@@ -698,7 +702,7 @@ def described(
     names = names or sorted({label for _, label in train})
     splits = [Split([t for t, _ in rows], np.array([names.index(x) for _, x in rows], np.int64), np.arange(len(rows)))
               for rows in (train, test, validation)]  # fmt: skip
-    return describe(Data(*splits[:2], tuple(names)), splits[2] if validation else None)
+    return describe(Data(*splits[:2], tuple(names), validation=splits[2] if validation else None))
 
 
 def rows_of(**counts: int) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from runs import EVERY_STEP, interrupt_at, losses, resume, train
 
+from minicls import checkpoint
 from minicls.__main__ import main
 from minicls.config import UserError
 from minicls.data import Data, Split, load_data, split_data
@@ -94,23 +95,29 @@ def test_the_loss_is_that_of_the_paper():
 def test_texts_are_matched_added_and_left_out(tmp_path):
     held_out = frozenset("tv")  # of which only t is in the splits, as after --max-eval-rows
     data = Data(split("a b c", [0, 1, 2]), split("t", [0]), NAMES, held_out_texts=held_out)
-    splits = {"train": data.train, "test": data.test}
     rows = {"b": (0.1, 0.7, 0.2), "new": (0.2, 0.2, 0.6), "t": (1, 0, 0), "v": (1, 0, 0), "a": (0.5, 0.25, 0.25)}
     s = settings(soft_labels=soft_file(tmp_path / "soft.parquet", rows))
-    extended, new_splits = add_soft_labels(s, data, splits)
+    extended = add_soft_labels(s, data)
     train = extended.train
-    assert train is new_splits["train"] and new_splits["test"] is data.test
+    assert extended.test is data.test
     assert train.texts == ["a", "b", "c", "new"]
     assert train.labels.tolist() == [0, 1, 2, 2] and train.rows.tolist() == [0, 1, 2, -1]
     expected = [rows["a"], rows["b"], (np.nan,) * 3, rows["new"]]
     np.testing.assert_array_equal(train.soft_labels, expected)
     assert extended.sources == (
         "soft labels: for 2 of the 3 labelled rows, and 1 texts without a label; 2 texts left out, "
-        "which are validation or test rows",
+        "because they are validation or test rows",
     )
     digests, before = extended.fingerprint(), data.fingerprint()
     assert {name: digests[name] for name in before} == before and digests.keys() - before == {"soft_labels"}
-    assert data.matches(digests) and extended.matches(digests) and not extended.matches(before)
+    assert data.differences(digests) == extended.differences(digests) == []
+    assert extended.differences(before) == ["soft_labels"]
+    run = checkpoint.Run(Path("run"), {"settings": {"soft_labels": "soft.csv"}, "data_fingerprint": digests}, {}, None)
+    rows["new"] = (0.6, 0.2, 0.2)
+    other = add_soft_labels(settings(soft_labels=soft_file(tmp_path / "other.parquet", rows)), data)
+    run.check_data(extended)
+    with pytest.raises(UserError, match=r"--soft-labels: soft\.csv .* run was started on"):
+        run.check_data(other)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +135,7 @@ def test_mistakes_in_the_file(rows, names, parts, tmp_path):
     data = Data(split("a", [0]), split("t", [0]), NAMES)
     s = settings(soft_labels=soft_file(tmp_path / "soft.parquet", rows, names))
     with pytest.raises(UserError) as error:
-        add_soft_labels(s, data, {"train": data.train})
+        add_soft_labels(s, data)
     assert all(part in str(error.value) for part in ["--soft-labels", "soft.parquet", *parts])
 
 
@@ -154,7 +161,7 @@ def one_hot(tmp_path_factory) -> str:
 def test_one_hot_soft_labels_of_the_same_rows_train_as_the_labels_do(one_hot, tmp_path):
     """With weight 1 and temperature 1, and again with half a weight; the texts of no labelled row are taken out."""
     hard = train(tmp_path / "hard", *EVERY_STEP)
-    data, _ = split_data(load_data("synthetic"), max_train_rows=150, seed=42)
+    data = split_data(load_data("synthetic"), max_train_rows=150, seed=42)
     table = pq.read_table(one_hot)
     keep = pa.array([text in {*data.train.texts} for text in table["text"].to_pylist()])
     file = tmp_path / "same.parquet"
@@ -167,7 +174,7 @@ def test_one_hot_soft_labels_of_the_same_rows_train_as_the_labels_do(one_hot, tm
 
 def test_predict_writes_the_file_and_a_run_goes_on_with_it_alone(bert_run, tmp_path):
     """From a teacher's predictions to a student; resumed, it has the same losses, and not with another file."""
-    data, _ = split_data(load_data("synthetic"), max_train_rows=300, seed=42)
+    data = split_data(load_data("synthetic"), max_train_rows=300, seed=42)
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in data.train.texts))
     soft = tmp_path / "soft.parquet"

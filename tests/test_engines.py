@@ -37,7 +37,7 @@ def linear_run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def texts():
-    return split_data(load_data("synthetic"), max_eval_rows=11)[0].test.texts
+    return split_data(load_data("synthetic"), max_eval_rows=11).test.texts
 
 
 def both(run, batch_size: int = 4):

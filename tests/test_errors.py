@@ -173,6 +173,9 @@ FLAGS = {  # flags -> parts of the message
     "--validation-size inf": ["--validation-size", "inf", "finite"],
     "--test-size 4": ["--test-size", "data has a test split (test.csv)", "leave the flag out"],
     "--data synthetic --test-size 4": ["--test-size", "synthetic", "leave the flag out"],
+    "--data synthetic --label-names a b": ["--label-names", "synthetic", "leave the flag out"],
+    "--data synthetic --text-column title": ["--text-column", "synthetic", "leave the flag out"],
+    "--data synthetic --label-column y": ["--label-column", "synthetic", "leave the flag out"],
     "--validation-size -1": ["--validation-size", "-1", "at least 0"],
     "--device tpu": ["--device", "'tpu'", "cpu, cuda or cuda:N"],
     "--device nonsense": ["--device", "'nonsense'", "cpu, cuda or cuda:N"],
@@ -516,17 +519,35 @@ EVALUATE = ["evaluate", "--data", "data", "--output-dir", "out", "--device", "cp
 
 def test_evaluating_on_other_classes(here):
     change("model/config.json", **weights.label_config(["cat", "dog"]))()
-    check(here, [*EVALUATE, "model"], ["--data", "model", "bad, good", "train it on them first"], minicls.__main__)
+    check(
+        here,
+        [*EVALUATE, "model"],
+        ["--data", "model", "bad, good", "train it on them", "--label-names"],
+        minicls.__main__,
+    )
 
 
 def test_evaluating_on_classes_in_another_order(here):
     argv = [*EVALUATE, "model", "--label-names", "good", "bad"]
-    check(here, argv, ["--data", "model", "good, bad", "train it on them first"], minicls.__main__)
+    check(here, argv, ["--data", "model", "good, bad", "train it on them", "--label-names"], minicls.__main__)
 
 
 def test_evaluating_a_model_without_a_head(here):
     tensors(lambda t: [t.pop(name) for name in list(t) if name.startswith("classifier")])()
     check(here, [*EVALUATE, "model"], ["model", "holds no trained classifier"], minicls.__main__)
+
+
+@pytest.mark.parametrize("flag", ["--prompt", "--normalize"])
+def test_evaluating_a_linear_head_with_a_question_s_flag(flag, here):
+    argv = [*EVALUATE, "model", flag, "published" if flag == "--prompt" else "sum"]
+    check(here, argv, [flag, "model", "does not answer with options"], minicls.__main__)
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_a_baseline_s_run_has_no_model(command, here):
+    minicls.__main__.main(["baseline", "--data", "data", "--output-dir", "baseline", "--threads", "1"])
+    argv = [command, "baseline", *(["a text"] if command == "predict" else [])]
+    check(here, argv, ["baseline", "without a model", "training run"], minicls.__main__)
 
 
 def test_evaluating_nothing(here):

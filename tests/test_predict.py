@@ -19,6 +19,7 @@ from conftest import ROOT, TINY
 from runs import SCRIPTS, interrupt_at, train
 
 import minicls
+from minicls import weights
 from minicls.__main__ import main
 from minicls.config import UserError
 from minicls.data import load_data, split_data
@@ -48,7 +49,7 @@ def test_predicts_what_the_run_predicted(run, tmp_path, capsys, request):
     """The run's own test texts give the labels and probabilities of its predictions.parquet, whatever the batch."""
     kind, *name = run.split()
     run_dir = request.getfixturevalue("linear_runs") / name[0] if name else request.getfixturevalue(f"{kind}_run")
-    test = split_data(load_data("synthetic"), max_eval_rows=100)[0].test
+    test = split_data(load_data("synthetic"), max_eval_rows=100).test
     file = tmp_path / "news.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in test.texts))
     rows = [json.loads(line) for line in lines(capsys, run_dir, file, "--format", "jsonl")]
@@ -166,7 +167,7 @@ def test_what_minicls_json_says(name, asked_runs):
 
 
 def assert_predicts_as_the_run(directory: Path, run: Path) -> None:
-    texts = split_data(load_data("synthetic"), max_eval_rows=24)[0].test.texts
+    texts = split_data(load_data("synthetic"), max_eval_rows=24).test.texts
     saved = pq.read_table(run / "predictions.parquet").to_pydict()
     expected = np.stack([saved[f"probability_{c}"] for c in range(4)], axis=1)
     found = [list(p.probabilities.values()) for p in minicls.Classifier(directory, "cpu").predict(texts)]
@@ -459,6 +460,47 @@ def test_a_parquet_file_keeps_its_types(bert_run, tmp_path, capsys):
         and written.column("when").to_pylist() == table.column("when").to_pylist()
     )
     assert "1970-01-01 00:00:01" in lines(capsys, bert_run, tmp_path / "a.parquet", "--format", "jsonl")[1]
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+def test_a_predicted_file_can_be_predicted_again(form, bert_run, table_file, tmp_path, capsys):
+    """No column is lost: neither the labels of the first file nor the first prediction."""
+    first, second = tmp_path / f"first.{form}", tmp_path / f"second.{form}"
+    lines(capsys, bert_run, table_file, "--out", first)
+    lines(capsys, bert_run, first, "--out", second)
+    for once, twice in zip(flat(first), flat(second), strict=True):
+        assert twice["input_label"] == once["input_label"] == "gold"
+        assert twice["input_input_label"] == twice["label"] == once["label"]
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_half_a_character_in_another_column_is_written_as_its_escape(form, bert_run, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "Shares fell.", "id": "\\ud800"}\n')
+    out = tmp_path / f"b.{form}"
+    lines(capsys, bert_run, tmp_path / "a.jsonl", "--out", out)
+    assert flat(out)[0]["id"] == {"csv": "\\ud800", "jsonl": "\ud800"}[form]
+
+
+def test_half_a_character_does_not_fit_parquet(bert_run, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "Shares fell.", "id": "\\ud800"}\n')
+    with pytest.raises(UserError, match=r"--out: the input's columns do not fit parquet"):
+        main(["predict", str(bert_run), str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "b.parquet")])
+
+
+def test_a_cascade_s_threshold_is_found_before_a_model_is_loaded(bert_run, monkeypatch):
+    monkeypatch.setattr(weights, "build_model", None)
+    with pytest.raises(UserError, match=r"no validation\.parquet"):
+        main(["predict", str(bert_run), "Shares fell.", "--then", str(bert_run)])
+
+
+def test_another_question_than_in_training_is_said(qwen_run, tmp_path, capsys):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").write_text("text,label\nShares fell.,bad\nThey won.,good\n")
+    note = "note: the model is asked another question than in training"
+    for data, said in ((str(tmp_path), True), ("synthetic", False)):
+        flags = ["--data", data, "--max-eval-rows", "2", "--output-dir", str(tmp_path / f"run-{said}")]
+        main(["evaluate", str(qwen_run), *flags])
+        assert (note in capsys.readouterr().out) == said
 
 
 def test_columns_that_do_not_fit_parquet_leave_no_file(bert_run, tmp_path):

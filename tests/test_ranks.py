@@ -110,7 +110,7 @@ def test_two_ranks_train_as_one_process(name, flags, ranked, tmp_path):
 def test_two_ranks_learn_soft_labels_as_one_process(bert_run, tmp_path):
     """Half of the texts have no label; weight, temperature and targets reach the rank that has the row."""
     calm = without_dropout(bert_run, tmp_path / "calm")
-    data, _ = split_data(load_data("synthetic"), max_train_rows=120, seed=42)
+    data = split_data(load_data("synthetic"), max_train_rows=120, seed=42)
     random = np.random.default_rng(0).dirichlet(np.ones(len(data.label_names)), len(data.train)).T
     columns = {f"probability_{name}": column for name, column in zip(data.label_names, random, strict=True)}
     pq.write_table(pa.table({"text": data.train.texts} | columns), tmp_path / "soft.parquet")

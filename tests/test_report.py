@@ -94,10 +94,9 @@ def write_three(
         Split([f"text {row}" for row in range(len(of))], np.array(of), 7 + np.arange(len(of))) for of in (train, labels)
     )
     logits = torch.from_numpy(4.0 * np.eye(len(names))[predictions]).float()
-    data = Data(train, test, names)
-    return write_results(
-        run_dir, data, train, Words(), {"test": logits, "validation": logits[:3]}, STATE, torch.device("cpu")
-    )
+    data = Data(train, test, names, validation=train)
+    of_splits = {"test": logits, "validation": logits[:3]}
+    return write_results(run_dir, data, Words(), of_splits, STATE, torch.device("cpu"))
 
 
 def test_predictions_of_both_splits_name_their_rows_and_classes(tmp_path):
@@ -164,7 +163,7 @@ def test_a_run_that_learned_nothing_says_which_flags_to_change(tmp_path):
     )
     trained = write_three(tmp_path, labels, labels, ("a", "b"))
     note, flags = advice(trained)
-    assert note == "note: the last training loss, 0.690, is near ln 2 = 0.693, that of a guess"
+    assert note == "note: the last training loss, 0.690, is near ln 2 = 0.693, the loss of guessing"
     assert all(
         flag in flags for flag in ("--learning-rate", "--epochs", "--warmup-ratio", "python -m minicls baseline")
     )
@@ -207,10 +206,10 @@ def test_temperature_is_fitted_on_validation_and_used_on_test(held_out, tmp_path
     rng = np.random.default_rng(0)
     splits = [Split(["a b c"] * n, rng.integers(0, 3, n), np.arange(n)) for n in (300, 200)]
     logits = [torch.from_numpy(8 * (np.eye(3)[s.labels] * 0.5 + rng.normal(size=(len(s), 3)))).float() for s in splits]
-    data, validation = Data(splits[1], splits[0], ("x", "y", "z")), splits[1] if held_out else None
+    data = Data(splits[1], splits[0], ("x", "y", "z"), validation=splits[1] if held_out else None)
 
     of_splits = {"test": logits[0]} | ({"validation": logits[1]} if held_out else {})
-    results = write_results(tmp_path, data, validation, Words(), of_splits, STATE, torch.device("cpu"))
+    results = write_results(tmp_path, data, Words(), of_splits, STATE, torch.device("cpu"))
     assert results == found(tmp_path) and columns(tmp_path)["num_tokens"].tolist() == [3] * 300
     if not held_out:
         assert results["temperature"] is results["calibration_error_scaled"] is None
@@ -234,9 +233,9 @@ def test_steps_have_the_published_columns(name, request):
     assert [row["test loss"] for row in rows] == [f"{e['loss']:.4f}" for e in tests]
     # No step was logged up to the first evaluation; the second follows two.
     assert [row["training loss"] for row in rows] == ["-", f"{(train[0]['loss'] + train[1]['loss']) / 2:.4f}"]
-    assert ("of the letter" in rows[0]) == (name == "qwen_run")
+    assert ("letter loss" in rows[0]) == (name == "qwen_run")
     if name == "qwen_run":
-        assert rows[1]["of the letter"] == f"{(train[0]['answer_loss'] + train[1]['answer_loss']) / 2:.4f}"
+        assert rows[1]["letter loss"] == f"{(train[0]['answer_loss'] + train[1]['answer_loss']) / 2:.4f}"
 
 
 # The report.

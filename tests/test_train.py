@@ -150,7 +150,7 @@ def test_step_rows_cover_each_epoch_once(num_rows, batch):
 def test_loss_is_the_mean_over_the_rows_of_the_step(calm, tmp_path):
     """With a learning rate of 0 every step's loss follows from one look at each row, also in a window of 22 = 6 + 6 + 5 + 5."""
     run = train(tmp_path / "run", "--model", str(calm), *EVERY_STEP, "--micro-batch-size", "16", "--learning-rate", "0")
-    data, _ = split_data(load_data("synthetic"), max_train_rows=150, seed=42)
+    data = split_data(load_data("synthetic"), max_train_rows=150, seed=42)
     model, _, _ = weights.build_model(weights.BERT, weights.read_config(run), run, 0, torch.device("cpu"))
     rows, _ = bert_rows(load_tokenizer(run), data.train.texts, max_length=512)
     with torch.no_grad():
@@ -210,7 +210,7 @@ def test_loss_with_class_weights_and_smoothing(flags, head, tmp_path):
         run = train(tmp_path / "run", "--model", str(without_dropout(start, tmp_path / "calm")), *given)
     else:
         run = train(tmp_path / "run", "--head", "linear", *given, script=train_qwen)
-    data, _ = split_data(load_data(str(news)), max_train_rows=150, seed=42)
+    data = split_data(load_data(str(news)), max_train_rows=150, seed=42)
     tokenizer, texts, labels = load_tokenizer(run), data.train.texts, data.train.labels
     rows, _ = bert_rows(tokenizer, texts, 512) if head == "bert" else text_rows(tokenizer, texts, 512)
     model = AutoModelForSequenceClassification.from_pretrained(run, dtype=torch.float32).eval()
@@ -358,9 +358,9 @@ def test_headline_is_the_step_best_on_validation(news, tmp_path, monkeypatch):
         scores, confusion = original(logits, labels)
         return scores | ({"f1": next(script)} if len(labels) == 40 else {}), confusion
 
-    def write_results(run_dir, data, validation, tokenizer, logits, *rest):
-        handed.extend(original(logits[name], validation.labels)[0]["loss"] for name in logits if name == "validation")
-        return write(run_dir, data, validation, tokenizer, logits, *rest)
+    def write_results(run_dir, data, tokenizer, logits, *rest):
+        handed.append(original(logits["validation"], data.validation.labels)[0]["loss"])
+        return write(run_dir, data, tokenizer, logits, *rest)
 
     write, handed = result_files.write_results, []
     monkeypatch.setattr(metrics, "evaluate_logits", evaluate_logits)
@@ -433,6 +433,13 @@ def test_patience(name, news, scripted_f1, tmp_path, capsys):
     assert {k: v for k, v in results(run).items() if k not in clocks} == {
         k: v for k, v in found.items() if k not in clocks
     }
+    # A test of its checkpoints leaves it finished, and chooses among those that are there.
+    evaluate([str(run)])
+    assert results(run)["stopped_early"]
+    shutil.rmtree(checkpoints(run)[2])
+    evaluate([str(run)])
+    assert results(run)["headline_step"] == 4
+    assert (run / "model.safetensors").read_bytes() == (checkpoints(run)[4] / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -479,7 +486,7 @@ def test_frozen_parameters(case, tmp_path, monkeypatch):
 def test_head_tail_keeps_both_ends(tmp_path, capsys):
     flags = ["--max-train-rows", "32", "--max-eval-rows", "8", "--max-steps", "1", "--max-length", "12"]
     train(tmp_path / "run", *flags, "--long-text", "head-tail")
-    data, _ = split_data(load_data("synthetic"), max_train_rows=32, seed=42)
+    data = split_data(load_data("synthetic"), max_train_rows=32, seed=42)
     words = data.train.texts[0].lower().removesuffix(".").split()
     printed = capsys.readouterr().out
     # Ten tokens: the text's first round(10 * 128 / 510) = 3, and its last 7, the full stop being one.

@@ -107,7 +107,7 @@ def test_losses_and_gradient_against_transformers(flags, trained, letter, tmp_pa
     )  # lr 0: the weights saved are those of the start
     model = AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32)
     tokenizer = load_tokenizer(run)
-    data, _ = split_data(load_data("synthetic"), max_train_rows=256, seed=42)
+    data = split_data(load_data("synthetic"), max_train_rows=256, seed=42)
     template = json.loads((run / "run.json").read_text())["template"]
     window = step_rows(0, 256, 32, seed=42)
     questions, _ = Chat(tokenizer, template, 4, 512).questions([data.train.texts[row] for row in window])
@@ -161,7 +161,7 @@ def family_dir(family: str, folder: Path) -> Path:
     import transformers
 
     sizes, template = FAMILIES[family]
-    data, _ = split_data(load_data("synthetic"), max_train_rows=150, seed=42)
+    data = split_data(load_data("synthetic"), max_train_rows=150, seed=42)
     tokenizer = train_qwen_tokenizer(["".join(make_template(data.label_names)), *data.train.texts], 2000)
     tokenizer_dir(folder, tokenizer, *TEMPLATES[template], begins=template in BEGINS)
     values = {
@@ -200,7 +200,7 @@ def test_ten_steps_equal_those_of_transformers(family, tmp_path, capsys):
     run = run_qwen(tmp_path / "run", "--model", str(start), *shared, "--max-steps", "10", "--learning-rate", "3e-3")
     assert "tokens, computed once per batch" in capsys.readouterr().out  # transformers below reads them in every row
     model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32).train()
-    data, _ = split_data(load_data("synthetic"), max_train_rows=150, seed=42)
+    data = split_data(load_data("synthetic"), max_train_rows=150, seed=42)
     template = json.loads((run / "run.json").read_text())["template"]
     assert template[1].endswith("/no_think") == (family == "qwen3")  # the others' tokenizers have no <think>
     chat = Chat(load_tokenizer(start), template, 4, 512)
@@ -291,7 +291,7 @@ def test_loss_with_class_weights_and_smoothing(flags, train_on, tmp_path):
     news = write_uneven(tmp_path / "news")
     given = ["--data", str(news), *UNEVEN, "--max-eval-rows", "4", "--micro-batch-size", "16", "--learning-rate", "0"]
     run = run_qwen(tmp_path / "run", *given, "--max-steps", "3", "--train-on", train_on, *flags.split())
-    data, _ = split_data(load_data(str(news)), max_train_rows=150, seed=42)
+    data = split_data(load_data(str(news)), max_train_rows=150, seed=42)
     labels = data.train.labels
     chat = Chat(load_tokenizer(run), json.loads((run / "run.json").read_text())["template"], 4, 512, train_on=train_on)
     rows, _ = chat.training_rows(data.train.texts, labels)
@@ -390,7 +390,7 @@ def test_files_of_a_run(learned, news):
             generation["eos_token_id"] == tokenizer.control_ids(["<|im_end|>", "<|endoftext|>"])
             and not generation["do_sample"]
         )
-    found, labels = predictions(learned), split_data(load_data(str(news)), max_eval_rows=60)[0].test.labels
+    found, labels = predictions(learned), split_data(load_data(str(news)), max_eval_rows=60).test.labels
     probabilities = np.array([found[f"probability_{c}"] for c in range(4)])
     assert found["label"] == labels.tolist() and found["prediction"] == probabilities.argmax(0).tolist()
     assert probabilities.sum(0) == pytest.approx(np.ones(60), abs=1e-6)
@@ -408,7 +408,7 @@ class TestOptions:
     def test_predictions_are_the_brute_force_ones(self, learned, news):
         from transformers import AutoModelForCausalLM
 
-        data, _ = split_data(load_data(str(news)), max_eval_rows=60)
+        data = split_data(load_data(str(news)), max_eval_rows=60)
         chat = Chat(load_tokenizer(learned), make_template(data.label_names, no_think=True), 4, 512)
         theirs = AutoModelForCausalLM.from_pretrained(learned, dtype=torch.float32)
         model = lambda batch, at: theirs(batch.input_ids[None]).logits[0, at]  # noqa: E731

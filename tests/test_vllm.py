@@ -71,7 +71,7 @@ def load(run, kind):
 
 @pytest.fixture(scope="module")
 def texts():
-    return split_data(load_data("synthetic"), max_eval_rows=24)[0].test.texts
+    return split_data(load_data("synthetic"), max_eval_rows=24).test.texts
 
 
 @pytest.mark.parametrize(

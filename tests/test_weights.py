@@ -320,7 +320,7 @@ def test_what_transformers_saves_opens_here(their_class, max_shard_size, tmp_pat
 
 
 def test_a_run_directory_opens_in_transformers_with_the_same_results(bert_run):
-    data, _ = split_data(load_data("synthetic"), max_train_rows=256, max_eval_rows=100)
+    data = split_data(load_data("synthetic"), max_train_rows=256, max_eval_rows=100)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(bert_run).eval()
     assert tuple(theirs.config.id2label[i] for i in range(4)) == data.label_names
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(bert_run)
@@ -358,7 +358,7 @@ def test_a_pipeline_on_a_run_directory_gives_its_labels_and_probabilities(run, b
             "fp32",
             script=train_qwen,
         )
-    texts = [*split_data(load_data("synthetic"), max_eval_rows=40)[0].test.texts, *TEXTS]
+    texts = [*split_data(load_data("synthetic"), max_eval_rows=40).test.texts, *TEXTS]
     classifier = Classifier(folder, torch.device("cpu"))
     probabilities = classifier.scores(texts).softmax(1)
     theirs = transformers.pipeline("text-classification", str(folder), device="cpu")(texts, truncation=True, top_k=None)
@@ -553,7 +553,7 @@ def test_a_changed_model_does_not_pass_for_transformers_class(change, tmp_path, 
     with pytest.raises(ValueError, match="minicls-bert"):
         transformers.AutoModelForSequenceClassification.from_pretrained(run_dir)
     saved = pq.read_table(run_dir / "predictions.parquet").to_pydict()
-    texts = split_data(load_data("synthetic"), max_eval_rows=100)[0].test.texts
+    texts = split_data(load_data("synthetic"), max_eval_rows=100).test.texts
     for folder in (run_dir, max((run_dir / "checkpoints").iterdir())):
         scores = Classifier(folder, torch.device("cpu")).scores(texts)
         assert scores.argmax(1).tolist() == saved["prediction"]
