@@ -184,7 +184,7 @@ def test_two_classes_and_one_without_training_rows(tmp_path):
 
 def test_two_training_rows_choose_no_C(tmp_path, capsys):
     run(tmp_path / "run", write_csv(tmp_path / "data", [("a", "x"), ("b", "y")]))
-    assert "too few training rows to choose C by" in capsys.readouterr().out
+    assert "too few training rows to choose C, so C is 1" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "run.json").read_text())["C"] == 1.0
 
 

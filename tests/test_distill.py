@@ -105,7 +105,7 @@ def test_texts_are_matched_added_and_left_out(tmp_path):
     expected = [rows["a"], rows["b"], (np.nan,) * 3, rows["new"]]
     np.testing.assert_array_equal(train.soft_labels, expected)
     assert extended.sources == (
-        "soft labels: for 2 of the 3 labelled rows, and 1 texts without a label; 2 texts left out, "
+        "soft labels: for 2 of the 3 labelled rows, and 1 texts without a label; 2 texts left out "
         "because they are validation or test rows",
     )
     digests, before = extended.fingerprint(), data.fingerprint()

@@ -524,7 +524,7 @@ def test_chunks_change_nothing(bert_run, table_file, capsys, monkeypatch):
     ("flags", "named"),
     [
         (["--out", "taken.csv"], "--out: taken.csv exists"),
-        (["--out", "nowhere/a.csv"], "--out: nowhere/a.csv is in no directory"),
+        (["--out", "nowhere/a.csv"], "--out: nowhere/a.csv is in a directory that does not exist"),
         (["--out", "a.xlsx"], "--out: a.xlsx is not"),
         (["--format", "parquet"], "--format: parquet"),
         (["--top-k", "0"], "--top-k: 0"),
