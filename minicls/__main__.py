@@ -42,8 +42,7 @@ def report(argv: list[str]) -> None:
     add = parser.add_argument
     add("runs", nargs="*", type=Path, metavar="RUN", help="run directories with results")
     add("--bench", type=Path, metavar="FILE", help="a bench.json of bench.py")
-    cascade_help = "two runs: SMALL defers to LARGE where it is unsure"
-    add("--cascade", nargs=2, type=Path, metavar=("SMALL", "LARGE"), help=cascade_help)
+    add("--cascade", nargs=2, type=Path, metavar=("SMALL", "LARGE"), help="SMALL defers to LARGE where it is unsure")
     add("--out", type=Path, metavar="DIR", help="new or empty directory (default: runs/report-<time>)")
     args = parser.parse_intermixed_args(argv)
     run_dirs = [*args.runs, *(args.cascade or ())]
