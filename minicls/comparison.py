@@ -560,7 +560,7 @@ def cascade_section(pair: dict[str, Run], both: CascadeOfRuns, bench: Sequence[d
 
 
 def _bench_name(run: Run) -> str:
-    """The name that bench.py gives the run's model: the flag that takes it and its directory, once if they are equal."""
+    """The name that bench.py gives the run's model: its flag and its directory, or one if they are equal."""
     model, name = describe_model(run), run.dir.name
     flag = "bert" if model.family == "BERT" else {"options": "qwen", "linear": "qwen-linear"}.get(model.head)
     return name if name == flag else f"{flag}: {name}"
