@@ -12,10 +12,10 @@ python -m minicls baseline --data DIR                             # logistic reg
 """
 
 import sys
-import time
 from pathlib import Path
 
 from minicls import baseline
+from minicls.checkpoint import check_output_dir
 from minicls.comparison import open_runs, read_bench, write_report
 from minicls.config import Parser, UserError, run_main
 from minicls.predict import OUTPUT_FORMATS, evaluate, predict_texts
@@ -42,22 +42,19 @@ def report(argv: list[str]) -> None:
     add = parser.add_argument
     add("runs", nargs="*", type=Path, metavar="RUN", help="run directories with results")
     add("--bench", type=Path, metavar="FILE", help="a bench.json of bench.py")
-    cascade_help = "two runs: SMALL defers to LARGE where it is unsure"
-    add("--cascade", nargs=2, type=Path, metavar=("SMALL", "LARGE"), help=cascade_help)
+    add("--cascade", nargs=2, type=Path, metavar=("SMALL", "LARGE"), help="SMALL defers to LARGE where it is unsure")
     add("--out", type=Path, metavar="DIR", help="new or empty directory (default: runs/report-<time>)")
     args = parser.parse_intermixed_args(argv)
     run_dirs = [*args.runs, *(args.cascade or ())]
     if not run_dirs:
         parser.error("the following arguments are required: RUN")
-    out = args.out or Path(f"runs/report-{time.strftime('%Y%m%d-%H%M%S')}")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"--out: {out} is not empty; name a new directory")
+    check_output_dir(args.out, "--out")
     runs = open_runs(run_dirs)
     names = {run.dir.resolve(): name for name, run in runs.items()}
     small_and_large = args.cascade and [names[path.resolve()] for path in args.cascade]
     if small_and_large and len({*small_and_large}) == 1:
         raise UserError(f"--cascade: {args.cascade[0]} is given twice; name a small and a large run")
-    print(write_report(runs, read_bench(args.bench) if args.bench else [], out, small_and_large))
+    print(write_report(runs, read_bench(args.bench) if args.bench else [], args.out, small_and_large))
 
 
 COMMANDS = {"predict": predict, "evaluate": evaluate, "report": report, "baseline": baseline.main}

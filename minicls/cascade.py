@@ -8,7 +8,7 @@ threshold is chosen on validation rows by the one-standard-error rule (Breiman e
 the fewest texts, whose accuracy is within one standard error of the best.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,20 +43,19 @@ class Answers(NamedTuple):
 
 
 def pair(small: dict[str, np.ndarray], large: dict[str, np.ndarray]) -> Answers:
-    """From the columns of two files of predictions for the same rows, as written or as results/thin.py reduces them."""
+    """The answers in two files of predictions for the same rows, as written or as results/thin.py reduces them."""
     probabilities = [values for name, values in small.items() if name.startswith("probability")]  # (n,) each
     return Answers(small["label"], small["prediction"], large["prediction"], np.max(probabilities, axis=0))
 
 
-def validation_answers(small: Path, large: Path) -> Answers:
-    """The predictions of two runs for their validation rows. Raises UserError if they did not hold out the same."""
-    columns = []
-    for run in (small, large):
-        columns.append(read_predictions(run / "validation.parquet"))
-        if columns[-1] is None:
-            raise UserError(f"{run}: no validation.parquet; train with --validation-size, or pass --threshold")
+def validation_answers(small: Path, large: Path, hint: str = ", or pass --threshold") -> Answers:
+    """The answers of two runs for their validation rows. Raises UserError, with `hint` added, if these differ."""
+    columns = [read_predictions(run / "validation.parquet") for run in (small, large)]
+    if None in columns:
+        run = (small, large)[columns.index(None)]
+        raise UserError(f"{run}: no validation.parquet; train with --validation-size{hint}")
     if any(not np.array_equal(columns[0][name], columns[1][name]) for name in ("row", "label")):
-        raise UserError(f"{large}: other validation rows than {small}; train both with the same --validation-size")
+        raise UserError(f"{large}: other validation rows than {small}; train both with one --validation-size{hint}")
     return pair(*columns)
 
 
@@ -88,6 +87,14 @@ def unsure(log_probabilities: torch.Tensor, threshold: float) -> torch.Tensor:
     return log_probabilities.exp().amax(1) <= threshold
 
 
+def defer(scores: torch.Tensor, threshold: float, texts: Sequence[str], large: Callable) -> int:
+    """Replaces the log-probabilities (n, C) of unsure texts by `large(these texts)`; returns how many were deferred."""
+    deferred = unsure(scores, threshold).nonzero().flatten().tolist()
+    if deferred:
+        scores[deferred] = large([texts[i] for i in deferred])
+    return len(deferred)
+
+
 class Cascade:
     """Two classifiers that answer as one: what `predict` needs of a `Classifier`."""
 
@@ -102,10 +109,8 @@ class Cascade:
     def scores(self, texts: Sequence[str]) -> torch.Tensor:
         """Log-probabilities (n, C) float64 by the model that answers each text."""
         scores = self.small.scores(texts).log_softmax(1)
-        deferred = unsure(scores, self.threshold).nonzero().flatten().tolist()
-        if deferred:
-            scores[deferred] = self.large.scores([texts[i] for i in deferred]).log_softmax(1)
-        self.num_deferred += len(deferred)
+        large = self.large.scores
+        self.num_deferred += defer(scores, self.threshold, texts, lambda deferred: large(deferred).log_softmax(1))
         return scores
 
     def perplexities(self, scores: torch.Tensor) -> list[None]:

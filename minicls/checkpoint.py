@@ -36,15 +36,15 @@ from minicls.logger import Logger
 from minicls.weights import read_json, read_tensor, write_json, write_tensors, written_aside
 
 
-def check_output_dir(output_dir: str | None) -> None:
-    """Refuses a directory that is in use, before time is spent on models and data."""
+def check_output_dir(output_dir: str | Path | None, flag: str = "--output-dir", hint: str = "") -> None:
+    """Refuses a directory that is in use, before time is spent on models and data. `hint`: ends the message."""
     if output_dir and Path(output_dir).is_dir() and any(Path(output_dir).iterdir()):
-        raise UserError(f"--output-dir: {output_dir} is not empty; name a new directory, or --resume {output_dir}")
+        raise UserError(f"{flag}: {output_dir} is not empty; name a new directory{hint}")
 
 
-def new_run_dir(output_dir: str | None, script: str) -> Path:
-    """Makes `--output-dir`, by default runs/<script>-<time>; it must be new or empty."""
-    check_output_dir(output_dir)
+def new_run_dir(output_dir: str | Path | None, script: str, flag: str = "--output-dir") -> Path:
+    """Makes the directory that `flag` names, by default runs/<script>-<time>; it must be new or empty."""
+    check_output_dir(output_dir, flag)
     path = Path(output_dir or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}")
     if not output_dir:  # another run may have begun in the same second
         later = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
@@ -52,7 +52,7 @@ def new_run_dir(output_dir: str | None, script: str) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=bool(output_dir))
     except OSError as error:
-        raise UserError(f"--output-dir: cannot write to {path} ({error.strerror}); name another directory") from None
+        raise UserError(f"{flag}: cannot write to {path} ({error.strerror}); name another directory") from None
     return path
 
 
@@ -271,7 +271,7 @@ class TrainingRun:
         if dist.is_first() and self.previous:
             self.dir, self.lock = self.previous.dir, lock(self.previous.dir)
         elif dist.is_first():
-            check_output_dir(self.settings.output_dir)
+            check_output_dir(self.settings.output_dir, hint=", or continue a run with --resume")
 
     def check_data(self, data: Data) -> None:
         """Raises UserError if the data differs from that of the resumed run, or lacks rows that a flag needs."""

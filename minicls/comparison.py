@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minicls import cascade, metrics, plots
-from minicls.checkpoint import Run, open_run
+from minicls import cascade, metrics, plots, weights
+from minicls.checkpoint import Run, new_run_dir, open_run
 from minicls.config import UserError
 from minicls.data import AG_NEWS_LABELS
 from minicls.logger import read_metrics
@@ -70,7 +70,7 @@ Predictions = dict[str, dict[str, np.ndarray]]  # by run: the columns of predict
 
 
 def open_runs(run_dirs: Sequence[Path]) -> dict[str, Run]:
-    """Finished runs by their short names. Raises UserError for an unfinished one, or other classes than the first's."""
+    """Finished runs by their short names. Raises UserError for one that is unfinished or has other classes."""
     run_dirs = [*{path.resolve(): path for path in run_dirs}.values()]  # a run named twice is not two seeds
     runs = {}
     for name, run_dir in zip(short_names(run_dirs), run_dirs, strict=True):
@@ -115,8 +115,8 @@ def common_predictions(runs: dict[str, Run]) -> Predictions:
         return predicted
     for name, run in runs.items():
         if "text_hash" not in predicted.get(name, ()):
-            need = "no predictions.parquet with text_hash, which runs with other test rows than each other need"
-            raise UserError(f"{run.dir}: {need}; test both on the same")
+            need = "no predictions.parquet with text_hash, which is needed because the runs have different test rows"
+            raise UserError(f"{run.dir}: {need}; test them on the same rows")
     fewest = min(predicted, key=lambda name: len(predicted[name]["row"]))
     common = {}
     for name, columns in predicted.items():
@@ -125,7 +125,7 @@ def common_predictions(runs: dict[str, Run]) -> Predictions:
     for name, columns in common.items():
         if any(not np.array_equal(columns[key], common[fewest][key]) for key in ("row", "text_hash", "label")):
             differ = f"{runs[name].dir}: other test rows than {runs[fewest].dir}"
-            raise UserError(f"{differ}, so there is nothing to compare; test both on the same")
+            raise UserError(f"{differ}, so there is nothing to compare; test both on the same rows")
     return common
 
 
@@ -144,13 +144,14 @@ class Model(NamedTuple):
 
 
 def describe_model(run: Run) -> Model:
-    s = run.info["settings"]
+    s, script = run.info["settings"], run.info["script"]
     name = Path(s.get("model") or s["features"]).name
-    decoder = "Qwen3" if "qwen" in name.lower() or name == "tiny" else "decoder"
-    families = {"train_bert": "BERT", "train_qwen": decoder, "baseline": "baseline"}
-    # For a model that was only tested, run.json has the architecture instead.
-    family = families.get(run.info["script"]) or ("BERT" if run.info["model_type"] == "bert" else decoder)
-    return Model(family, name, "logistic regression" if family == "baseline" else s.get("head", "linear"))
+    if script == "baseline":
+        return Model("baseline", name, "logistic regression")
+    config = weights.read_config(run.dir) if (run.dir / "config.json").is_file() else {}  # not kept in a reduced run
+    guess = "bert" if script == "train_bert" else "qwen3" * ("qwen3" in name.lower() or name == "tiny")
+    model_type = run.info.get("model_type") or config.get("model_type") or guess
+    return Model({"bert": "BERT", "qwen3": "Qwen3"}.get(model_type, "decoder"), name, s.get("head", "linear"))
 
 
 def hardware(run: Run) -> str:
@@ -182,7 +183,7 @@ def group_by(items: Iterable, key: Callable) -> dict:
 
 
 def comparable(settings: dict, name: str) -> object:
-    """A setting's value; None for a flag that is off, or that a script does not have.
+    """A setting's value; None for a flag that is unset, or that a script does not have.
 
     Soft labels are a file of their own for each seed's sample, so only their presence counts.
     """
@@ -249,7 +250,7 @@ def about_table(runs: dict[str, Run]) -> str:
         info, s = run.info, run.info["settings"]
         row = {"run": name, "data": s["data"], "training rows": f"{info['num_train_rows']:,}"}
         row |= {"test rows": f"{run.results['num_test_rows']:,}", "dtype": s["dtype"], "seed": s["seed"]}
-        rows.append(row | {"hardware": hardware(run)} | {name: info["versions"][name] for name in ("minicls", "torch")})
+        rows.append(row | {"hardware": hardware(run)} | {lib: info["versions"][lib] for lib in ("minicls", "torch")})
     return table(rows)
 
 
@@ -279,7 +280,7 @@ def selection_table(runs: dict[str, Run]) -> str:
 
 
 def published_table(run: Run) -> str | None:
-    """The published table next to a run's own, joined where equal shares of training are done; None if nowhere."""
+    """The published table next to a run's own, joined at equal shares of the training; None without any in common."""
     if (family := published_family(run)) is None:
         return None
     header = [f"published {name}" for name in PUBLISHED[family]]
@@ -339,8 +340,8 @@ def grid_tables(runs: dict[str, Run]) -> list[str]:
         for group, s, values, mean in zip(groups, settings, scores, means, strict=True):
             row = {name: str(comparable(s, name)) for name in varied}
             for seed in sorted({run.info["settings"]["seed"] for run in tried}):
-                of_seed = [pair for pair in zip(group, values, strict=True) if pair[0].info["settings"]["seed"] == seed]
-                cells = [f"{figure(value, '.4f') or '-'} / {run.results['f1']:.4f}" for run, value in of_seed]
+                scored = [pair for pair in zip(group, values, strict=True) if pair[0].info["settings"]["seed"] == seed]
+                cells = [f"{figure(value, '.4f') or '-'} / {run.results['f1']:.4f}" for run, value in scored]
                 row[f"seed {seed}: validation / test"] = "; ".join(cells) or None
             row |= {"validation": None if mean is None else spread(values), "test": over_seeds(group, "f1")}
             rows.append(row | {"": "chosen" * (mean is not None and mean == best)})
@@ -387,26 +388,22 @@ def confusion_table(run: Run) -> str:
 
 def calibration_table(runs: dict[str, Run]) -> str:
     keys = {"calibration error": "calibration_error", "temperature": "temperature"}
-    keys["calibration error at it"] = "calibration_error_scaled"
-    return table(
-        {"run": name} | {header: run.results[key] for header, key in keys.items()} for name, run in runs.items()
-    )
+    keys["calibration error after scaling"] = "calibration_error_scaled"
+    rows = [{"run": name} | {header: run.results[key] for header, key in keys.items()} for name, run in runs.items()]
+    return table(rows)
 
 
 def cost_table(runs: dict[str, Run]) -> str:
     """Training and scoring apart; the ratios are to the first run's times."""
-
-    def times(run: Run) -> tuple[float, float]:
-        return run.results["train_seconds"], run.results["eval_seconds"] / run.results["evaluations"]
-
-    first, rows = times(next(iter(runs.values()))), []
+    first, rows = None, []
     for name, run in runs.items():
-        training, evaluation = times(run)
-        ratios = [f"{seconds / base:.2f}" if base else None for seconds, base in zip(times(run), first, strict=True)]
-        rate, memory = run.results["samples_per_second"], run.results["peak_memory_bytes"]
-        row = {"run": name, "hardware": hardware(run), "training, s": f"{training:.0f}", "training ratio": ratios[0]}
-        row |= {"rows/s": figure(rate, ".1f"), "evaluations": run.results["evaluations"]}
-        row |= {"s each": f"{evaluation:.1f}", "evaluation ratio": ratios[1]}
+        results, memory = run.results, run.results["peak_memory_bytes"]
+        times = results["train_seconds"], results["eval_seconds"] / results["evaluations"]
+        first = first or times
+        ratios = [f"{seconds / base:.2f}" if base else None for seconds, base in zip(times, first, strict=True)]
+        row = {"run": name, "hardware": hardware(run), "training, s": f"{times[0]:.0f}", "training ratio": ratios[0]}
+        row |= {"rows/s": figure(results["samples_per_second"], ".1f"), "evaluations": results["evaluations"]}
+        row |= {"s per evaluation": f"{times[1]:.1f}", "evaluation ratio": ratios[1]}
         rows.append(row | {"memory, GiB": memory and f"{memory / 2**30:.1f}"})
     return table(rows)
 
@@ -471,8 +468,8 @@ def curve_section(runs: dict[str, Run], predicted: Predictions) -> tuple[str | N
     for a, b in itertools.combinations(curves, 2):
         shared = sorted(curves[a].keys() & curves[b].keys())
         if len(shared) > 1:
-            of_a, of_b = ([[*groups].index((label, size)) for size in shared] for label in (a, b))
-            cross = metrics.crossing(shared, means[of_a] - means[of_b], replicates[:, of_a] - replicates[:, of_b])
+            at_a, at_b = ([[*groups].index((label, size)) for size in shared] for label in (a, b))
+            cross = metrics.crossing(shared, means[at_a] - means[at_b], replicates[:, at_a] - replicates[:, at_b])
             crossings.append(_crossing_row(cross, shared, a, b))
     return "\n\n".join(map(table, filter(None, [rows, crossings]))), points
 
@@ -508,9 +505,10 @@ class CascadeOfRuns(NamedTuple):
         return self.test.share_deferred(self.threshold)
 
     def pairs(self) -> list[dict]:
-        """Both against each alone."""
+        """The cascade against each model alone."""
         answers = {"both": self.test.cascade(self.threshold), "small": self.test.small, "large": self.test.large}
-        return compare_pairs({name: {"label": self.test.labels, "prediction": of} for name, of in answers.items()})[:2]
+        labels = {"label": self.test.labels}
+        return compare_pairs({name: labels | {"prediction": classes} for name, classes in answers.items()})[:2]
 
     def kept_errors(self) -> tuple[int, int]:
         """The number of wrong answers that stay with the small model, and of those that the large one gives as well."""
@@ -527,7 +525,7 @@ class CascadeOfRuns(NamedTuple):
 
 def cascade_of_runs(small: Run, large: Run) -> CascadeOfRuns:
     """Chooses the threshold on the validation rows. Raises UserError unless both have the same rows."""
-    validation = cascade.validation_answers(small.dir, large.dir)
+    validation = cascade.validation_answers(small.dir, large.dir, hint="")
     predicted = common_predictions({"small": small, "large": large})
     if len(predicted) < 2:
         raise UserError(f"--cascade: {small.dir} and {large.dir} need a predictions.parquet each; evaluate them again")
@@ -537,7 +535,8 @@ def cascade_of_runs(small: Run, large: Run) -> CascadeOfRuns:
 def cascade_section(pair: dict[str, Run], both: CascadeOfRuns, bench: Sequence[dict], out: Path) -> str:
     """Tables of a cascade of the small and the large run; writes cascade.png into the directory `out`."""
     (small, large), test, curve = pair, both.test, both.curve()
-    seconds = [_seconds_per_text(run, bench) for run in pair.values()]
+    names = [_bench_name(run) for run in pair.values()]  # rows with a name of both may be either's
+    seconds = [_seconds_per_text(name, bench) if names.count(name) == 1 else None for name in names]
     seconds.append(None if None in seconds else seconds[0] + both.deferred * seconds[1])
     # A threshold of 0 defers nothing, and 1 everything: the models alone.
     answers = {f"small: {small}": 0, f"large: {large}": 1, f"both, threshold {both.threshold:.3f}": both.threshold}
@@ -556,16 +555,22 @@ def cascade_section(pair: dict[str, Run], both: CascadeOfRuns, bench: Sequence[d
         points.append(point | {"at random (expected)": test.at_random(deferred)})
     plots.plot_deferral(curve, both.deferred, out / "cascade.png")
     picture = "![accuracy by share of texts deferred](cascade.png)"
-    return "\n\n".join(
-        [table(rows), table(both.pairs()), f"{note}: no threshold repairs these.", table(points), picture]
-    )
+    parts = table(rows), table(both.pairs()), f"{note}: no threshold repairs these.", table(points), picture
+    return "\n\n".join(parts)
 
 
-def _seconds_per_text(run: Run, bench: Sequence[dict]) -> float | None:
-    """By bench.py's fastest valid row of minicls for this run's model, all requests at once."""
-    rows = [row for row in bench if (row["engine"], row["mode"], row["status"]) == ("minicls", "offline", "ok")]
-    rates = [row["requests_per_second"] for row in rows if row["model"].split(": ")[-1] == run.dir.name]
-    return 1 / max(rates) if rates else None
+def _bench_name(run: Run) -> str:
+    """The name that bench.py gives the run's model: its flag and its directory, or one if they are equal."""
+    model, name = describe_model(run), run.dir.name
+    flag = "bert" if model.family == "BERT" else {"options": "qwen", "linear": "qwen-linear"}.get(model.head)
+    return name if name == flag else f"{flag}: {name}"
+
+
+def _seconds_per_text(model: str, bench: Sequence[dict]) -> float | None:
+    """Seconds per text in bench.py's fastest valid offline row of minicls for a model; None without one."""
+    wanted = model, "minicls", "offline", "ok"
+    rows = [row for row in bench if (row["model"], row["engine"], row["mode"], row["status"]) == wanted]
+    return 1 / max(row["requests_per_second"] for row in rows) if rows else None
 
 
 # The report.
@@ -604,11 +609,11 @@ def bench_table(rows: Sequence[dict]) -> str:
 
 
 def write_report(
-    runs: dict[str, Run], bench: Sequence[dict], out: Path, small_and_large: Sequence[str] | None = None
+    runs: dict[str, Run], bench: Sequence[dict], out: Path | None, small_and_large: Sequence[str] | None = None
 ) -> str:
-    """Writes report.md and its pictures into the new or empty directory `out`; returns a summary to print.
+    """Writes report.md and its pictures into a new or empty directory; returns a summary to print.
 
-    small_and_large: names of two runs to join in a cascade.
+    out: the directory, by default runs/report-<time>; small_and_large: names of two runs to join in a cascade.
     """
 
     def by_run(bodies: dict[str, str | None]) -> str:
@@ -625,7 +630,7 @@ def write_report(
     predicted = common_predictions(runs)
     pair = {name: runs[name] for name in small_and_large or ()}
     both = cascade_of_runs(*pair.values()) if pair else None
-    out.mkdir(parents=True, exist_ok=True)
+    out = new_run_dir(out, "report", "--out")
     fewest = min((len(columns["row"]) for columns in predicted.values()), default=0)
     common = f"comparisons use the {fewest:,} rows that all have."
     rows_note = None if same_test_rows(runs) else f"The runs have different parts of the same test rows; {common}"
@@ -638,16 +643,17 @@ def write_report(
     seeds = "Test scores, one line for each setting; seeds as mean ± standard deviation."
     add("Headlines", headlines, seeds, *absent)
     add("What was run", about_table(runs))
-    unselected = "No headline is selected on the test rows; a best step on test is."
+    unselected = "Headlines are not selected on the test rows; the best step on test is."
     add("How the step was chosen", selection_table(runs), unselected)
     published = by_run({name: published_table(run) for name, run in runs.items()})
-    add("Against the published tables", published, "Lines meet where the same share of the training is done.")
+    add("Against the published tables", published, "A line joins the steps at the same share of the training.")
+    by_chance = f"If all {len(pairs)} pairs were equal, about one in twenty would still look different by chance."
     left_out = ", ".join(name for name in runs if name not in predicted)
     add(
         "Pairwise comparison",
         compared,
-        "Paired on the same test rows; better is said where the test and both intervals agree.",
-        f"Of {len(pairs)} equal pairs, one in twenty would look different by chance." * (len(pairs) > 5),
+        "Paired on the same test rows; a run is called better where the test and both intervals agree.",
+        by_chance * (len(pairs) > 5),
         rows_note,
         left_out and f"Left out, without predictions.parquet: {left_out}.",
     )

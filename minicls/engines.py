@@ -202,9 +202,8 @@ class CascadeEngine(Engine):
 
     def classify(self, rows: list[Text]) -> torch.Tensor:
         answers = self.small.classify(rows)  # (n, C)
-        deferred = cascade.unsure(answers, self.threshold).nonzero().flatten().tolist()
-        if deferred:
-            answers[deferred] = answer_by(self.large, self.readers[1], [rows[row].text for row in deferred])
+        large = functools.partial(answer_by, self.large, self.readers[1])
+        cascade.defer(answers, self.threshold, [row.text for row in rows], large)
         return answers
 
     def warm_up(self, texts: list[str]) -> None:

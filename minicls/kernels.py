@@ -1,4 +1,4 @@
-"""The kernels of a device, RMSNorm and rotary embedding with hand-written gradients, and dense attention.
+"""Choice of kernels by device; RMSNorm and rotary embedding with hand-written gradients; dense attention.
 
 On a CPU, an elementwise operation takes as long as the memory it moves. So these functions convert to fp32 once, save
 less for the backward pass than autograd would, and overwrite intermediate results.
@@ -12,7 +12,7 @@ GPUS = ("cuda",)  # device types; tests add the CPU to run the GPU branches over
 
 
 def on_gpu(device: torch.device) -> bool:
-    """Whether to take the GPU's branch. All code that depends on the device type calls this."""
+    """Whether to take the GPU's branch. All code that chooses between a CPU's and a GPU's computation calls this."""
     return device.type in GPUS
 
 
@@ -23,10 +23,8 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 
 
 def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether flash kernels apply: half precision, head size 8 to 256, compute capability 8.0."""
-    if not on_gpu(device) or dtype not in (torch.float16, torch.bfloat16):
-        return False
-    if head_dim % 8 or head_dim > 256:
+    """Whether flash kernels apply: half precision, head sizes to 256 in steps of 8, compute capability 8.0 or more."""
+    if not on_gpu(device) or dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > 256:
         return False
     return device.type != "cuda" or torch.cuda.get_device_properties(device).major >= 8
 
@@ -47,7 +45,7 @@ class _RMSNorm(torch.autograd.Function):
         weight_fp32, grad, normed = weight.float(), grad.float(), x.float() * scale
         product = grad * normed
         weight_grad = product.flatten(0, -2).sum(0)
-        mean = (product @ weight_fp32)[..., None] / x.shape[-1]  # of (grad * weight) * normed
+        mean = (product @ weight_fp32)[..., None] / x.shape[-1]  # the mean of (grad * weight) * normed
         grad = (grad * weight_fp32).addcmul_(normed, mean, value=-1).mul_(scale)
         return grad.to(x.dtype), weight_grad.to(weight.dtype), None
 

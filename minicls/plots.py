@@ -14,7 +14,7 @@ MAX_CLASSES = 100  # in a confusion matrix; if there are more, those with most m
 
 
 def _use_font(texts: Sequence[str]) -> bool:
-    """Takes a font for the characters that matplotlib's own lacks; whether an installed one has them all."""
+    """Adds a font for the characters that matplotlib's own lacks; returns whether an installed one has them all."""
     import matplotlib
     from matplotlib import font_manager
 
@@ -34,7 +34,7 @@ def _use_font(texts: Sequence[str]) -> bool:
 
 
 def _figure(width: float, height: float, **grid):
-    """A figure of so many inches, and its axes. It is not pyplot's, so it needs neither closing nor a window."""
+    """A figure of width x height inches, and its axes. It is not pyplot's, so it needs neither closing nor a window."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -78,9 +78,8 @@ def plot_confusion(confusion: Sequence[Sequence[int]], label_names: Sequence[str
     names = [name if len(name) <= 28 else f"{name[:27]}…" for name in map(shown, label_names)]
     if not _use_font(names):
         legend = ", ".join(f"{i} {name}" for i, name in enumerate(names[:20])) + ", …" * (len(names) > 20)
-        print(
-            f"no installed font has the characters of all class names, so confusion.png shows their indices: {legend}"
-        )
+        problem = "no installed font has the characters of all class names"
+        print(f"{problem}, so confusion.png shows their indices: {legend}")
         names = [str(i) for i in range(len(names))]
     title = f"Test rows: {counts.sum():,}"
     if len(counts) > MAX_CLASSES:
@@ -106,7 +105,7 @@ def plot_confusion(confusion: Sequence[Sequence[int]], label_names: Sequence[str
         color = "white" if counts[i, j] > 0.5 * counts[i].sum() else "black"
         fontsize = points if C <= 30 else 5
         axes.text(j, i, counts[i, j], ha="center", va="center", color=color, fontsize=fontsize)
-    figure.savefig(run_dir / "confusion.png", dpi=120, bbox_inches="tight")  # a square in a frame of any shape
+    figure.savefig(run_dir / "confusion.png", dpi=120, bbox_inches="tight")  # crop to the matrix and its labels
     return run_dir / "confusion.png"
 
 
@@ -115,16 +114,14 @@ def plot_requests(rows: Sequence[dict], file: Path) -> Path:
     panel for each mode. A line for each model, engine and method; a colour for each model."""
     from matplotlib.ticker import MaxNLocator
 
-    rows = [row for row in rows if row["status"] == "ok"]
-    rows = [row | {"name": f"{row['model']}, {row['engine']}, {row['method']}"} for row in rows]
+    rows = [row | {"name": "{model}, {engine}, {method}".format(**row)} for row in rows if row["status"] == "ok"]
     _use_font([row["model"] for row in rows])
     names, models, modes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("name", "model", "mode"))
     scored = any(row["accuracy"] is not None for row in rows)
     titles = ["accuracy, 95 % interval"] * scored + [f"requests per second, {mode}" for mode in modes]
     longest = max(map(len, names), default=0) * 0.065  # inches, at 8 points
-    panels = max(1, len(titles))
-    width, height = longest + 3.2 * panels, 1.2 + 0.3 * len(names)
-    figure, axes = _figure(width, height, ncols=panels, sharey=True, squeeze=False)
+    panels, height = max(1, len(titles)), 1.2 + 0.3 * len(names)
+    figure, axes = _figure(longest + 3.2 * panels, height, ncols=panels, sharey=True, squeeze=False)
     for row in rows:
         place, color = names.index(row["name"]), f"C{models.index(row['model'])}"
         if row["accuracy"] is not None:

@@ -8,12 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import TINY
 from test_report import read_sections, read_table
 
 import train_bert
 from minicls.__main__ import main
-from minicls.cascade import Answers, Cascade, choose_threshold, deferral_curve, validation_answers
+from minicls.cascade import Answers, Cascade, choose_threshold, defer, deferral_curve, validation_answers
 from minicls.config import UserError
 from minicls.predict import Classifier
 from results.thin import thin_predictions, thin_run
@@ -137,6 +138,44 @@ def test_the_report_says_what_a_cascade_brings(pair_of_runs, tmp_path):
     assert (out / "cascade.png").stat().st_size > 5000
 
 
+BENCH = {"engine": "minicls", "mode": "offline", "method": "classify", "status": "ok"}
+BENCH |= {"num_requests": 8, "accuracy": None}
+
+
+@pytest.mark.parametrize(
+    ("names", "large", "rates", "expected"),
+    [
+        ("seed42 seed42", ("train_qwen", "options"), {"bert: seed42": 50, "qwen: seed42": 5}, ["20.0", "200.0"]),
+        ("seed42 seed42", ("train_qwen", "linear"), {"bert: seed42": 50, "qwen: seed42": 5}, ["20.0", "-"]),
+        ("seed42 seed42", ("train_qwen", "linear"), {"qwen-linear: seed42": 5}, ["-", "200.0"]),
+        ("seed42 seed42", ("evaluate", "linear"), {"bert: seed42": 50, "qwen-linear: seed42": 5}, ["20.0", "200.0"]),
+        ("seed42 seed42", ("train_bert", None), {"bert: seed42": 50}, ["-", "-"]),  # which of the two?
+        ("seed42 seed42", ("baseline", None), {"bert: seed42": 50, "qwen-linear: seed42": 5}, ["20.0", "-"]),
+        ("bert qwen", ("train_qwen", "options"), {"bert": 50, "qwen": 5}, ["20.0", "200.0"]),
+        ("qwen bert", ("train_qwen", "options"), {"bert: qwen": 50, "qwen: bert": 5}, ["20.0", "200.0"]),
+        ("qwen bert", ("train_qwen", "options"), {"bert": 50, "qwen": 5}, ["-", "-"]),
+    ],
+)
+def test_a_cascade_takes_the_requests_of_its_own_two_models(names, large, rates, expected, pair_of_runs, tmp_path):
+    """bench.py names a model by its flag and the last part of its path, which two runs may have in common."""
+    runs = [tmp_path / side / name for side, name in zip(("s", "l"), names.split(), strict=True)]
+    for run, copy in zip(pair_of_runs, runs, strict=True):
+        thin_run(run, copy)
+        thin_predictions(run / "validation.parquet", copy / "validation.parquet", 3, True)
+    info = json.loads((runs[1] / "run.json").read_text())
+    script, head = large
+    info |= {"script": script} | ({"model_type": "llama"} if script == "evaluate" else {})
+    info["settings"] |= {"head": head} if head else {}
+    (runs[1] / "run.json").write_text(json.dumps(info))
+    rows = [BENCH | {"model": model, "requests_per_second": rate} for model, rate in rates.items()]
+    (tmp_path / "bench.json").write_text(json.dumps(rows))
+    out = tmp_path / "out"
+    main(["report", "--cascade", *map(str, runs), "--bench", str(tmp_path / "bench.json"), "--out", str(out)])
+    small_alone, large_alone, both, _ = read_table(read_sections(out / "report.md")["Cascade"])
+    assert [row["seconds per 1,000 texts"] for row in (small_alone, large_alone)] == expected
+    assert (both["seconds per 1,000 texts"] == "-") == ("-" in expected)
+
+
 def test_thin_runs_give_the_same_section_but_for_rounding(pair_of_runs, tmp_path):
     thin = [tmp_path / run.name for run in pair_of_runs]
     for run, copy in zip(pair_of_runs, thin, strict=True):
@@ -177,6 +216,19 @@ def test_predict_then_answers_as_the_two_runs_together(threshold, pair_of_runs, 
     assert f"{(~stays).sum():,} of 100 texts were deferred to" in printed.err
 
 
+def test_the_large_model_is_asked_about_no_other_texts_than_the_unsure_ones():
+    asked = []
+
+    def large(texts: list[str]) -> torch.Tensor:
+        asked.append(texts)
+        return torch.tensor([[0.1, 0.9]] * len(texts)).log()
+
+    scores = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.3, 0.7]]).log()
+    assert defer(scores, 0.5, ["a", "b", "c"], large) == 0 and asked == []
+    assert defer(scores, 0.75, ["a", "b", "c"], large) == 2 and asked == [["b", "c"]]
+    assert torch.allclose(scores.exp(), torch.tensor([[0.8, 0.2], [0.1, 0.9], [0.1, 0.9]]))
+
+
 def test_mistakes(pair_of_runs, bert_run, tmp_path):
     small = str(pair_of_runs[0])
     out = ["--out", str(tmp_path / "out")]
@@ -186,14 +238,14 @@ def test_mistakes(pair_of_runs, bert_run, tmp_path):
         (["predict", small, "text", "--then", small, "--threshold", "nan"], "--threshold: nan is not a finite number"),
         (["report", "--cascade", small, small, *out], "is given twice"),
         (["predict", small, "text", "--then", str(tmp_path / "no")], "no such run directory"),
-        (["predict", small, "text", "--then", str(bert_run)], "no validation.parquet; train with --validation-size"),
-        (["report", "--cascade", small, str(bert_run), *out], "no validation.parquet"),
+        (["predict", small, "text", "--then", str(bert_run)], "--validation-size, or pass --threshold"),
+        (["report", "--cascade", small, str(bert_run), *out], "no validation.parquet; train with --validation-size"),
         (["report", *out], "the following arguments are required: RUN"),
         (["report", "--cascade", small], "--cascade"),
     ):
         with pytest.raises(UserError) as error:
             main(argv)
-        assert part in str(error.value)
+        assert part in str(error.value) and (argv[0] != "report" or "--threshold" not in str(error.value))
     assert not (tmp_path / "out").exists()
     first, second = Classifier(pair_of_runs[0], "cpu"), Classifier(pair_of_runs[1], "cpu")
     second.label_names = ["x", *second.label_names[1:]]

@@ -187,7 +187,8 @@ def test_mcnemar_counted_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("n", "right_a", "right_b"), [(30, 0.5, 0.5), (200, 0.6, 0.9), (7600, 0.94, 0.935), (7600, 0.2, 0.9)]
+    ("n", "right_a", "right_b"),
+    [(30, 0.5, 0.5), (200, 0.6, 0.9), (7600, 0.94, 0.935), (7600, 0.2, 0.9), (60_000, 0.6, 0.599)],
 )
 def test_mcnemar_equals_the_binomial_test(n, right_a, right_b):
     rng = np.random.default_rng(0)

@@ -20,6 +20,7 @@ from scipy.stats import binomtest
 
 from minicls import comparison, metrics, plots
 from minicls.__main__ import main
+from minicls.checkpoint import open_run
 from minicls.comparison import PUBLISHED
 from minicls.config import UserError
 from minicls.data import AG_NEWS_LABELS, Data, Split
@@ -288,7 +289,7 @@ def test_two_runs_and_all_their_figures(bert_run, qwen_run, tmp_path, capsys):
             "-",
         ]  # no validation rows were held out
         row = tables["Cost"][i]
-        assert float(row["s each"]) == pytest.approx(of_run["eval_seconds"] / 2, abs=0.06)
+        assert float(row["s per evaluation"]) == pytest.approx(of_run["eval_seconds"] / 2, abs=0.06)
     ratio = cells(sections["Cost"].strip().splitlines()[-1])[3]
     assert ratio == f"{found(qwen_run)['train_seconds'] / found(bert_run)['train_seconds']:.2f}"
 
@@ -568,7 +569,7 @@ def test_other_rows_are_refused(change, bert_run, qwen_run, tmp_path):
     else:
         table["label" if change == "another label" else "text_hash"][3] += 1
     pq.write_table(pa.table(table), small / "predictions.parquet")
-    with pytest.raises(UserError, match=r"other test rows than .*; test both on the same"):
+    with pytest.raises(UserError, match=r"(other|different) test rows.*; test (both|them) on the same rows"):
         report(tmp_path / "out", large, small)
     assert not (tmp_path / "out").exists()
 
@@ -662,6 +663,32 @@ def test_other_test_rows_are_no_comparison(bert_run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("model", "in_config", "in_run_json", "family"),
+    [
+        ("Qwen/Qwen3-0.6B", None, None, "Qwen3"),
+        ("models/qwen3-small", None, None, "Qwen3"),
+        ("Qwen2.5-0.5B-Instruct", None, None, "decoder"),
+        ("base", None, None, "decoder"),  # unknown, so not compared
+        ("base", "qwen3", None, "Qwen3"),
+        ("base", "minicls-qwen3", None, "Qwen3"),  # a layer was changed
+        ("base", None, "qwen3", "Qwen3"),
+        ("Qwen2.5-0.5B", "qwen2", None, "decoder"),
+        ("smol-from-qwen3", "llama", None, "decoder"),
+    ],
+)
+def test_only_a_qwen3_is_compared_with_the_published_one(model, in_config, in_run_json, family, qwen_run, tmp_path):
+    run = copy_run(qwen_run, tmp_path / "run", model=model, data="fancyzhx/ag_news")
+    if in_config:
+        (run / "config.json").write_text(json.dumps({"model_type": in_config}))
+    info = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(info | ({"model_type": in_run_json} if in_run_json else {})))
+    assert comparison.describe_model(open_run(run)).family == family
+    sections = report(tmp_path / "out", run)
+    assert ("Against the published tables" in sections) == (family == "Qwen3")
+    assert ("published Qwen3" in sections["How the step was chosen"]) == (family == "Qwen3")
+
+
 def test_other_class_names_are_no_comparison(bert_run, tmp_path):
     other = copy_run(bert_run, tmp_path / "other", {"per_class": {name: {"f1": 1.0} for name in "abcd"}})
     with pytest.raises(UserError, match=f"{other}: other class names than {bert_run}"):
@@ -677,9 +704,27 @@ def test_an_unfinished_run_is_named(bert_run, tmp_path):
         report(tmp_path / "out", tmp_path / "none")
 
 
+def test_reports_of_the_same_second_have_directories_of_their_own(bert_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda *_: "now")
+    for _ in range(2):
+        main(["report", str(bert_run)])
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("report: ")]
+    assert said == [f"report: runs/report-now{number}/report.md" for number in ("", "-2")]
+    assert all(Path(line.removeprefix("report: ")).is_file() for line in said)
+
+
 def test_files_in_the_way_or_broken(bert_run, tmp_path):
-    with pytest.raises(UserError, match=f"--out: {bert_run} is not empty"):
+    with pytest.raises(UserError, match=f"--out: {bert_run} is not empty; name a new directory$"):
         report(bert_run, bert_run)
+    file = tmp_path / "file"
+    file.touch()
+    for out in (file, file / "out"):
+        with pytest.raises(UserError, match=rf"--out: cannot write to {out} \(.*\); name another directory"):
+            report(out, bert_run)
+    # Only a training script can resume.
+    with pytest.raises(UserError, match=f"--output-dir: {bert_run} is not empty; name a new directory$"):
+        main(["evaluate", str(bert_run), "--data", "synthetic", "--device", "cpu", "--output-dir", str(bert_run)])
     broken = copy_run(bert_run, tmp_path / "broken")
     (broken / "predictions.parquet").write_text("PAR1")
     with pytest.raises(UserError, match=r"predictions.parquet: not a readable parquet file"):
