@@ -69,9 +69,9 @@ def joined(tables: Iterable[str]) -> str:
 
 
 @functools.cache
-def curves() -> tuple[str, dict]:
+def curves(prefix: str = "") -> tuple[str, dict]:
     """The tables and the points of the runs whose recipe does not change with the number of rows."""
-    name = re.compile(r"(minilm|smollm2-linear|smollm2-options|tfidf|frozen-minilm)-\d+-\d+")
+    name = re.compile(rf"{prefix}(minilm|smollm2-linear|smollm2-options|tfidf|frozen-minilm)-\d+-\d+")
     runs = open_runs([folder for folder in folders("decoders/*") if name.fullmatch(folder.name)])
     return comparison.curve_section(runs, comparison.common_predictions(runs))
 
@@ -360,6 +360,7 @@ def tables() -> dict[str, str]:
         "answer": answer_table(),
         "rates": rates_table(),
         "curves": curves()[0],
+        "banking_curves": curves("banking77-")[0].split("\n\n")[1],  # the crossings
         "pairs": joined(pairs_table([DECODERS / name for name in names]) for names in PAIRED),
         "decoders": results_table([folder for folder in folders("decoders/*") if "grid-" not in folder.name]),
         "decoder_grid": grids("decoders/grid-*"),

@@ -209,7 +209,8 @@ def test_the_prefix_goes_through_the_model_once(options, model):
 
 def test_batches_are_as_large_as_allowed(model):
     questions = QUESTIONS["nothing in common"]
-    for max_tokens, passes in ((1, 5), (30, 3), (31, 2), (61, 1)):  # 1 + 4 + 9 | 17 | 30, ..., 1 + 4 + 9 + 17 | 30, all
+    # Each row has the room of the longest: 1 | 4 | 9 | 17 | 30, ..., 3 x 9 | 17 | 30, 3 x 9 | 2 x 30, 4 x 17 | 30, all.
+    for max_tokens, passes in ((1, 5), (30, 3), (60, 2), (68, 2), (150, 1)):
         counted = Counted(model)
         score(counted, questions, OPTIONS["one token"], CPU, max_tokens=max_tokens)
         assert len(counted.tokens) == passes
