@@ -24,6 +24,7 @@ TABLES = {
     "README.md": {"answer", "rates"},
     "results/README.md": {"curves", "pairs", "decoders", "decoder_grid", "banking_grid", "own_data", "own_data_grid"}
     | {
+        "banking_curves",
         "cascades",
         "distill_ag_news",
         "distill_banking77",
