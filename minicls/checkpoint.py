@@ -316,6 +316,7 @@ class TrainingRun:
             self.dir = new_run_dir(s.output_dir, self.script)
             self.lock = lock(self.dir)
             details |= {"total_steps": total_steps, "revision": self.revision}
+            details |= {"model_type": getattr(model.config, "model_type", "bert")}
             write_run_info(self.dir, self.script, dataclasses.asdict(s), device, data, details)
         self.logger = Logger(self.dir, self.state["step"], total_steps)
         self.logged = dict(self.state)
