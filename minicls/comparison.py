@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minicls import cascade, metrics, plots, weights
+from minicls import cascade, metrics, plots
 from minicls.checkpoint import Run, new_run_dir, open_run
 from minicls.config import UserError
 from minicls.data import AG_NEWS_LABELS
@@ -148,9 +148,9 @@ def describe_model(run: Run) -> Model:
     name = Path(s.get("model") or s["features"]).name
     if script == "baseline":
         return Model("baseline", name, "logistic regression")
-    config = weights.read_config(run.dir) if (run.dir / "config.json").is_file() else {}  # not kept in a reduced run
+    # The oldest runs do not name their type.
     guess = "bert" if script == "train_bert" else "qwen3" * ("qwen3" in name.lower() or name == "tiny")
-    model_type = run.info.get("model_type") or config.get("model_type") or guess
+    model_type = run.info.get("model_type", guess)
     return Model({"bert": "BERT", "qwen3": "Qwen3"}.get(model_type, "decoder"), name, s.get("head", "linear"))
 
 

@@ -461,7 +461,9 @@ class TestOptions:
             evaluate([str(copy)])
 
     def test_a_run_s_checkpoints_take_no_other_settings(self, learned):
-        with pytest.raises(UserError, match=r"--max-length: a run's checkpoints are tested with the run's own settings"):
+        with pytest.raises(
+            UserError, match=r"--max-length: a run's checkpoints are tested with the run's own settings"
+        ):
             evaluate([str(learned), "--max-length", "100"])
 
     def test_the_template_of_the_start_counts(self, news, learned, tmp_path):
