@@ -45,7 +45,7 @@ import torch
 
 from minicls import cascade, checkpoint, dist, engines, plots, serving, weights
 from minicls.comparison import bench_table
-from minicls.config import UserError, command_line, flag_of, parse, run_main, setting
+from minicls.config import DataSettings, UserError, command_line, flag_of, parse, run_main, setting, write_json
 from minicls.data import Data, Split, load_data, stratified_rows
 from minicls.predict import Reader
 from minicls.tiny import SIZES
@@ -55,6 +55,7 @@ ONLY = {"harness": ("qwen", "score", "scores options")}  # engines for one model
 OWN_DTYPES = {"minicls-int8": "int8", "onnxruntime": "fp32", "onnxruntime-int8": "int8"}  # instead of --dtype
 ONLY |= dict.fromkeys(OWN_DTYPES, ("bert", "classify", "runs BERT classifiers"))
 MODES = ("single", "offline", "server")
+DATA_FLAGS = ("text_column", "label_column", "label_names", "test_size")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ARCHITECTURES = {"bert": weights.BERT, "qwen": weights.DECODER, "qwen_linear": weights.DECODER_LINEAR}
 METHODS = {"bert": ("classify",), "qwen": ("generate", "score"), "qwen_linear": ("classify",), "then": ("cascade",)}
@@ -73,50 +74,55 @@ class Settings:
     qwen_linear: str | None = setting(None, "finished run of train_qwen.py --head linear, directory or hub id")
     then: str | None = setting(None, "larger run to defer to where --bert is unsure: a cascade, in minicls")
     threshold: float | None = setting(
-        None, "confidence at which it is unsure; unset: by the runs' validation rows", minimum=0, maximum=1
+        None, "confidence up to which texts are deferred; unset: chosen on validation rows", minimum=0, maximum=1
     )
     init: str = setting(
         "pretrained",
-        f"random: models without weights, as a directory with config and tokenizer or one of {', '.join(SIZES)}",
+        f"random: fresh weights; a model is then a directory with config and tokenizer, or one of {', '.join(SIZES)}",
         choices=("pretrained", "random"),
     )
-    data: str | None = setting(None, "hub id, directory or synthetic; unset: that of the run, or AG News")
+    data: str | None = setting(None, "hub id, directory or synthetic; unset: as the run read it, or AG News")
     text_column: str = setting("text", "column of the texts")
     label_column: str = setting("label", "column of the labels")
+    label_names: tuple[str, ...] | None = setting(None, "class names in the order of their indices")
+    test_size: float = setting(0.0, "training rows (below 1: a fraction) to test on without a test split", minimum=0)
     max_length: int = setting(512, "tokens of a row", minimum=3)
     max_new_tokens: int = setting(8, "tokens of a generated answer", minimum=1)
     engines: tuple[str, ...] | None = setting(
-        None, "unset: those of the first three that are installed", choices=ENGINES, group="measurement"
+        None, "unset: whichever of the first three are installed", choices=ENGINES, group="measurement"
     )
-    mode: tuple[str, ...] = setting(
-        ("single", "offline"), "one request at a time, all at once, or as they arrive", choices=MODES
-    )
+    mode: tuple[str, ...] = setting(("single", "offline"), "one at a time, all at once, at random times", choices=MODES)
     num_requests: int = setting(64, "requests of a row; if the test rows are fewer, they are sent again", minimum=1)
     min_seconds: float = setting(10.0, "minimum seconds of a row in the modes single and offline", minimum=0)
     rate: float = setting(2.0, "requests that arrive per second in mode server", minimum=1e-3)
     slo_ms: float = setting(1000.0, "latency target of a request in mode server", minimum=0)
     rounds: int = setting(3, "processes of each engine; figures are medians over them", minimum=1)
     seed: int = setting(42, "seeds arrivals in mode server, and random weights", minimum=0)
-    dtype: str = setting(
-        "bf16", "dtype of the weights, but not in int8 or onnxruntime", choices=("bf16", "fp32"), group="machine"
-    )
-    device: str | None = setting(None, "cpu, cuda or cuda:N; unset: cuda if there is one")
+    device: str | None = setting(None, "cpu, cuda or cuda:N; unset: cuda if there is one", group="machine")
     threads: int | None = setting(None, "CPU threads of each engine; unset: torch's choice", minimum=1)
+    dtype: str = setting("bf16", "dtype of weights, except in the int8 and onnxruntime engines", choices=tuple(DTYPES))
     compile: bool = setting(False, "torch.compile minicls' model")
     vllm_python: str | None = setting(None, "Python of an environment that has vLLM; unset: this one")
     output_dir: str | None = setting(None, "directory of bench.json, new or empty; unset: runs/bench-<time>")
-    side: str | None = setting(
-        None, "measure only this engine, in this process; the comparison itself uses it", choices=ENGINES
-    )
+    side: str | None = setting(None, "measure one engine, in this process, as the comparison does", choices=ENGINES)
 
 
 def check_flags(s: Settings) -> None:
     """Raises UserError for a flag that the chosen models, engines and modes would ignore."""
+    for engine in filter(ONLY.get, s.engines):
+        role, _, only = ONLY[engine]
+        if not getattr(s, role):
+            raise UserError(f"--engines: {engine} only {only}; add {flag_of(role)} RUN or leave it out")
+        if engine in OWN_DTYPES and engines.uses_gpu(s.device):
+            raise UserError(f"--engines: {engine} runs only on a CPU; add --device cpu or leave it out")
     closed_loop, server = {"single", "offline"} & {*s.mode}, "server" in s.mode
-    used_by = {  # flag: whether anything uses it, and the flags that would
-        "text_column": (s.data != "synthetic", "--data DIR"),
-        "label_column": (s.data != "synthetic", "--data DIR"),
-        "max_new_tokens": (s.qwen and s.engines != ("harness",), "--qwen with an engine other than harness"),
+    able = {role: [engine for engine in ENGINES if methods(role, engine)] for role in METHODS}
+    # Flag: whether anything uses it, and the flags that would.
+    used_by = {role: ({*able[role]} & {*s.engines}, f"--engines {' or '.join(able[role])}") for role in METHODS}
+    used_by |= dict.fromkeys(DATA_FLAGS, (s.data not in (None, "synthetic"), "--data DIR"))
+    used_by |= {
+        "dtype": ({*s.engines} - {*OWN_DTYPES}, f"--engines {' or '.join(e for e in ENGINES if e not in OWN_DTYPES)}"),
+        "max_new_tokens": (s.qwen and {*s.engines} - {*ONLY}, "--qwen with an engine other than harness"),
         "min_seconds": (closed_loop, "--mode single or offline"),
         "rate": (server, "--mode server"),
         "slo_ms": (server, "--mode server"),
@@ -129,16 +135,10 @@ def check_flags(s: Settings) -> None:
     for name, (used, others) in used_by.items():
         if not used and getattr(s, name) != getattr(Settings, name):
             raise UserError(f"{flag_of(name)}: used only by {others}; add that or leave the flag out")
-    for engine in filter(ONLY.get, s.engines):
-        role, _, only = ONLY[engine]
-        if not getattr(s, role):
-            raise UserError(f"--engines: {engine} only {only}; add {flag_of(role)} RUN or leave it out")
-        if engine in OWN_DTYPES and engines.uses_gpu(s.device):
-            raise UserError(f"--engines: {engine} runs only on a CPU; add --device cpu or leave it out")
 
 
 def find_model(s: Settings, role: str) -> Path:
-    """The directory of the model that --bert, --qwen or --qwen-linear names."""
+    """The directory of the model that a role's flag names."""
     return weights.find_model(getattr(s, role), flag=flag_of(role))[0]
 
 
@@ -147,6 +147,7 @@ def models(s: Settings) -> dict[str, Path]:
 
 
 def methods(role: str, engine: str) -> tuple[str, ...]:
+    """The methods of a role's model that an engine has."""
     if role == "then" and engine != "minicls":
         return ()
     return tuple(method for method in METHODS[role] if (role, method) == ONLY.get(engine, (role, method))[:2])
@@ -190,12 +191,11 @@ def start_side(s: Settings, side: str) -> Iterator[dict]:
         raise UserError(f"{command[0]} does not start ({error.strerror})") from None
 
 
-def measure_side(s: Settings) -> None:
+def measure_side(s: Settings, data: Data) -> None:
     """Measures the one model that is named, or --bert and --then, and prints a row for each mode and method."""
     # Exit through `finally`, because a server must not outlive this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    device = dist.start(s.device, s.threads, s.dtype)
-    data = load_data(s.data, s.text_column, s.label_column)
+    device = dist.start(s.device, s.threads, OWN_DTYPES.get(s.side, s.dtype))
     *smaller, (role, directory) = models(s).items()
     reader = Reader(directory, s.max_length)
     max_length = reader.max_length + (s.max_new_tokens if role == "qwen" else 0)
@@ -231,7 +231,7 @@ def reference(reader: Reader, directory: Path, device: torch.device, texts: list
 
 def compare(s: Settings, data: Data) -> tuple[list[dict], Path]:
     """Measures every model in every engine; returns the rows and the directory of bench.json, which grows with them."""
-    device = dist.start(s.device, s.threads, s.dtype)
+    device = dist.start(s.device, s.threads, s.dtype if {*s.engines} - {*OWN_DTYPES} else None)
     test, directories = requests(s, data), models(s)
     readers = {role: Reader(directory, s.max_length) for role, directory in directories.items()}
     for role, reader in readers.items():
@@ -240,10 +240,10 @@ def compare(s: Settings, data: Data) -> tuple[list[dict], Path]:
             names = [name for name, value in weights.ARCHITECTURES.items() if value is ARCHITECTURES[role]]
             raise UserError(f"{model} is a {reader.config['architectures'][0]}; pass a {' or '.join(names)}")
         if tuple(reader.label_names) != tuple(data.label_names):
-            classes = ", ".join(data.label_names)[:80]
-            raise UserError(f"{model} was trained on other classes than --data has ({classes})")
+            fault = f"was trained on other classes than {s.data} has ({', '.join(data.label_names)[:80]})"
+            raise UserError(f"{model} {fault}; pass the --data, and if need be the --label-names, of its training")
     output_dir = checkpoint.new_run_dir(s.output_dir, "bench")
-    weights.write_json(output_dir / "bench.json", [])
+    write_json(output_dir / "bench.json", [])
     expected = {role: reference(readers[role], directories[role], device, test.texts) for role in readers}
     near = {}
     if s.then:
@@ -260,14 +260,13 @@ def compare(s: Settings, data: Data) -> tuple[list[dict], Path]:
         dtype = OWN_DTYPES.get(engine, s.dtype)
         verdict = serving.UNKNOWN | {"status": "failed", "reason": row.get("failed")}
         if "failed" not in row:
-            of_role = expected[role], test.labels, replace(s, dtype=dtype), near.get(role, False)
-            verdict = serving.judge(row, *of_role)
+            verdict = serving.judge(row, expected[role], test.labels, replace(s, dtype=dtype), near.get(role, False))
         names = {"model": name if name == label else f"{label}: {name}", "engine": engine, "dtype": dtype}
         values = machine | row | verdict | names
         columns = COLUMNS + ("slo_attainment",) * (row["mode"] == "server")
         same_rows = rounds.setdefault((role, engine, row["method"], row["mode"]), [])
         same_rows.append({column: values.get(column) for column in columns})
-        weights.write_json(output_dir / "bench.json", [*map(serving.median_row, rounds.values())])
+        write_json(output_dir / "bench.json", [*map(serving.median_row, rounds.values())])
         print(f"{values['model']}, {engine}, {row['method']}, {row['mode']}: {verdict['status']}", file=sys.stderr)
 
     for _, role, engine in itertools.product(range(s.rounds), readers, s.engines):
@@ -309,16 +308,17 @@ def main(argv: list[str] | None = None) -> None:
             s = replace(s, threshold=cascade.choose_threshold(validation))
     if s.data is None:
         trained = [role for role in named if s.init == "pretrained" or getattr(s, role) not in SIZES]
-        trained_on = [checkpoint.info_of_model(find_model(s, role))["settings"].get("data") for role in trained]
-        s = replace(s, data=next(filter(None, trained_on), "fancyzhx/ag_news"))
+        settings = [checkpoint.info_of_model(find_model(s, role))["settings"] for role in trained]
+        of_run = next((values for values in settings if values.get("data")), {"data": DataSettings.data})
+        kept = {name: of_run[name] for name in ("data", *DATA_FLAGS) if name in of_run}
+        s = replace(s, **{name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()})
+    data = load_data(s.data, s.text_column, s.label_column, s.label_names, test_size=s.test_size)
     if s.side:
-        measure_side(s)
-        return
-    data = load_data(s.data, s.text_column, s.label_column)
+        return measure_side(s, data)
     with tempfile.TemporaryDirectory() as folder:
         for role in named if s.init == "random" else ():
             arguments = ARCHITECTURES[role], data.train.texts, data.label_names, s.seed, Path(folder) / role
-            s = replace(s, **{role: str(weights.save_random_model(getattr(s, role), *arguments))})
+            s = replace(s, **{role: str(weights.save_random_model(getattr(s, role), *arguments, flag_of(role)))})
         rows, output_dir = compare(s, data)
     print(bench_table(rows))
     print(f"{output_dir / 'bench.json'}, {plots.plot_requests(rows, output_dir / 'rps.png')}")

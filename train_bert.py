@@ -28,6 +28,7 @@ from minicls.config import (
     parse,
     run_main,
     setting,
+    write_json,
 )
 from minicls.data import describe, describe_rows, load_splits
 from minicls.distill import SoftTargets, add_soft_labels, distillation_loss
@@ -125,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
         # Inference needs these settings, so they are saved with the weights.
         info = {"script": "train_bert", "head": "linear", "label_names": data.label_names}
         info |= {"max_length": s.max_length, "long_text": s.long_text, "dtype": s.dtype}
-        checkpoint.write_json(directory / "minicls.json", info)
+        write_json(directory / "minicls.json", info)
 
     steps_per_epoch = math.ceil(len(labels) / s.global_batch_size)
     total_steps = s.max_steps or math.ceil(s.epochs * steps_per_epoch)

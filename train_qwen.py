@@ -35,6 +35,7 @@ from minicls.config import (
     parse,
     run_main,
     setting,
+    write_json,
 )
 from minicls.data import describe, describe_rows, load_splits
 from minicls.kernels import on_gpu
@@ -212,10 +213,10 @@ def main(argv: list[str] | None = None) -> None:
         info = {"script": "train_qwen", "head": s.head, "label_names": data.label_names}
         names = "linear_input", "max_length", "dtype", "normalize", "think_in", "train_on"
         info |= {name: getattr(s, name) for name in names} | saved_chat
-        checkpoint.write_json(directory / "minicls.json", info)
+        write_json(directory / "minicls.json", info)
         if s.head == "options":  # greedy decoding, even if the pretrained model's file samples
             generation = {"do_sample": False, "eos_token_id": chat.stop_ids, "pad_token_id": pad}
-            checkpoint.write_json(directory / "generation_config.json", generation)
+            write_json(directory / "generation_config.json", generation)
 
     steps_per_epoch = math.ceil(len(labels) / s.global_batch_size)
     total_steps = s.max_steps or math.ceil(s.epochs * steps_per_epoch)

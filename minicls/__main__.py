@@ -31,7 +31,8 @@ def predict(argv: list[str]) -> None:
     add("--top-k", type=int, metavar="INT", help="only the most probable classes, best first (default: all)")
     add("--text-column", default="text", metavar="STR", help="column of the texts (default: %(default)s)")
     add("--then", type=Path, metavar="RUN", help="a larger run to defer to where the first is unsure")
-    add("--threshold", type=float, metavar="FLOAT", help="confidence at which it is unsure (default: by validation)")
+    threshold_help = "confidence up to which texts are deferred (default: chosen on the runs' validation rows)"
+    add("--threshold", type=float, metavar="FLOAT", help=threshold_help)
     add("--device", metavar="STR", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     add("--threads", type=int, metavar="INT", help="CPU threads (default: PyTorch's choice)")
     predict_texts(parser.parse_intermixed_args(argv))  # the inputs may continue after a flag

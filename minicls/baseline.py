@@ -50,8 +50,6 @@ class Settings(DataSettings):
     max_length: int = setting(512, "tokens of a row to embed, [CLS] and [SEP] included", minimum=3)
     output_dir: str | None = setting(None, "run directory, new or empty; unset: runs/baseline-<time>", group="machine")
     dtype: str = setting("bf16", "dtype of embedding: bf16 is autocast over fp32 weights", choices=("bf16", "fp32"))
-    device: str | None = setting(None, "device of embedding: cpu, cuda or cuda:N; unset: cuda if there is one")
-    threads: int | None = setting(None, "CPU threads; unset: the libraries' choice", minimum=1)
 
 
 @torch.inference_mode()

@@ -30,10 +30,10 @@ from torch import nn
 
 import minicls
 from minicls import dist, metrics, weights
-from minicls.config import TrainingSettings, UserError, flag_of
+from minicls.config import TrainingSettings, UserError, flag_of, read_json, write_json, written_aside
 from minicls.data import Data, Split, derived_seed
 from minicls.logger import Logger
-from minicls.weights import read_json, read_tensor, write_json, write_tensors, written_aside
+from minicls.weights import read_tensor, write_tensors
 
 
 def check_output_dir(output_dir: str | Path | None, flag: str = "--output-dir", hint: str = "") -> None:

@@ -2,20 +2,24 @@
 
 A field's name is its flag (`learning_rate` -> `--learning-rate`), its annotation is the flag's type, its default the
 flag's default; `X | None` means "may be unset". There are no settings files and no other way to set anything.
+Below them is what every other module needs: the error for a user's mistake, and JSON files that are never half-written.
 """
 
 import argparse
 import codecs
+import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import json
 import math
 import os
+import shutil
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +80,7 @@ SAVE_EVERY = "steps between checkpoints; below 1 a fraction of all steps; 0: onl
 
 @dataclass(frozen=True)
 class DataSettings:
-    """The choice of rows. Every command that reads a data set shares these, so that equal flags give equal rows."""
+    """The choice of rows, so that equal flags give equal rows in every command that reads data; and the machine."""
 
     data: str = setting("fancyzhx/ag_news", "hub id, directory, or synthetic", group="data")
     text_column: str = setting("text", "column of the texts")
@@ -85,8 +89,10 @@ class DataSettings:
     validation_size: float = setting(0.0, "training rows (below 1: a fraction) to hold out for validation", minimum=0)
     test_size: float = setting(0.0, "training rows (below 1: a fraction) to test on without a test split", minimum=0)
     max_train_rows: int | None = setting(None, "a stratified sample of the training rows, drawn by --seed", minimum=1)
-    max_eval_rows: int | None = setting(None, "a sample of test and validation rows, equal for every seed", minimum=1)
+    max_eval_rows: int | None = setting(None, "a sample of test and validation rows, the same for all seeds", minimum=1)
     seed: int = setting(42, "seed of --max-train-rows, the order of rows, dropout and fresh weights", minimum=0)
+    device: str | None = setting(None, "cpu, cuda or cuda:N; unset: cuda if there is one", group="machine")
+    threads: int | None = setting(None, "CPU threads; unset: the libraries' choice", minimum=1)
 
 
 @dataclass(frozen=True)
@@ -105,8 +111,6 @@ class TrainingSettings(DataSettings):
     patience: int | None = setting(None, "evaluations without a better validation score before a stop", minimum=1)
     resume: str | None = setting(None, "run directory to continue, under its own settings")
     dtype: str = setting("bf16", "bf16 is autocast over fp32 weights", choices=("bf16", "fp32"), group="machine")
-    device: str | None = setting(None, "cpu, cuda or cuda:N; unset: cuda if there is one")
-    threads: int | None = setting(None, "CPU threads; unset: PyTorch's choice", minimum=1)
     compile: bool = setting(False, "torch.compile the model")
     activation_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
 
@@ -148,9 +152,11 @@ def command_line(settings: dict) -> list[str]:
 
 
 def _add_flags(parser: Parser, cls: type) -> None:
-    hints, groups, title = typing.get_type_hints(cls), {None: parser}, None
+    hints, groups, fields = typing.get_type_hints(cls), {None: parser}, dataclasses.fields(cls)
+    titles = itertools.accumulate((field.metadata["group"] for field in fields), lambda title, group: group or title)
+    titled = zip(titles, fields, strict=True)
     # A script's own settings come first, then those it shares with others.
-    for field in sorted(dataclasses.fields(cls), key=lambda field: field.name not in cls.__annotations__):
+    for title, field in sorted(titled, key=lambda item: item[1].name not in cls.__annotations__):
         value_type = hints[field.name]
         if isinstance(value_type, types.UnionType):  # X | None
             value_type = typing.get_args(value_type)[0]
@@ -165,7 +171,6 @@ def _add_flags(parser: Parser, cls: type) -> None:
             choices = field.metadata["choices"]
             options |= {"choices": choices} if choices else {"metavar": value_type.__name__.upper()}
         options["help"] = f"{field.metadata['help']} ({shown})".replace("%", "%%")
-        title = field.metadata["group"] or title
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         # SUPPRESS leaves out flags that were not given: `parse` must know which ones were given with --resume.
@@ -212,15 +217,50 @@ def load(cls: type, path: Path):
     """The settings saved in a `run.json`. Raises UserError if it is absent, broken or written by another script."""
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such run directory; check the path")
-    try:
-        values = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a readable run.json ({error}); is {path.parent} a run directory?") from None
+    values = read_json(path, f"is {path.parent} a run directory?", settings=dict)["settings"]
     fields = {field.name for field in dataclasses.fields(cls)}
     if different := sorted(values.keys() - fields) + sorted(fields - values.keys()):
         problem = f"its settings differ from this script's in {', '.join(different[:5])}"
         raise UserError(f"{path}: {problem}; resume it with the script and the version that wrote it")
     return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A hidden path at which to write a file or a directory; it takes the name when the block ends without an error.
+
+    So what has the name is complete, the new content or the previous one, even if the process is killed in the block.
+    """
+    aside = path.with_name(f".{path.name}.tmp")
+
+    def clear() -> None:
+        shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
+
+    clear()  # a killed process may have left something
+    try:
+        yield aside
+        aside.replace(path)
+    finally:
+        clear()
+
+
+def write_json(file: Path, values: dict | list, indent: int | None = 2) -> None:
+    """Writes UTF-8; `indent` None: on one line."""
+    with written_aside(file) as aside:
+        aside.write_text(json.dumps(values, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(file: Path, remedy: str, **kinds: type) -> dict:
+    """A JSON object that has values of these types. Raises UserError with the remedy if the file is anything else."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
+        if missing := [name for name, kind in kinds.items() if not isinstance(values.get(name), kind)]:
+            raise ValueError(f"no {' and no '.join(missing)} in it")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable ({error}); {remedy}") from None
+    return values
 
 
 def run_main(main: Callable[[list[str] | None], int | None]) -> None:

@@ -16,6 +16,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import shlex
 import zlib
@@ -165,7 +166,7 @@ def load_data(
 
 def find_data(data: str, revision: str | None = None) -> tuple[Path, str | None]:
     """The directory of a data set, downloaded from the hub (at `revision`) if it is not local, and its hub commit."""
-    path = Path(data).expanduser()
+    path = Path(os.path.expanduser(data))  # noqa: PTH111 - Path's method raises if it does not know the user
     if path.is_dir():
         return path, None
     if path.is_file():

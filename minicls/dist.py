@@ -20,7 +20,7 @@ SLOW_BF16 = "BF16 IS SLOW HERE: {}; pass --dtype fp32"
 def start(device: str | None, threads: int | None = None, dtype: str | None = None) -> torch.device:
     """Chooses this rank's device, sets PyTorch up for it, and joins torchrun's process group if there is one.
 
-    `dtype`: that of --dtype, to warn if bf16 is slow here.
+    `dtype`: the value of --dtype; warns if it is bf16 and that is slow here.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -176,7 +176,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def resident_peak_bytes(pid: int | str = "self") -> int:
-    """The peak resident memory of a process, in bytes."""
+    """The peak resident memory of a process, in bytes; 0 for a zombie, which has none."""
     # Not getrusage's ru_maxrss, which exec inherits: all small processes started by a large bench.py would read alike.
     peak = re.search(r"^VmHWM:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-    return int(peak[1]) * 1024
+    return int(peak[1]) * 1024 if peak else 0

@@ -50,7 +50,7 @@ class Engine:
         """Empties caches of earlier rows, so that the same question costs the same again."""
 
     def warm_up(self, texts: list[str]) -> None:
-        """Does what answering the texts might leave undone before the clock runs."""
+        """Warms up what answering the texts may not reach."""
 
     def close(self) -> None:
         """Ends the processes that the engine started."""
@@ -97,7 +97,7 @@ def _(x, layer, out_features):
 
 
 class Int8Linear(torch.nn.Module):
-    """Linear layers of the same input on the CPU as one product in int8, with a scale for each output column."""
+    """Linear layers that share an input, as one int8 product on a CPU, with a scale for each output column."""
 
     def __init__(self, *linears: torch.nn.Linear):
         super().__init__()
@@ -134,12 +134,7 @@ class Minicls(Engine):
     version = minicls.__version__
 
     def __init__(
-        self,
-        directory: Path,
-        dtype: torch.dtype,
-        device: torch.device,
-        compile: bool = False,
-        int8: bool = False,
+        self, directory: Path, dtype: torch.dtype, device: torch.device, compile: bool = False, int8: bool = False
     ):
         """`int8`: BERT's linear layers, but not the heads, in PyTorch's int8 on a CPU."""
         config = weights.read_config(directory)
@@ -207,7 +202,7 @@ class CascadeEngine(Engine):
         return answers
 
     def warm_up(self, texts: list[str]) -> None:
-        """The texts of the warm-up may be ones of which the small model is sure."""
+        """Asks the large model as well: the small one may be sure of all warm-up texts."""
         answer_by(self.large, self.readers[1], texts)
 
     def forget(self) -> None:
@@ -312,9 +307,8 @@ def export_onnx(directory: Path, file: Path, int8: bool) -> None:
     heads_and_width = model.config.num_attention_heads, model.config.hidden_size
     optimize_model(str(file), "bert", *heads_and_width).save_model_to_file(str(file))
     if int8:
-        # CPUs without VNNI add pairs of products in 16 bits, which overflow with weights of 8 bits. With 7 bits
-        # (reduce_range) they cannot, so that all CPUs give the same answers; a scale for each output column makes
-        # up for the lost bit. The embeddings cost no time and stay in fp32.
+        # As in Int8Linear, the weights get 7 bits (reduce_range), so that all CPUs give the same answers, and each
+        # output column gets a scale. The embeddings cost no time and stay in fp32.
         options = {"per_channel": True, "reduce_range": True, "op_types_to_quantize": ["MatMul", "Attention"]}
         untyped = {"DefaultTensorType": onnx.TensorProto.FLOAT}  # shape inference does not know the fused operators
         quantize_dynamic(file, file, extra_options=untyped, **options)
@@ -468,9 +462,10 @@ class VLLMServer(Engine):
         processes, total = [str(self.process.pid)], 0
         while processes:
             pid = processes.pop()
-            total += dist.resident_peak_bytes(pid)
-            for children in Path(f"/proc/{pid}/task").glob("*/children"):
-                processes += children.read_text().split()
+            with contextlib.suppress(OSError):  # a process that has ended meanwhile
+                total += dist.resident_peak_bytes(pid)
+                for children in Path(f"/proc/{pid}/task").glob("*/children"):
+                    processes += children.read_text().split()
         return total
 
     def forget(self) -> None:
@@ -523,4 +518,4 @@ def make_engine(
             return OnnxRuntime(directory, device, int8=name.endswith("-int8"))
         return (Harness if name == "harness" else Transformers)(*arguments)
     except ImportError as error:
-        raise UserError(f"{name} does not import ({error}); install it or leave it out") from None
+        raise UserError(f"{name} cannot be imported ({error}); install it or leave it out") from None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minicls.weights import written_aside
+from minicls.config import written_aside
 
 SECONDS_BETWEEN_LINES = 15.0  # between progress lines when the output is not a terminal
 

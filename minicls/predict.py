@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from minicls import cascade, checkpoint, dist, plots, weights
 from minicls.batch import length_batches, pack, to_device
-from minicls.config import DataSettings, UserError, check_value, flag_of, parse, setting
+from minicls.config import DataSettings, UserError, check_value, flag_of, parse, read_json, setting, written_aside
 from minicls.data import FORMATS, Data, checked_text, describe, lines_of, load_splits, read_rows
 from minicls.kernels import on_gpu
 from minicls.logger import Logger
@@ -316,7 +316,7 @@ def predict_texts(args: argparse.Namespace) -> None:
     top_k = args.top_k and min(args.top_k, len(names))
     found = results(classifier, rows, top_k, progress=bool(args.out) or not sys.stdout.isatty())
     flat = flat_rows(rows, found, top_k)
-    with weights.written_aside(args.out) if args.out else contextlib.nullcontext() as aside:
+    with written_aside(args.out) if args.out else contextlib.nullcontext() as aside:
         if output_format == "parquet":
             write_parquet(flat, aside)
         else:
@@ -344,11 +344,9 @@ class EvaluateSettings(DataSettings):
     prompt: str | None = setting(None, "another question for a language model; as in train_qwen.py")
     normalize: str | None = setting(None, "mean or sum, as in train_qwen.py; default mean", choices=("mean", "sum"))
     max_length: int | None = setting(None, "maximum tokens per row; default 512", minimum=3)
-    data: str | None = setting(None, "hub id, directory, or synthetic; unset: a run's checkpoints, on its own data")
+    data: str | None = setting(None, "hub id, directory, or synthetic; unset: test a run's checkpoints", group="data")
     output_dir: str | None = setting(None, "run directory, new or empty; unset: runs/evaluate-<time>", group="machine")
     dtype: str | None = setting(None, "bf16 or fp32; default fp32", choices=("bf16", "fp32"))
-    device: str | None = setting(None, "cpu, cuda or cuda:N; unset: cuda if there is one")
-    threads: int | None = setting(None, "CPU threads; unset: PyTorch's choice", minimum=1)
 
 
 def evaluate(argv: list[str]) -> None:
@@ -423,7 +421,7 @@ def evaluate_checkpoints(run_dir: Path, s: EvaluateSettings) -> None:
         run.check_data(data)
         classifier, saved, logits = Classifier(run.newest, device), checkpoint.checkpoints(run_dir), {}
         logits_of = _scorer(classifier, data)
-        state = weights.read_json(run.newest / "resume" / "state.json", "delete this checkpoint", step=int)
+        state = read_json(run.newest / "resume" / "state.json", "delete this checkpoint", step=int)
         state |= {"eval_seconds": 0.0, "evaluations": 0, "best_on_validation": None}
         state["stopped_early"] = bool(run.results.get("stopped_early"))
         remedy = "--model: test it with --data and --dtype fp32"
@@ -436,7 +434,7 @@ def evaluate_checkpoints(run_dir: Path, s: EvaluateSettings) -> None:
         if dist.is_first():
             step = checkpoint.headline_step(state)
             for file in filter(Path.is_file, saved[step].iterdir()):
-                with weights.written_aside(run_dir / file.name) as aside:
+                with written_aside(run_dir / file.name) as aside:
                     shutil.copyfile(file, aside)
             print(plots.finish(run_dir, data, classifier.tokenizer, logits[step], state, device))
 

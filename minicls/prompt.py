@@ -94,7 +94,7 @@ def render_chat_format(tokenizer: Tokenizer) -> ChatFormat:
     counts = [text.count(TURN) for text in (thinking, direct, answered)]
     if [*counts, answered.count(LETTER)] != [1, 1, 1, 1]:
         fault = "drops or repeats the user's turn or the answer"
-        raise UserError(f"--model: its chat template {fault}; {CHAT_TEMPLATE_REMEDY}")
+        raise UserError(f"{tokenizer.source}: its chat template {fault}; {CHAT_TEMPLATE_REMEDY}")
     # Disabling thinking adds an empty block at the end, or changes the prompt itself: keep that.
     prompt = thinking if direct.startswith(thinking) else direct
     before, after = prompt.split(TURN)
@@ -153,8 +153,9 @@ class Chat:
         expected = first + encode(f"{self.format.before}{turn}{self.format.after}")
         if expected != [*ids, *self.tokenizer.encode([before[-1] + turn + after[0]])[0], *last]:
             raise UserError(
-                "--model: its tokenizer does not encode the chat template's pieces as it encodes "
-                "them together; use another model, or --head linear on the bare text"
+                f"{self.tokenizer.source}: its tokenizer does not encode the chat template's "
+                "pieces as it encodes them together; use another model, or --head linear on the "
+                "bare text"
             )
         return ids, before[-1], after[0], last
 
@@ -169,8 +170,9 @@ class Chat:
             ids, with_ending = encode(answered), encode(answered + self.format.ending)
             if ids[: len(start)] != start or with_ending != ids + self.ending:
                 raise UserError(
-                    f"--model: its tokenizer merges the option {letter} with the text around it, "
-                    f"{question[-20:]!r}; use another model, or --prompt FILE with another ending"
+                    f"{self.tokenizer.source}: its tokenizer merges the option {letter} with the "
+                    f"text around it, {question[-20:]!r}; use another model, or --prompt FILE with "
+                    "another ending"
                 )
             options.append(ids[len(start) :])
         return options

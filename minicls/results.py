@@ -11,12 +11,11 @@ import torch
 
 from minicls import dist, metrics
 from minicls.checkpoint import headline_step
-from minicls.config import UserError
+from minicls.config import UserError, write_json, written_aside
 from minicls.data import AG_NEWS_LABELS, Data, Split
 from minicls.logger import read_metrics
 from minicls.metrics import evaluate_logits
 from minicls.tokenizer import Tokenizer
-from minicls.weights import write_json, written_aside
 
 
 def text_hash(text: str) -> int:

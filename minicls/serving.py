@@ -32,10 +32,9 @@ def request_steps(s, reader: Reader, engine: Engine, method: str) -> tuple[Calla
     random weights. For a model trained on the letter alone, the think block is part of the prompt, and only the letter
     is generated.
     """
-    if method == "cascade":
-        return engine.encode, lambda rows: engine.classify(rows).tolist()
-    if method == "classify":
-        return reader.rows, lambda rows: engine.classify(rows).tolist()
+    if method in ("classify", "cascade"):
+        encode = engine.encode if method == "cascade" else reader.rows
+        return encode, lambda rows: engine.classify(rows).tolist()
     chat = reader.chat
     if method == "score":
         return reader.rows, lambda rows: engine.score(rows, chat.options).tolist()
@@ -79,14 +78,13 @@ def measure_row(s, reader: Reader, engine: Engine, method: str, mode: str, texts
         timed = (lambda batch: answer(encode(batch))), engine.forget, s.num_requests, s.min_seconds
         latencies, num_answered, answers = closed_loop(texts, batch_size, *timed)
         row = figures(latencies, sum(latencies), num_answered, tokens)
-    log_probabilities = None if method == "generate" else answers
     if method == "generate":
         predictions = [read_answer(reader.tokenizer.decode(ids), len(reader.label_names)) for ids in answers]
     else:
         predictions = [int(np.argmax(values)) for values in answers]
     # Accuracy and agreement count each text once: sending one again steadies the timing but adds no information.
     row |= {"num_requests": len(texts), "peak_memory_bytes": engine.peak_memory_bytes, "engine_version": engine.version}
-    return row | {"predictions": predictions, "log_probabilities": log_probabilities}
+    return row | {"predictions": predictions, "log_probabilities": None if method == "generate" else answers}
 
 
 def figures(
@@ -98,9 +96,8 @@ def figures(
     requests that were answered within it.
     """
     p50, p90, p99 = (1000 * np.percentile(latencies, [50, 90, 99])).tolist()
-    row = {"requests_per_second": num_answered / seconds}
+    row = {"requests_per_second": num_answered / seconds, "input_tokens_per_second": tokens * num_answered / seconds}
     row |= {"latency_p50_ms": p50, "latency_p90_ms": p90, "latency_p99_ms": p99}
-    row |= {"input_tokens_per_second": tokens * num_answered / seconds}
     if slo_ms is not None:
         row["slo_attainment"] = float(np.mean([1000 * latency <= slo_ms for latency in latencies]))
     return row

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tokenizers
 
-from minicls.config import UserError
+from minicls.config import UserError, read_json, write_json
 
 CHUNK = 10_000  # texts at a time: the library's encodings are some ten times larger than their ids
 
@@ -36,8 +36,9 @@ def _content(token: str | dict) -> str:
 class Tokenizer:
     """A `tokenizer.json`, and the few fields of `tokenizer_config.json` that matter here."""
 
-    def __init__(self, json_text: str, config: dict):
-        self.json_text, self.config = json_text, config
+    def __init__(self, json_text: str, config: dict, source: Path | str = "--model"):
+        """`source`: the directory or the flag that messages name."""
+        self.json_text, self.config, self.source = json_text, config, source
         self.named_tokens = {name: _content(config[name]) for name in TOKEN_NAMES if config.get(name)}
         additional = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
         additional = additional.values() if isinstance(additional, dict) else additional
@@ -93,7 +94,7 @@ class Tokenizer:
         """The ids of control tokens. Raises UserError for those that the vocabulary lacks."""
         ids = [self._tokenizer.token_to_id(token) for token in tokens]
         if missing := ", ".join(token for token, i in zip(tokens, ids, strict=True) if i is None):
-            raise UserError(f"--model: its tokenizer lacks {missing}; is it the tokenizer of this kind of model?")
+            raise UserError(f"{self.source}: its tokenizer lacks {missing}; is it the tokenizer of this kind of model?")
         return ids
 
     def eos_and_pad(self, config: dict) -> tuple[int, int]:
@@ -111,7 +112,7 @@ class Tokenizer:
         eos, pad = find("eos"), find("pad")
         if eos is None and pad is None:
             fault = "neither its tokenizer_config.json nor its config.json names an eos_token or pad_token"
-            raise UserError(f"--model: {fault}; add one")
+            raise UserError(f"{self.source}: {fault}; add one")
         return (pad if eos is None else eos), (eos if pad is None else pad)
 
     def added_before(self) -> list[int]:
@@ -165,7 +166,7 @@ class Tokenizer:
             )
         except Exception as error:
             problem = f"its chat template cannot render a user's turn ({type(error).__name__}: {error})"
-            raise UserError(f"--model: {problem}; it may need a system turn: {CHAT_TEMPLATE_REMEDY}") from None
+            raise UserError(f"{self.source}: {problem}; it may need a system turn: {CHAT_TEMPLATE_REMEDY}") from None
 
     def save(self, directory: Path, text_length: int | None = None, pad_token_id: int | None = None) -> None:
         """Writes tokenizer.json and tokenizer_config.json, from which transformers' AutoTokenizer encodes alike.
@@ -196,9 +197,8 @@ class Tokenizer:
             config |= {"model_max_length": text_length, "split_special_tokens": True}
             for token in spec["added_tokens"]:
                 token["special"] |= not self.is_bert
-        for name, values, indent in (("tokenizer.json", spec, None), ("tokenizer_config.json", config, 2)):
-            content = json.dumps(values, indent=indent, ensure_ascii=False)
-            (directory / name).write_text(content + "\n", encoding="utf-8")
+        write_json(directory / "tokenizer.json", spec, indent=None)
+        write_json(directory / "tokenizer_config.json", config)
 
     def _post_processor(self, spec: dict) -> dict | None:
         """The control tokens that transformers adds to a text: the same as in `bert_rows` or `text_rows`."""
@@ -222,14 +222,14 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     template = directory / "chat_template.jinja"  # newer directories keep the template here, not in the config
     if not path.is_file():
         raise UserError(f"{directory}: no tokenizer.json; save it with transformers' fast tokenizer (save_pretrained)")
+    config = read_json(config_path, "download or save it again") if config_path.is_file() else {}
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
         if template.is_file():
             config["chat_template"] = template.read_text(encoding="utf-8")
-        return Tokenizer(path.read_text(encoding="utf-8"), config)
+        return Tokenizer(path.read_text(encoding="utf-8"), config, directory)
     except Exception as error:  # tokenizers raises a bare Exception for a broken file
-        place = f"{path} or {config_path.name}"
-        raise UserError(f"{place}: not a readable tokenizer ({error}); download or save both again") from None
+        files = " or ".join(str(file) for file in (path, config_path, template) if file.is_file())
+        raise UserError(f"{files}: not a readable tokenizer ({error}); download or save it again") from None
 
 
 def bert_rows(

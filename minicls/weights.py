@@ -5,12 +5,10 @@ parameters that are already allocated. So loading needs no second copy of the mo
 alignment: on a view of a mapped file kernels round differently, and a resumed run would drift.
 """
 
-import contextlib
 import dataclasses
-import json
+import os
 import re
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from minicls.bert import BertConfig, BertForSequenceClassification
-from minicls.config import UserError
+from minicls.config import UserError, read_json, write_json, written_aside
 from minicls.data import derived_seed, download
 from minicls.decoder import FAMILIES, DecoderConfig, DecoderForCausalLM, DecoderForSequenceClassification
 from minicls.prompt import make_template
@@ -103,7 +101,7 @@ def is_own(model: nn.Module) -> bool:
 
 def find_model(model: str, revision: str | None = None, flag: str = "--model") -> tuple[Path, str | None]:
     """The directory of a model, downloaded from the hub (at `revision`) if it is not local, and its hub commit."""
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # noqa: PTH111 - Path's method raises if it does not know the user
     if path.is_dir():
         return path, None
     return download(flag, model, "model", ["*.json", "*.jinja", "*.safetensors"], revision)
@@ -115,9 +113,9 @@ def read_config(directory: Path, architecture: Architecture | None = None) -> di
     if str(config.get("model_type")).startswith(OWN[1]):
         config["model_type"] = config["model_type"].removeprefix(OWN[1])
         config["architectures"] = [name.removeprefix(OWN[0]) for name in config.get("architectures") or []]
-    if architecture and config.get("model_type") not in architecture.model_types:
-        name = config.get("model_type") or "nameless"
-        raise UserError(f"--model: {directory} is a {name} model; pass another: {SUPPORTED}")
+    if architecture and (name := config.get("model_type")) not in architecture.model_types:
+        fault = f"this is a {name} model" if name else "its config.json has no model_type"
+        raise UserError(f"{directory}: {fault}; pass another: {SUPPORTED}")
     return config
 
 
@@ -154,24 +152,26 @@ def build_model(
     seed: int,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    flag: str = "--model",
 ) -> tuple[nn.Module, set[str], str]:
     """Builds a model from the values of a config.json; fills it from a directory or, without one, with random values.
 
     Returns the model on the device, the names of the parameters that started from random values, and the load report.
-    Each tensor is converted to the dtype as it is loaded.
+    Each tensor is converted to the dtype as it is loaded. A message names the directory, else the flag.
     """
+    source = directory or flag
     if architecture is BERT and values.get("is_decoder"):
-        raise UserError(f"--model: its config.json sets is_decoder, so tokens do not see later ones; {SUPPORTED}")
+        raise UserError(f"{source}: its config.json sets is_decoder, so tokens do not see later ones; {SUPPORTED}")
     known = {field.name for field in dataclasses.fields(architecture.config)}
     fields = {name: value for name, value in values.items() if name in known}
     fields |= {"num_labels": len(values["id2label"])} if values.get("id2label") else {}
     try:
         config = architecture.config(**fields)
     except (ValueError, TypeError, ArithmeticError) as error:
-        raise UserError(f"--model: its config.json does not fit ({error}); pass another: {SUPPORTED}") from None
+        raise UserError(f"{source}: its config.json does not fit ({error}); pass another: {SUPPORTED}") from None
     if (config.pad_token_id or 0) >= config.vocab_size:
         problem = f"its tokenizer pads with id {config.pad_token_id}, its embedding has only {config.vocab_size} rows"
-        raise UserError(f"--model: {problem}; pass files that fit")
+        raise UserError(f"{source}: {problem}; pass files that fit")
     with torch.device("meta"):  # shapes only: memory is allocated once, without the default initialisation
         model = architecture.model(config).to(dtype)
     model.to_empty(device=device)
@@ -228,6 +228,11 @@ def load_weights(model: nn.Module, directory: Path, architecture: Architecture) 
     """
     parameters, prefix = dict(model.named_parameters()), architecture.prefix
     stored, loaded, ignored, unknown = {}, set(), [], []  # stored: tensors and their files
+
+    def listed(names: Iterable[str]) -> str:
+        names = sorted(names)
+        return f"{len(names)}" + (f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else "")
+
     try:
         for file in weight_files(directory):
             with safe_open(file, framework="pt") as tensors:
@@ -251,22 +256,15 @@ def load_weights(model: nn.Module, directory: Path, architecture: Architecture) 
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a readable safetensors file ({error}); download or save it again") from None
     fresh = parameters.keys() - loaded
-    if missing := sorted(name for name in fresh if not name.startswith(architecture.fresh)):
-        others = f"{len(missing) - 1} other tensors"
-        raise UserError(f"{directory}: {missing[0]} and {others} are missing; pass complete weights")
+    if missing := [name for name in fresh if not name.startswith(architecture.fresh)]:
+        raise UserError(f"{directory}: missing tensors: {listed(missing)}; pass complete weights")
     if unknown:
-        others = f"{len(unknown) - 1} others"
-        raise UserError(f"{directory}: unknown tensor {unknown[0]} and {others}; is it another architecture?")
+        raise UserError(f"{directory}: unknown tensors: {listed(unknown)}; is it another architecture?")
     if architecture is DECODER and "lm_head.weight" in ignored:  # it would be lost, unless it is a copy
         embedding, file = parameters["model.embed_tokens.weight"], stored["lm_head.weight"]
         if not torch.equal(read_tensor(file, "lm_head.weight").to(embedding), embedding):
             problem = "lm_head.weight differs from model.embed_tokens.weight, but config.json sets tie_word_embeddings"
             raise UserError(f"{file}: {problem}; set that to false, or delete the tensor")
-
-    def listed(names: Iterable[str]) -> str:
-        names = sorted(names)
-        return f"{len(names)}" + (f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else "")
-
     return fresh, f"weights: {len(loaded)} tensors loaded, fresh {listed(fresh)}, ignored {listed(ignored)}"
 
 
@@ -274,7 +272,7 @@ def check_fits(config, tokenizer: Tokenizer, max_length: int) -> None:
     """Raises UserError if ids or positions exceed the embeddings."""
     if len(tokenizer) > config.vocab_size:
         problem = f"its tokenizer has {len(tokenizer)} tokens, its embedding has only {config.vocab_size} rows"
-        raise UserError(f"--model: {problem}; pass files that fit")
+        raise UserError(f"{tokenizer.source}: {problem}; pass files that fit")
     if max_length > config.max_position_embeddings:
         limit = f"the model's {config.max_position_embeddings} positions"
         raise UserError(f"--max-length: {max_length} is more than {limit}; pass less")
@@ -299,25 +297,6 @@ def save_model(
     write_json(directory / "config.json", config)
 
 
-@contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A hidden path at which to write a file or a directory; it takes the name when the block ends without an error.
-
-    So what has the name is complete, the new content or the previous one, even if the process is killed in the block.
-    """
-    aside = path.with_name(f".{path.name}.tmp")
-
-    def clear() -> None:
-        shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
-
-    clear()  # a killed process may have left something
-    try:
-        yield aside
-        aside.replace(path)
-    finally:
-        clear()
-
-
 def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
     """Writes a safetensors file. Raises OSError, also for the library's own error about a full disk."""
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -331,46 +310,33 @@ def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
         aside.chmod(mode)
 
 
-def write_json(file: Path, values: dict | list) -> None:
-    """Writes indented UTF-8."""
-    with written_aside(file) as aside:
-        aside.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_json(file: Path, remedy: str, **kinds: type) -> dict:
-    """A JSON object that has values of these types. Raises UserError with the remedy if the file is anything else."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("not a JSON object")
-        if missing := [name for name, kind in kinds.items() if not isinstance(values.get(name), kind)]:
-            raise ValueError(f"no {' and no '.join(missing)} in it")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable ({error}); {remedy}") from None
-    return values
-
-
 def save_random_model(
-    model: str, architecture: Architecture, texts: Sequence[str], label_names: Sequence[str], seed: int, folder: Path
+    model: str,
+    architecture: Architecture,
+    texts: Sequence[str],
+    label_names: Sequence[str],
+    seed: int,
+    folder: Path,
+    flag: str = "--model",
 ) -> Path:
     """Writes a model directory with random weights into `folder`; returns its path.
 
-    `model` is the source of config and tokenizer: a directory, a hub id, or one of SIZES, for which the tokenizer is
-    learned from the texts.
+    `model`, which the user gave with `flag`, is the source of config and tokenizer: a directory, a hub id, or one of
+    SIZES, for which the tokenizer is learned from the texts.
     """
     if model in SIZES and not Path(model).is_dir():
         if SIZES[model]["model_type"] not in architecture.model_types:
-            raise UserError(f"--init: {model} is a {SIZES[model]['model_type']} model; give it to another flag")
+            raise UserError(f"{flag}: {model} is a {SIZES[model]['model_type']} model; give it to another flag")
         before, after = ("", "") if architecture is BERT else make_template(label_names, no_think=True)
         config, tokenizer = new_model(model, [before + text + after for text in texts[:20_000]], 20_000)
     else:
-        directory, _ = find_model(model)
+        directory, _ = find_model(model, flag=flag)
         config, tokenizer = read_config(directory, architecture), load_tokenizer(directory)
     config |= label_config(label_names)
     if architecture is not BERT:
         end, pad = tokenizer.eos_and_pad(config)
         config |= {"pad_token_id": pad, "eos_token_id": end}
     dtype = torch.float32 if architecture is BERT else torch.bfloat16
-    built, _, _ = build_model(architecture, config, None, seed, torch.device("cpu"), dtype)
+    built, _, _ = build_model(architecture, config, None, seed, torch.device("cpu"), dtype, flag)
     save_model(built, config, tokenizer, folder / Path(model).name)
     return folder / Path(model).name

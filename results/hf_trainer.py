@@ -31,12 +31,11 @@ import train_bert
 import train_qwen
 from minicls import dist, engines, weights
 from minicls.batch import step_rows
-from minicls.config import UserError, command_line, flag_of, parse, run_main, setting
+from minicls.config import UserError, command_line, flag_of, parse, run_main, setting, write_json
 from minicls.data import Data, load_data, stratified_rows
 from minicls.metrics import classification_metrics, confusion_matrix, f1_interval
 from minicls.prompt import make_chat
 from minicls.tokenizer import bert_rows, load_tokenizer
-from minicls.weights import write_json
 
 IGNORED = {
     "quality": ("init", "max_steps", "rounds", "compile"),

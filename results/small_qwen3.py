@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from minicls.config import write_json
 from minicls.data import load_data
 from minicls.prompt import make_template
 from minicls.tiny import new_model
-from minicls.weights import write_json
 
 
 def main(argv: list[str] | None = None) -> None:

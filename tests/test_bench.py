@@ -7,6 +7,7 @@ Nothing here looks at a clock: figures are exact.
 
 import importlib.util
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 import bench
+import train_bert
 from minicls import config, engines, serving, tiny, weights
 from minicls.config import UserError, parse
 from minicls.data import load_data
@@ -31,8 +33,9 @@ from results import small_qwen3
         ("--bert a --engines tensorflow", ["--engines", "tensorflow"]),
         ("--bert a --mode batch", ["--mode", "batch"]),
         ("--bert no/such/dir --data synthetic", ["--bert: no directory no/such/dir"]),
+        ("--init random --qwen no/such/x --data synthetic", ["--qwen: no directory no/such/x"]),
         ("--bert a --qwen b --side minicls", ["--side: minicls", "one model"]),
-        ("--init random --bert Qwen3-0.6B --data synthetic", ["--init: Qwen3-0.6B is a qwen3 model"]),
+        ("--init random --bert Qwen3-0.6B --data synthetic", ["--bert: Qwen3-0.6B is a qwen3 model"]),
         ("--bert a --engines harness", ["--engines: harness only scores", "--qwen RUN"]),
         ("--qwen a --engines onnxruntime", ["--engines: onnxruntime only runs BERT", "--bert RUN"]),
         ("--qwen-linear a --engines minicls onnxruntime-int8", ["--engines: onnxruntime-int8 only", "--bert RUN"]),
@@ -52,8 +55,15 @@ def test_mistakes(flags, parts, tmp_path):
     [
         ("--text-column body", "--qwen a --data synthetic", "--data DIR"),
         ("--label-column class", "--qwen a --data synthetic", "--data DIR"),
+        ("--text-column body", "--qwen a", "--data DIR"),
+        ("--label-names x y", "--qwen a --data synthetic", "--data DIR"),
+        ("--test-size 9", "--qwen a", "--data DIR"),
+        ("--bert a", "--qwen b --engines harness", "--engines minicls or transformers or vllm or minicls-int8"),
+        ("--qwen a", "--bert b --engines onnxruntime", "--engines minicls or transformers or vllm or harness"),
+        ("--dtype fp32", "--bert a --engines minicls-int8 onnxruntime", "--engines minicls or transformers"),
         ("--max-new-tokens 4", "--bert a", "--qwen"),
         ("--max-new-tokens 4", "--qwen a --engines harness", "other than harness"),
+        ("--max-new-tokens 4", "--qwen a --bert b --engines harness onnxruntime", "other than harness"),
         ("--min-seconds 1", "--qwen a --mode server", "--mode single or offline"),
         ("--rate 4", "--qwen a", "--mode server"),
         ("--slo-ms 200", "--qwen a --mode single", "--mode server"),
@@ -78,6 +88,7 @@ def test_flags_that_are_used_are_no_mistake():
         "--qwen a --engines minicls vllm --mode single server --max-new-tokens 4 --min-seconds 1 --rate 4 --slo-ms 200"
     )
     flags += " --seed 1 --compile --vllm-python python --text-column body --label-column class --data DIR"
+    flags += " --label-names x y --test-size 9 --dtype fp32"
     bench.check_flags(parse(bench.Settings, flags.split()))
     defaults = "--bert a --engines minicls --rate 2 --slo-ms 1000 --seed 42"  # spelled out
     bench.check_flags(parse(bench.Settings, defaults.split()))
@@ -352,7 +363,7 @@ def test_a_side_that_fails_leaves_its_rows_and_its_last_words(monkeypatch):
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
 def test_an_engine_that_is_not_installed_says_so(bert_run, monkeypatch):
     monkeypatch.setattr(bench.signal, "signal", lambda *args: None)
-    with pytest.raises(UserError, match="vllm does not import"):
+    with pytest.raises(UserError, match="vllm cannot be imported"):
         bench.main(["--bert", str(bert_run), "--data", "synthetic", "--threads", "1", "--side", "vllm"])
 
 
@@ -502,9 +513,65 @@ def test_vllm_leaves_a_card_room_for_others(device, monkeypatch):
     assert arguments.get("gpu_memory_utilization") == (0.6 if device == "cuda" else None)
 
 
-@pytest.mark.parametrize(("flags", "data"), [([], "synthetic"), (["--data", "other"], "other")])
-def test_the_data_are_those_of_the_run_unless_named(flags, data, bert_run, monkeypatch):
-    asked = []
-    monkeypatch.setattr(bench, "measure_side", asked.append)
-    bench.main(["--bert", str(bert_run), "--side", "minicls", *flags])
-    assert [s.data for s in asked] == [data]
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory):
+    """A run on data of which a reader must know the columns, the class names and the rows held out; and the flags."""
+    folder = tmp_path_factory.mktemp("own")
+    rows = "".join(f"text {i},{i % 2}\n" for i in range(40))
+    (folder / "train.csv").write_text("body,class\n" + rows)
+    flags = ["--data", str(folder), "--text-column", "body", "--label-column", "class", "--test-size", "0.25"]
+    flags += ["--label-names", "bad", "good"]
+    model = ["--model", "tiny", "--max-steps", "1", "--device", "cpu", "--threads", "1", "--dtype", "fp32"]
+    train_bert.main([*model, *flags, "--output-dir", str(folder / "run")])
+    return folder / "run", flags
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_data_are_read_as_the_run_read_them_unless_named(named, own_data, monkeypatch):
+    """By the comparison, and by its processes."""
+    (run, flags), seen = own_data, []
+
+    def compare(s, data):
+        seen.append(data)
+        bench.main(bench.side_process(s, "minicls")[0][2:])
+        sys.exit()
+
+    monkeypatch.setattr(bench, "compare", compare)
+    monkeypatch.setattr(bench, "measure_side", lambda s, data: seen.append(data))
+    with pytest.raises(SystemExit):
+        bench.main(["--bert", str(run), "--engines", "minicls", *(flags if named else [])])
+    fingerprint = json.loads((run / "run.json").read_text())["data_fingerprint"]
+    assert [data.fingerprint() for data in seen] == [fingerprint] * 2
+
+
+@pytest.mark.parametrize(
+    ("left_out", "parts"),
+    [("--test-size", ["no test split", "--test-size 0.2"]), ("--label-names", ["--bert: ", "(0, 1)", "--label-names"])],
+)
+def test_data_that_are_named_without_the_flags_of_the_training(left_out, parts, own_data, tmp_path):
+    run, flags = own_data
+    start = flags.index(left_out)
+    end = next((i for i in range(start + 1, len(flags)) if flags[i].startswith("--")), len(flags))
+    argv = ["--bert", str(run), "--engines", "minicls", "--output-dir", str(tmp_path / "out")]
+    with pytest.raises(UserError) as error:
+        bench.main([*argv, *flags[:start], *flags[end:]])
+    assert all(part in str(error.value) for part in parts) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("engine", "noted"), [("minicls", True), ("onnxruntime", False), ("minicls-int8", False)])
+def test_slow_bf16_is_noted_only_where_weights_are_in_bf16(engine, noted, bert_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench.dist, "_fast_bf16", lambda: False)
+    start = fake_start({engine: [1.0]})
+    compare(
+        monkeypatch, tmp_path, start, "--bert", str(bert_run), "--engines", engine, "--mode", "single", "--rounds", "1"
+    )
+    assert ("BF16 IS SLOW" in capsys.readouterr().err) == noted
+
+
+def test_a_config_that_does_not_fit_names_the_flag_of_its_model(bert_run, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(bert_run / name, tmp_path)
+    config_values = json.loads((bert_run / "config.json").read_text()) | {"hidden_act": "relu"}
+    (tmp_path / "config.json").write_text(json.dumps(config_values))
+    with pytest.raises(UserError, match=r"^--bert: its config.json does not fit"):
+        bench.main(["--init", "random", "--bert", str(tmp_path), "--data", "synthetic", "--engines", "minicls"])

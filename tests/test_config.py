@@ -17,9 +17,11 @@ import torch
 from conftest import ROOT
 
 import train_bert
+from minicls import baseline
 from minicls.checkpoint import write_run_info
 from minicls.config import UserError, load, parse, run_main, setting
 from minicls.data import Data, Split
+from minicls.predict import EvaluateSettings
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,20 @@ def test_help_lists_every_flag_with_type_default_and_meaning(cls, capsys, monkey
             assert entry.endswith(f"{field.metadata['help']} ({kind}, {default})")
         for choice in field.metadata["choices"] or ():
             assert choice in entry
+
+
+@pytest.mark.parametrize("cls", [train_bert.Settings, baseline.Settings, EvaluateSettings])
+def test_help_lists_shared_flags_under_their_own_heading(cls, capsys):
+    with pytest.raises(SystemExit):
+        parse(cls, ["--help"])
+    headings, heading = {}, None
+    for line in capsys.readouterr().out.splitlines():
+        if re.fullmatch(r"[a-z ]+:", line):
+            heading = line
+        elif flag := re.match("  --([a-z-]+)", line):
+            headings.setdefault(heading, []).append(flag[1])
+    assert {"data", "text-column", "test-size", "seed"} <= {*headings["data:"]}
+    assert {"dtype", "device", "threads"} <= {*headings["machine:"]} and "features" not in headings["data:"]
 
 
 def test_an_empty_argument_is_shown():

@@ -575,7 +575,7 @@ LLAMA3_ROPE = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "h
 UNSUPPORTED = {  # values in a config.json, and the start of the message
     "Gemma 3": ({"model_type": "gemma3"}, "is a gemma3 model"),
     "ModernBERT": ({"model_type": "modernbert"}, "is a modernbert model"),
-    "no type": ({"model_type": None}, "is a nameless model"),
+    "no type": ({"model_type": None}, "its config.json has no model_type"),
     "Llama 3.2": ({"model_type": "llama", "rope_scaling": LLAMA3_ROPE}, "rope_type 'llama3' is not supported"),
     "Llama 3.2, saved again": (
         {"model_type": "llama", "rope_parameters": LLAMA3_ROPE | {"rope_theta": 5e5}},
@@ -591,7 +591,7 @@ def test_an_unsupported_model_is_one_line_that_lists_those_that_are(name, tmp_pa
     with pytest.raises(UserError) as error:
         weights.build_model(weights.DECODER, weights.read_config(directory, weights.DECODER), directory, 0, CPU)
     message = str(error.value)
-    assert message.startswith("--model: ") and named in message and len(message.splitlines()) == 1
+    assert message.startswith(f"{directory}: ") and named in message and len(message.splitlines()) == 1
     assert "train_bert.py takes bert; train_qwen.py takes llama, qwen2 and qwen3" in message
 
 
@@ -600,7 +600,7 @@ def test_a_bert_directory_is_refused_by_its_name(tmp_path):
         BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
     )
     directory = write(tmp_path, {"model_type": "bert", "vocab_size": 10, "hidden_size": 8}, tensors_of(bert))
-    with pytest.raises(UserError, match=rf"{directory} is a bert model; pass another: .*llama, qwen2 and qwen3"):
+    with pytest.raises(UserError, match=rf"{directory}: this is a bert model; pass another: .*llama, qwen2 and qwen3"):
         build(directory)
 
 

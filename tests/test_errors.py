@@ -153,10 +153,12 @@ FLAGS = {  # flags -> parts of the message
     "--model no/such-model": ["--model", "no/such-model", "hub", "network", "--model DIR"],
     "--model ./nowhere": ["--model", "./nowhere", "directory", "hub", "check the name"],
     "--model /nowhere/at/all": ["--model", "/nowhere/at/all", "existing directory or a hub id"],
+    "--model ~no-such-user/x": ["--model", "no directory ~no-such-user/x", "existing directory"],
     "--model data/train.csv/": ["--model", "data/train.csv/", "existing directory"],
     "--data no/such-data": ["--data", "no/such-data", "hub", "network", "--data DIR"],
     "--data ./nowhere": ["--data", "./nowhere", "directory", "hub", "check the name"],
     "--data /nowhere/at/all": ["--data", "/nowhere/at/all", "existing directory or a hub id"],
+    "--data ~no-such-user/x": ["--data", "no directory ~no-such-user/x", "existing directory"],
     "--data model": ["model", "no train split", "train.csv, .tsv", "not counted: config.json", "add one"],
     "--text-column body": ["train.csv", "'body'", "text, label", "--text-column"],
     "--label-column class": ["train.csv", "'class'", "text, label", "--label-column"],
@@ -202,7 +204,7 @@ FLAGS = {  # flags -> parts of the message
     "--dtype fp16": ["--dtype", "'fp16'", "bf16", "fp32"],
     "--max-step 3": ["--max-step", "--max-steps"],
     "--resume nowhere": ["nowhere", "no such run directory", "check the path"],
-    "--resume data": ["data/run.json", "not a readable run.json", "run directory"],
+    "--resume data": ["data/run.json", "not readable", "run directory"],
     "--resume data/train.csv": ["data/train.csv", "no such run directory", "check the path"],
 }
 
@@ -459,11 +461,11 @@ MODEL = {  # the fault: (a function that causes it, parts of the message)
     "no config": (remove("model/config.json"), ["model/config.json", "Hugging Face layout"]),
     "broken config": (write("model/config.json", b"{"), ["model/config.json", "not readable", "pass a directory"]),
     "config is a list": (write("model/config.json", b"[]"), ["model", "pass"]),
-    "another architecture": (change("model/config.json", model_type="qwen3"), ["--model", "model", "qwen3", "bert", "pass another"]),
-    "no architecture": (change("model/config.json", drop="model_type"), ["--model", "model", "bert", "pass another"]),
-    "another activation": (change("model/config.json", hidden_act="relu"), ["--model", "config.json", "'relu'", "'gelu'", "pass another"]),
-    "odd heads": (change("model/config.json", num_attention_heads=3), ["--model", "config.json", "8", "3", "pass another"]),
-    "a size in words": (change("model/config.json", hidden_size="big"), ["--model", "config.json", "pass another"]),
+    "another architecture": (change("model/config.json", model_type="qwen3"), ["model: this is a qwen3 model", "bert", "pass another"]),
+    "no architecture": (change("model/config.json", drop="model_type"), ["model: its config.json has no model_type", "bert", "pass another"]),
+    "another activation": (change("model/config.json", hidden_act="relu"), ["model: its config.json", "'relu'", "'gelu'", "pass another"]),
+    "odd heads": (change("model/config.json", num_attention_heads=3), ["model: its config.json", "8", "3", "pass another"]),
+    "a size in words": (change("model/config.json", hidden_size="big"), ["model: its config.json", "pass another"]),
     "no weights": (remove("model/model.safetensors"), ["model", "no model.safetensors", "pass a directory"]),
     "pickled weights": (rename("model/model.safetensors", "pytorch_model.bin"), ["model", "pytorch_model.bin", "save_pretrained"]),
     "empty weights": (write("model/model.safetensors", b""), ["model/model.safetensors", "not a readable", "again"]),
@@ -491,8 +493,9 @@ MODEL = {  # the fault: (a function that causes it, parts of the message)
     "tokenizer of nothing": (write("model/tokenizer.json", b"{}"), ["model/tokenizer.json", "not a readable tokenizer", "again"]),
     "tokenizer is a list": (write("model/tokenizer.json", b"[]"), ["model/tokenizer.json", "not a readable tokenizer", "again"]),
     "tokenizer of another kind": (change("model/tokenizer.json", model={"type": "Odd"}), ["model/tokenizer.json", "not a readable tokenizer"]),
-    "broken tokenizer_config": (write("model/tokenizer_config.json", b"{"), ["model/tokenizer.json or tokenizer_config.json", "again"]),
-    "tokenizer without [SEP]": (tokenizer_without("[SEP]"), ["--model", "[SEP]", "tokenizer of this kind of model"]),
+    "broken tokenizer_config": (write("model/tokenizer_config.json", b"{"), ["model/tokenizer_config.json: not readable", "again"]),
+    "template not UTF-8": (write("model/chat_template.jinja", b"\xff"), ["model/chat_template.jinja", "not a readable", "again"]),
+    "tokenizer without [SEP]": (tokenizer_without("[SEP]"), ["model: its tokenizer lacks [SEP]", "tokenizer of this kind of model"]),
     "embedding of another size": (
         tensors(lambda t: t.update({"bert.embeddings.word_embeddings.weight": torch.zeros(9, 8)})),
         ["model/model.safetensors", "word_embeddings", "(9, 8)"],
@@ -507,11 +510,19 @@ def test_model(case, here):
     check(here, call(), parts)
 
 
+@pytest.mark.parametrize("command", ["predict model text", "baseline --features model --max-length 16 --data data"])
+@pytest.mark.parametrize("case", ["another activation", "odd heads", "tokenizer without [SEP]"])
+def test_other_commands_name_the_model_and_no_flag_that_they_lack(case, command, here):
+    MODEL[case][0]()
+    with pytest.raises(UserError, match=r"^model: its (config.json|tokenizer) "):
+        minicls.__main__.main([*command.split(), "--device", "cpu", "--threads", "1"])
+
+
 def test_a_tokenizer_larger_than_the_embedding(here):
     size = json.loads((here / "model" / "config.json").read_text())["vocab_size"]
     tensors(lambda t: t.update({"bert.embeddings.word_embeddings.weight": torch.zeros(9, 8)}))()
     change("model/config.json", vocab_size=9)()
-    check(here, call(), ["--model", "tokenizer", str(size), "9", "files that fit"])
+    check(here, call(), ["model: its tokenizer", str(size), "9", "files that fit"])
 
 
 EVALUATE = ["evaluate", "--data", "data", "--output-dir", "out", "--device", "cpu", "--threads", "1", "--model"]
@@ -559,7 +570,7 @@ def test_evaluating_nothing(here):
 CHECKPOINT = "run/checkpoints/step-000001"
 RUN = {
     "no run.json": (remove("run/run.json"), ["run/run.json", "run directory"]),
-    "broken run.json": (cut("run/run.json", 100), ["run/run.json", "not a readable run.json"]),
+    "broken run.json": (cut("run/run.json", 100), ["run/run.json", "not readable"]),
     "settings of another script": (change("run/run.json", settings={"head": "options"}), ["run/run.json", "head", "resume it with the script"]),
     "other rows": (write("data/train.csv", CSV.replace("text 3", "text three").encode()), ["--data", "data", "run", "new run"]),
     "a validation split more": (write("data/dev.csv", CSV.encode()), ["--data", "data", "run", "rows or classes", "new run"]),

@@ -94,18 +94,14 @@ def test_the_calls_that_the_cases_spoil_work(head, here):
 
 
 FLAGS = {  # flags -> parts of the message
-    "--model bert": ["--model", "bert", "is a bert model", "takes llama, qwen2 and qwen3", "pass another"],
+    "--model bert": ["bert: this is a bert model", "takes llama, qwen2 and qwen3", "pass another"],
     "--model bert --init random": [
-        "--model",
-        "bert",
-        "is a bert model",
+        "bert: this is a bert model",
         "takes llama, qwen2 and qwen3",
         "pass another",
     ],
     "--model bert --head linear": [
-        "--model",
-        "bert",
-        "is a bert model",
+        "bert: this is a bert model",
         "takes llama, qwen2 and qwen3",
         "pass another",
     ],
@@ -162,22 +158,22 @@ def shrink_embedding() -> None:
 MODEL = {  # the fault: (a function that causes it, parts of the message)
     "another kind of layer": (
         change("model/config.json", hidden_act="gelu"),
-        ["--model", "config.json", "hidden_act", "pass another"],
+        ["model: its config.json", "hidden_act", "pass another"],
     ),
-    "odd heads": (change("model/config.json", num_key_value_heads=3), ["--model", "config.json", "3", "pass another"]),
+    "odd heads": (change("model/config.json", num_key_value_heads=3), ["model: its config.json", "3", "pass another"]),
     "a tensor missing": (tensors(lambda t: t.pop(LAYER)), ["model", LAYER, "missing", "complete weights"]),
     "tokenizer without <|im_end|>": (
         tokenizer_without("<|im_end|>"),
-        ["--model", "lacks <|im_end|>;", "this kind of model"],
+        ["model: ", "lacks <|im_end|>;", "this kind of model"],
     ),
     "BERT's tokenizer": (
         lambda: shutil.copy("bert/tokenizer.json", "model/tokenizer.json") and None,
-        ["--model", "lacks <|im_end|>", "this kind of model"],
+        ["model: ", "lacks <|im_end|>", "this kind of model"],
     ),
     "no tokenizer": (remove("model/tokenizer.json"), ["model", "no tokenizer.json", "save_pretrained"]),
     "a tokenizer larger than the embedding": (
         shrink_embedding,
-        ["--model", "tokenizer", "9 rows", "files that fit"],
+        ["model: its tokenizer", "9 rows", "files that fit"],
     ),
 }
 

@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the bottom to the top: a module imports only those before it. Add a new module here.
 ORDER = [
-    *("__init__", "config", "kernels", "attention", "bert", "decoder", "optim", "metrics", "dist", "batch"),
-    *("tokenizer", "tiny", "data", "distill", "prompt", "weights", "logger", "checkpoint", "scorer", "generate"),
+    *("__init__", "config", "logger", "kernels", "attention", "bert", "decoder", "optim", "metrics", "dist", "batch"),
+    *("tokenizer", "tiny", "data", "distill", "prompt", "weights", "checkpoint", "scorer", "generate"),
     *("results", "cascade", "plots", "predict", "engines", "serving", "comparison", "baseline", "__main__"),
     *("train_bert", "train_qwen", "bench"),
 ]

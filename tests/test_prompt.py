@@ -708,7 +708,7 @@ def test_a_template_that_cannot_ask(case, tiny, tmp_path):
     with pytest.raises(UserError) as error:
         make_chat(tokenizer)
     message = str(error.value)
-    assert [part for part in ("--model: its chat template", "; ", "delete it", *parts) if part not in message] == []
+    assert [part for part in (f"{tmp_path}: its chat template", "; ", "delete it", *parts) if part not in message] == []
     assert len(message.splitlines()) == 1
 
 
@@ -721,7 +721,7 @@ def test_an_option_that_merges_with_the_text_before_or_after_it(tiny, tmp_path):
     spec["normalizer"] = {"type": "Replace", "pattern": {"String": "C."}, "content": "Ω"}
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(
-        UserError, match=r"^--model: its tokenizer merges the option C with the text around it, '.*assistant\\n'; "
+        UserError, match=rf"^{folder}: its tokenizer merges the option C with the text around it, '.*assistant\\n'; "
     ):
         _ = make_chat(load_tokenizer(folder)).options
 
