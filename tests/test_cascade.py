@@ -164,7 +164,8 @@ def test_a_cascade_takes_the_requests_of_its_own_two_models(names, large, rates,
         thin_predictions(run / "validation.parquet", copy / "validation.parquet", 3, True)
     info = json.loads((runs[1] / "run.json").read_text())
     script, head = large
-    info |= {"script": script} | ({"model_type": "llama"} if script == "evaluate" else {})
+    model_types = {"train_qwen": "qwen3", "evaluate": "llama", "train_bert": "bert", "baseline": None}
+    info |= {"script": script, "model_type": model_types[script]}
     info["settings"] |= {"head": head} if head else {}
     (runs[1] / "run.json").write_text(json.dumps(info))
     rows = [BENCH | {"model": model, "requests_per_second": rate} for model, rate in rates.items()]
