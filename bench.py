@@ -319,6 +319,7 @@ def main(argv: list[str] | None = None) -> None:
         for role in named if s.init == "random" else ():
             arguments = ARCHITECTURES[role], data.train.texts, data.label_names, s.seed, Path(folder) / role
             s = replace(s, **{role: str(weights.save_random_model(getattr(s, role), *arguments, flag_of(role)))})
+        print(f"texts: {len(requests(s, data))} test rows of {s.data}", file=sys.stderr)
         rows, output_dir = compare(s, data)
     print(bench_table(rows))
     print(f"{output_dir / 'bench.json'}, {plots.plot_requests(rows, output_dir / 'rps.png')}")

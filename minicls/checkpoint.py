@@ -255,8 +255,8 @@ class TrainingRun:
         self.script, self.settings = script, settings
         for name in ("eval_every", "save_every"):
             if (interval := getattr(settings, name)) >= 1 and interval % 1:
-                remedy = "pass one, or a fraction below 1"
-                raise UserError(f"{flag_of(name)}: {interval} is not a whole number of steps; {remedy}")
+                remedy = "pass a whole number of steps, or a fraction of them below 1"
+                raise UserError(f"{flag_of(name)}: {interval} is not a number of steps; {remedy}")
         self.previous = open_run(Path(settings.resume)) if settings.resume else None
         self.finished = bool(self.previous and self.previous.finished)
         self.info = self.previous.info if self.previous else {}
@@ -318,6 +318,9 @@ class TrainingRun:
             details |= {"total_steps": total_steps, "revision": self.revision}
             details |= {"model_type": getattr(model.config, "model_type", "bert")}
             write_run_info(self.dir, self.script, dataclasses.asdict(s), device, data, details)
+        elif dist.is_first():
+            for name in ("results.json", "config.json"):  # of a test in between: the run is unfinished until its end
+                (self.dir / name).unlink(missing_ok=True)
         self.logger = Logger(self.dir, self.state["step"], total_steps)
         self.logged = dict(self.state)
 

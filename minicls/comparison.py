@@ -74,8 +74,9 @@ def open_runs(run_dirs: Sequence[Path]) -> dict[str, Run]:
     run_dirs = [*{path.resolve(): path for path in run_dirs}.values()]  # a run named twice is not two seeds
     runs = {}
     for name, run_dir in zip(short_names(run_dirs), run_dirs, strict=True):
-        if not all((run_dir / file).is_file() for file in ("run.json", "results.json")):
-            raise UserError(f"{run_dir}: no finished run (no run.json or results.json); train it to the end first")
+        if absent := [file for file in ("run.json", "results.json") if not (run_dir / file).is_file()]:
+            remedy = f"finish it with --resume {run_dir}" if run_dir.is_dir() else "check the path"
+            raise UserError(f"{run_dir}: no finished run, as it has no {absent[0]}; {remedy}")
         run = runs[name] = open_run(run_dir)
         results, classes = run.results, [*run.results.get("per_class", ())]
         # A reduced run has only the names of its classes: its predictions give the confusion matrix.
@@ -232,8 +233,8 @@ def runs_table(runs: dict[str, Run]) -> str:
     """The headlines, one line for each setting."""
     rows = []
     for group in fold(runs.values()):
-        s, trained = group[0].info["settings"], [run.results for run in group if run.results["final_step"]]
-        reached = dict.fromkeys(f"{results['headline_step']} of {results['final_step']}" for results in trained)
+        s, trained = group[0].info["settings"], [run for run in group if run.results["final_step"]]
+        reached = dict.fromkeys(f"{run.results['headline_step']} of {run.info['total_steps']}" for run in trained)
         row = {"run": group_name([str(run.dir) for run in group]), "model": s.get("model") or s["features"]}
         row |= {"head": describe_model(group[0]).head, "steps": " ".join(reached) or None}
         row |= {"test rows": f"{group[0].results['num_test_rows']:,}", "accuracy": over_seeds(group, "accuracy")}

@@ -207,7 +207,7 @@ def parse(cls: type, argv: list[str] | None = None, description: str | None = No
     if given.get("resume") is None:
         return cls(**given)
     settings = load(cls, Path(given["resume"]) / "run.json")
-    for name in given.keys() - {"resume", "device"}:
+    for name in [name for name in given.keys() - {"resume", "device"} if given[name] != getattr(settings, name)]:
         problem = f"a resumed run keeps its settings ({getattr(settings, name)!r} in {given['resume']}/run.json)"
         raise UserError(f"{flag_of(name)}: {problem}; leave the flag out, or start a new run without --resume")
     return dataclasses.replace(settings, **given)

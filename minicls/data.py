@@ -194,8 +194,9 @@ def download(flag: str, name: str, repo_type: str, patterns: list[str], revision
         raise UserError(f"{flag}: {problem}; check the name") from None
     except Exception as error:  # the errors of the hub client, its HTTP library and the system share no base class
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
-        remedy = f"check the network, or download it elsewhere and pass its directory: {flag} DIR"
-        raise UserError(f"{flag}: could not get {name} from the hub ({reason}); {remedy}") from None
+        problem = f"there is no directory {name} here, and the hub did not give it ({reason})"
+        remedy = "check the path or the network, or download it elsewhere and pass its directory"
+        raise UserError(f"{flag}: {problem}; {remedy}: {flag} DIR") from None
     return path, path.name  # the cache names a snapshot's directory by its commit
 
 
@@ -750,12 +751,16 @@ def describe(data: Data) -> list[str]:
         fewest = ", ".join(by_class[i] for i in np.argsort(counts, kind="stable")[:5])
         shown = f"{counts.min():,} to {counts.max():,}, the fewest {fewest}"
     lines = [*data.sources, f"{len(counts)} classes, training rows of each: {shown}"]
+    for name, split in data.splits.items():
+        if empty := sum(not text.strip() for text in split.texts):
+            lines.append(f"warning: {empty:,} of the {len(split):,} {name} rows have an empty text")
     rare = [repr(data.label_names[i]) for i in np.flatnonzero(counts <= 2)]
     if 2 * len(counts) > len(data.train):
         rows = f"{len(data.train):,} training rows"
         lines.append(f"warning: {len(counts)} classes for {rows}; is --label-column the right one?")
     elif rare:
-        lines.append(f"warning: {len(rare)} classes have two training rows or fewer: {_shortened(rare)}")
+        few = f"{len(rare)} of {len(counts)} classes with two training rows or fewer"
+        lines.append(f"warning: {few}: {_shortened(rare)}")
     similar = defaultdict(list)
     for name in data.label_names:
         similar[" ".join(name.split()).casefold()].append(repr(name))

@@ -58,9 +58,11 @@ def plot_curves(run_dir: Path) -> Path:
         draw(left, split, "loss", "o-", color=color, label=split, markersize=4)
         draw(right, split, "accuracy", "o-", color=color, label=f"{split} accuracy", markersize=4)
         draw(right, split, "f1", "x--", color=color, label=f"{split} macro F1", markersize=4)
-    left.set(xlabel="step", ylabel="cross-entropy, nats", title="Loss", ylim=(0, None))
-    right.set(xlabel="step", title="Accuracy and macro F1")
+    # Headroom, because a flat loss would hide in the frame; no scores above 1.
+    left.set(xlabel="step", ylabel="cross-entropy, nats", title="Loss", ylim=(0, 1.05 * left.get_ylim()[1]))
+    right.set(xlabel="step", title="Accuracy and macro F1", ylim=(None, min(1.02, right.get_ylim()[1])))
     for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         if axes.has_data():
             axes.legend()

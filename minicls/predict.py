@@ -431,6 +431,9 @@ def evaluate_checkpoints(run_dir: Path, s: EvaluateSettings) -> None:
             weights.load_weights(classifier.model, directory, classifier.architecture)
             logits[state["step"]] = checkpoint.evaluate(data.eval_splits, logits_of, state, logger, remedy)
         logger.close()
+        if state["step"] < total_steps and not state["stopped_early"]:
+            reached = f"this run stands at step {state['step']} of {total_steps}"
+            logger.print(f"note: {reached}; --resume {run_dir} continues it")
         if dist.is_first():
             step = checkpoint.headline_step(state)
             for file in filter(Path.is_file, saved[step].iterdir()):

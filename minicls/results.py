@@ -182,17 +182,18 @@ def advice(results: dict) -> list[str]:
     low, _ = metrics.accuracy_interval(results["accuracy"], results["num_test_rows"])
     num_classes, loss, notes = len(results["per_class"]), results["final_train_loss"], []
     chance = math.log(num_classes)
-    if low <= results["majority_accuracy"] and results["f1_low"] <= results["majority_f1"]:
+    beaten = low > results["majority_accuracy"] or results["f1_low"] > results["majority_f1"]
+    if not beaten and results["majority_accuracy"] < 1:  # else the test rows have one class, and show nothing
         constant = f"accuracy {results['majority_accuracy']:.4f}, macro F1 {results['majority_f1']:.4f}"
         answer = shown(results["majority_class"])
         notes.append(f"note: no better than always answering {answer} ({constant}), within the interval")
     if loss is not None and loss > 0.9 * chance:
         guess = f"ln {num_classes} = {chance:.3f}, the loss of guessing"
-        notes.append(f"note: the last training loss, {loss:.3f}, is near {guess}")
+        notes.append(f"note: the mean of the last training losses, {loss:.3f}, is not clearly below {guess}")
     if notes and loss is not None:
         notes.append(
-            "      try a higher --learning-rate (a lower one if the loss rose), more --epochs, --warmup-ratio 0.1; "
-            "`python -m minicls baseline` with the same --data shows what is within reach"
+            "      try a higher --learning-rate (a lower one if the loss rose), more steps (more --epochs or a smaller "
+            "--global-batch-size), --warmup-ratio 0.1; `python -m minicls baseline` shows what is possible here"
         )
     return notes
 

@@ -717,7 +717,7 @@ def test_a_run_tells_its_classes_and_their_rows():
 
 def test_a_run_warns_of_what_looks_wrong_with_its_classes():
     lines = described(rows_of(a=5, b=2, c=1), [("t", "a")], names=["a", "b", "c", "d"])
-    assert lines[1:] == ["warning: 3 classes have two training rows or fewer: 'b', 'c', 'd'"]
+    assert lines[1:] == ["warning: 3 of 4 classes with two training rows or fewer: 'b', 'c', 'd'"]
     ids = described(rows_of(**{f"id{i}": 1 for i in range(300)}), [("t", "id0")])
     assert ids[1:] == ["warning: 300 classes for 300 training rows; is --label-column the right one?"]
     alike = [(f"{name} {i}", name) for name in ("good", "Good", "good ", "bad", "b ad") for i in range(3)]

@@ -192,7 +192,7 @@ FLAGS = {  # flags -> parts of the message
     "--learning-rate -1": ["--learning-rate", "-1", "at least 0"],
     "--epochs nan": ["--epochs", "nan"],
     "--eval-every inf": ["--eval-every", "inf"],
-    "--eval-every 1.5": ["--eval-every", "1.5", "whole number", "fraction below 1"],
+    "--eval-every 1.5": ["--eval-every", "1.5", "whole number", "below 1"],
     "--save-every inf": ["--save-every", "inf"],
     "--warmup-ratio 1.5": ["--warmup-ratio", "1.5", "at most 1"],
     "--warmup-ratio nan": ["--warmup-ratio", "nan"],

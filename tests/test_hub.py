@@ -215,5 +215,5 @@ def test_hub_down_names_the_way_around_it(flag, down):
     _, code, error = down.train(f"down {flag}", *(part for item in names.items() for part in item))
     last = error.splitlines()[-1]
     assert code == 2 and "Traceback" not in error
-    assert last.startswith(f"error: {flag}: could not get org/elsewhere from the hub (")
-    assert last.endswith(f"check the network, or download it elsewhere and pass its directory: {flag} DIR")
+    assert last.startswith(f"error: {flag}: there is no directory org/elsewhere here, and the hub did not give it (")
+    assert last.endswith(f"check the path or the network, or download it elsewhere and pass its directory: {flag} DIR")

@@ -26,7 +26,7 @@ import train_bert
 from minicls import metrics
 from minicls.checkpoint import checkpoints
 from minicls.config import UserError, run_main
-from minicls.predict import evaluate
+from minicls.predict import Classifier, evaluate
 
 # Ten steps with dropout over windows of 32, 32, 32, 32 and 22 rows.
 FLAGS = ["--max-train-rows", "150", "--epochs", "2", "--log-every", "1", "--eval-every", "3", "--save-every", "2"]
@@ -115,7 +115,20 @@ class TestStopped:
         (copy / ".model.safetensors.tmp").write_bytes(b"half")
         assert_same_run(resume(copy), whole)
 
-    def test_evaluating_scores_the_checkpoints_and_leaves_the_run_resumable(self, stopped, whole):
+    def test_a_test_of_an_unfinished_run_is_void_once_it_goes_on(self, stopped, monkeypatch):
+        evaluate([str(stopped)])
+        script = script_of(stopped)
+        monkeypatch.setattr(script.checkpoint.TrainingRun, "steps", lambda run: sys.exit("killed"))
+        with pytest.raises(SystemExit, match="killed"):
+            resume(stopped)
+        assert not (stopped / "results.json").exists()
+        with pytest.raises(UserError, match="this run is not finished; pass its newest checkpoint"):
+            Classifier(stopped)
+
+    def test_a_setting_may_be_repeated(self, stopped, whole):
+        assert_same_run(resume(stopped, "--max-steps", "10"), whole)
+
+    def test_evaluating_scores_the_checkpoints_and_leaves_the_run_resumable(self, stopped, whole, capsys):
         steps = len(losses(stopped))
         evaluate([str(stopped)])
         assert [e["step"] for e in events(stopped, "eval", "test")] == [
@@ -125,6 +138,7 @@ class TestStopped:
         ]  # 3 while training, then both checkpoints
         assert results(stopped)["final_step"] == 5 and len(losses(stopped)) == steps
         assert results(stopped)["evaluations"] == 2  # those that took eval_seconds
+        assert "note: this run stands at step 5 of 10; --resume" in capsys.readouterr().out
         resume(stopped)
         assert (
             losses(stopped) == losses(whole)
