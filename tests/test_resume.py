@@ -126,7 +126,7 @@ class TestStopped:
             Classifier(stopped)
 
     def test_a_setting_may_be_repeated(self, stopped, whole):
-        assert_same_run(resume(stopped, "--max-steps", "10"), whole)
+        assert_same_run(resume(stopped, "--learning-rate", "1e-3"), whole)
 
     def test_evaluating_scores_the_checkpoints_and_leaves_the_run_resumable(self, stopped, whole, capsys):
         steps = len(losses(stopped))
@@ -166,7 +166,7 @@ class TestStopped:
         assert_same_run(resume(stopped), whole)
 
     @pytest.mark.parametrize(
-        "flag", [["--learning-rate", "1e-3"], ["--max-steps", "20"], ["--output-dir", "elsewhere"]], ids=" ".join
+        "flag", [["--learning-rate", "2e-3"], ["--max-steps", "20"], ["--output-dir", "elsewhere"]], ids=" ".join
     )
     def test_another_setting_is_an_error(self, flag, stopped):
         with pytest.raises(UserError, match=f"{flag[0]}: a resumed run keeps its settings"):
