@@ -33,7 +33,9 @@ demo: .venv/stamp  ## train a BERT, a decoder and a baseline on synthetic news a
 		'random weights) and logistic regression on word counts, on 4,000 synthetic news texts for training and 1,000 for testing.' \
 		'The lines above say which one is better, or "neither" where the difference is within the error bar. Tiny models on' \
 		'synthetic text say nothing about real ones: the demo shows that everything runs, and which files and reports it writes.' \
-		'Next, your own data (train.csv and test.csv in DIR, columns text and label):' \
+		'Now classify a text:' \
+		'    .venv/bin/python -m minicls predict $(DEMO)/bert "The striker scored in the final."' \
+		'and train on your own data (DIR has train.csv with columns text and label, and test.csv, or else add --test-size 0.2):' \
 		'    .venv/bin/python -m minicls baseline --data DIR' \
 		'    .venv/bin/python train_bert.py --model MODEL_DIR --data DIR --epochs 15 --learning-rate 5e-4 --global-batch-size 32 --warmup-ratio 0.1'
 
