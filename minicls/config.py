@@ -195,8 +195,8 @@ def check_value(name: str, value, minimum: float | None, maximum: float | None) 
 def parse(cls: type, argv: list[str] | None = None, description: str | None = None, prog: str | None = None):
     """Reads the command line into an instance of the dataclass `cls`.
 
-    If `cls` has a field `resume` and the flag is given, all settings come from that run's `run.json`, and only
-    `--device` may be given with it, so that a resumed run cannot silently become another experiment.
+    If `cls` has a field `resume` and the flag is given, all settings come from that run's `run.json`. Only `--device` may
+    differ from them, so that a resumed run cannot silently become another experiment.
     Raises UserError for unknown flags and for values of the wrong type or outside their bounds.
     """
     parser = Parser(prog, description)
@@ -207,9 +207,10 @@ def parse(cls: type, argv: list[str] | None = None, description: str | None = No
     if given.get("resume") is None:
         return cls(**given)
     settings = load(cls, Path(given["resume"]) / "run.json")
-    for name in [name for name in given.keys() - {"resume", "device"} if given[name] != getattr(settings, name)]:
-        problem = f"a resumed run keeps its settings ({getattr(settings, name)!r} in {given['resume']}/run.json)"
-        raise UserError(f"{flag_of(name)}: {problem}; leave the flag out, or start a new run without --resume")
+    for name, value in given.items():
+        if name not in ("resume", "device") and value != getattr(settings, name):
+            problem = f"a resumed run keeps its settings ({getattr(settings, name)!r} in {given['resume']}/run.json)"
+            raise UserError(f"{flag_of(name)}: {problem}; leave the flag out, or start a new run without --resume")
     return dataclasses.replace(settings, **given)
 
 

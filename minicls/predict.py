@@ -406,10 +406,9 @@ def evaluate_checkpoints(run_dir: Path, s: EvaluateSettings) -> None:
     """Tests every checkpoint of a run, and makes the best on validation, else the last, the headline."""
     for field in dataclasses.fields(s):
         if field.name not in ("model", "device", "threads") and getattr(s, field.name) != field.default:
+            problem = "a run's checkpoints are tested with the run's own settings"
             remedy = "leave the flag out, or name --data to test the model as it is"
-            raise UserError(
-                f"{flag_of(field.name)}: a run's checkpoints are tested with the run's own settings; {remedy}"
-            )
+            raise UserError(f"{flag_of(field.name)}: {problem}; {remedy}")
     run = checkpoint.open_run(run_dir)
     if not run.newest:
         check_trained(run_dir)

@@ -215,11 +215,19 @@ def test_a_resumed_run_has_its_own_settings(tmp_path):
     assert resumed == dataclasses.replace(settings, resume=run_dir, device="cpu")
 
 
-@pytest.mark.parametrize("flag", ["--share 0.5", "--share 0.25", "--names x", "--fast", "--no-fast"])
+@pytest.mark.parametrize("flag", ["--share 0.5", "--names x", "--fast"])
 def test_a_resumed_run_takes_no_other_settings(flag, tmp_path):
     save(parse(Settings, ["--share", "0.25"]), tmp_path)
     with pytest.raises(UserError, match=rf"{flag.split()[0].replace('--no-', '--')}: .*leave the flag out"):
         parse(Settings, ["--resume", str(tmp_path), *flag.split()])
+
+
+@pytest.mark.parametrize("flag", ["--share 0.25", "--no-fast"])
+def test_a_resumed_run_s_settings_may_be_repeated(flag, tmp_path):
+    settings = parse(Settings, ["--share", "0.25"])
+    save(settings, tmp_path)
+    run_dir = str(tmp_path)
+    assert parse(Settings, ["--resume", run_dir, *flag.split()]) == dataclasses.replace(settings, resume=run_dir)
 
 
 @pytest.mark.parametrize(
