@@ -195,8 +195,8 @@ def check_value(name: str, value, minimum: float | None, maximum: float | None) 
 def parse(cls: type, argv: list[str] | None = None, description: str | None = None, prog: str | None = None):
     """Reads the command line into an instance of the dataclass `cls`.
 
-    If `cls` has a field `resume` and the flag is given, all settings come from that run's `run.json`. Only `--device` may
-    differ from them, so that a resumed run cannot silently become another experiment.
+    If `cls` has a field `resume` and the flag is given, all settings come from that run's `run.json`. Only `--device`
+    may differ from them, so that a resumed run cannot silently become another experiment.
     Raises UserError for unknown flags and for values of the wrong type or outside their bounds.
     """
     parser = Parser(prog, description)
