@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -348,9 +349,7 @@ def scripts() -> None:
                 say(f"{name}, {dtype}: losses of ten steps off the CPU's by", f"{gap:.1e}", gap < bound)
             run = here / "bf16"
             (run / "results.json").unlink()
-            for file in (run / "checkpoints" / "step-000010").iterdir():
-                file.unlink()
-            (run / "checkpoints" / "step-000010").rmdir()
+            shutil.rmtree(run / "checkpoints" / "step-000010")
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 module.main(["--resume", str(run)])
             gap = max(abs(a / b - 1) for a, b in zip(losses(run), on_device, strict=True))
