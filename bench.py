@@ -233,6 +233,7 @@ def compare(s: Settings, data: Data) -> tuple[list[dict], Path]:
     """Measures every model in every engine; returns the rows and the directory of bench.json, which grows with them."""
     device = dist.start(s.device, s.threads, s.dtype if {*s.engines} - {*OWN_DTYPES} else None)
     test, directories = requests(s, data), models(s)
+    print(f"texts: {len(test)} test rows of {s.data}", file=sys.stderr)
     readers = {role: Reader(directory, s.max_length) for role, directory in directories.items()}
     for role, reader in readers.items():
         model = f"{flag_of(role)}: {getattr(s, role)}"
@@ -319,7 +320,6 @@ def main(argv: list[str] | None = None) -> None:
         for role in named if s.init == "random" else ():
             arguments = ARCHITECTURES[role], data.train.texts, data.label_names, s.seed, Path(folder) / role
             s = replace(s, **{role: str(weights.save_random_model(getattr(s, role), *arguments, flag_of(role)))})
-        print(f"texts: {len(requests(s, data))} test rows of {s.data}", file=sys.stderr)
         rows, output_dir = compare(s, data)
     print(bench_table(rows))
     print(f"{output_dir / 'bench.json'}, {plots.plot_requests(rows, output_dir / 'rps.png')}")

@@ -377,6 +377,7 @@ class TrainingRun:
         step = self.state["step"]
         if step == self.total_steps or (self.eval_every and step % self.eval_every == 0):
             self.logits = evaluate(self.splits, logits_of, self.state, self.logger, self.remedy)
+            self.state["stopped_early"] = self.stopped_early
             if self.stopped_early and step < self.total_steps:
                 patience = self.settings.patience
                 self.logger.print(f"stopped early: {patience} evaluations without a better validation score")
@@ -435,7 +436,6 @@ class TrainingRun:
             self.logits = {name: logits_of(name) for name in self.splits}
             self.state["eval_seconds"] += time.perf_counter() - started
             self.state["evaluations"] += 1
-        self.state["stopped_early"] = self.stopped_early
         self.logger.close()
         if dist.is_first():
             self.save_model(self.dir)

@@ -164,9 +164,14 @@ def load_data(
     return Data(splits["train"], splits["test"], names, revision, splits.get("validation"), tuple(sources))
 
 
+def local_path(name: str) -> Path:
+    """The path that a user gave, with ~ expanded."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111 - Path's method raises if it does not know the user
+
+
 def find_data(data: str, revision: str | None = None) -> tuple[Path, str | None]:
     """The directory of a data set, downloaded from the hub (at `revision`) if it is not local, and its hub commit."""
-    path = Path(os.path.expanduser(data))  # noqa: PTH111 - Path's method raises if it does not know the user
+    path = local_path(data)
     if path.is_dir():
         return path, None
     if path.is_file():

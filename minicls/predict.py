@@ -422,7 +422,6 @@ def evaluate_checkpoints(run_dir: Path, s: EvaluateSettings) -> None:
         logits_of = _scorer(classifier, data)
         state = read_json(run.newest / "resume" / "state.json", "delete this checkpoint", step=int)
         state |= {"eval_seconds": 0.0, "evaluations": 0, "best_on_validation": None}
-        state["stopped_early"] = bool(run.results.get("stopped_early"))
         remedy = "--model: test it with --data and --dtype fp32"
         total_steps = run.info["total_steps"]
         logger = Logger(run_dir if dist.is_first() else None, total_steps, total_steps)  # all events stay in the log
@@ -430,7 +429,7 @@ def evaluate_checkpoints(run_dir: Path, s: EvaluateSettings) -> None:
             weights.load_weights(classifier.model, directory, classifier.architecture)
             logits[state["step"]] = checkpoint.evaluate(data.eval_splits, logits_of, state, logger, remedy)
         logger.close()
-        if state["step"] < total_steps and not state["stopped_early"]:
+        if state["step"] < total_steps and not state.get("stopped_early"):
             reached = f"this run stands at step {state['step']} of {total_steps}"
             logger.print(f"note: {reached}; --resume {run_dir} continues it")
         if dist.is_first():

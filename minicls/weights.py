@@ -6,7 +6,6 @@ alignment: on a view of a mapped file kernels round differently, and a resumed r
 """
 
 import dataclasses
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import nn
 
 from minicls.bert import BertConfig, BertForSequenceClassification
 from minicls.config import UserError, read_json, write_json, written_aside
-from minicls.data import derived_seed, download
+from minicls.data import derived_seed, download, local_path
 from minicls.decoder import FAMILIES, DecoderConfig, DecoderForCausalLM, DecoderForSequenceClassification
 from minicls.prompt import make_template
 from minicls.tiny import SIZES, new_model
@@ -101,7 +100,7 @@ def is_own(model: nn.Module) -> bool:
 
 def find_model(model: str, revision: str | None = None, flag: str = "--model") -> tuple[Path, str | None]:
     """The directory of a model, downloaded from the hub (at `revision`) if it is not local, and its hub commit."""
-    path = Path(os.path.expanduser(model))  # noqa: PTH111 - Path's method raises if it does not know the user
+    path = local_path(model)
     if path.is_dir():
         return path, None
     return download(flag, model, "model", ["*.json", "*.jinja", "*.safetensors"], revision)
